@@ -1,0 +1,279 @@
+// Who does what: cuts a call into tasks for the threads, chooses the instruction-set level, and adds up the parameter
+// gradients. Every sum has an order that depends on the shape alone. No vector code here.
+
+#include "cc/core/agc.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cc/core/cpu.h"
+#include "cc/core/loops.h"
+
+namespace tf_agc {
+namespace core {
+namespace {
+
+// Elements in a chunk: small enough to share one map of a single image between threads, large enough to hide a task's
+// cost.
+constexpr int64_t kChunkElements = 32768;
+
+// Rows shorter than this are folded: several positions make one row.
+constexpr int64_t kMinColumns = 64;
+
+// A row of this many elements is a whole number of vectors at every level.
+constexpr int64_t kColumnMultiple = 16;
+
+constexpr int64_t kCacheLine = 64;
+
+// Channels of one task, at most. The last task of a sample may take up to twice as many.
+constexpr int64_t kMaxTaskChannels = kMaxColumns / 2;
+
+// Samples are added up in at most this many groups, which bounds the memory for partial parameter gradients.
+constexpr int64_t kMaxGroups = 64;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t ElementBytes(DataType data_type) {
+  switch (data_type) {
+    case DataType::kHalf:
+    case DataType::kBfloat16:
+      return 2;
+    case DataType::kDouble:
+      return 8;
+    case DataType::kFloat:
+      break;
+  }
+  return 4;
+}
+
+Plan MakePlan(const Shape& shape) {
+  Plan plan{1, 0, 0};
+  if (shape.layout == Layout::kChannelsLast) {
+    while (plan.fold * shape.channels < kMinColumns || plan.fold * shape.channels % kColumnMultiple != 0) {
+      ++plan.fold;
+      if (plan.fold * shape.channels > kMaxColumns) {
+        plan.fold = 1;  // Long enough, and the end of each row is one overlapping vector.
+        break;
+      }
+    }
+    const int64_t row = plan.fold * shape.channels;
+    // Whole blocks of 64 rows, so that a chunk's sums are as good as a long map's.
+    plan.chunk = plan.fold * CeilDiv(kChunkElements, row * 64) * 64;
+  } else {
+    plan.chunk = kChunkElements;
+  }
+  plan.chunks = CeilDiv(shape.positions, plan.chunk);
+  return plan;
+}
+
+// How many channels one task takes. Sums do not depend on it: channels never meet.
+int64_t ChannelsPerTask(const Shape& shape, const Plan& plan, int64_t element_bytes, int64_t tensors, int threads) {
+  if (plan.fold > 1) return shape.channels;
+  // Below a cache line, two tasks would share lines.
+  const int64_t unit = shape.layout == Layout::kChannelsLast ? kCacheLine / element_bytes : 1;
+  const int64_t most = std::min(CeilDiv(shape.channels, unit) * unit, kMaxTaskChannels);
+  // The second pass should find in a cache what the first one read: best in the second level. But channels_last rows
+  // are read at half the speed when they are not read whole, so a share of the third level is better than part of a
+  // row.
+  const int64_t share = shape.layout == Layout::kChannelsLast ? L3CacheBytes() / 2 / threads : 0;
+  const int64_t cache = std::max(L2CacheBytes() / 2, share);
+  const int64_t fitting = cache / (tensors * shape.positions * element_bytes) / unit * unit;
+  int64_t channels = std::clamp(fitting, unit, most);
+  // Enough tasks to keep every thread busy to the end.
+  while (channels > unit && shape.batch * CeilDiv(shape.channels, channels) < 4 * int64_t{threads}) {
+    channels = CeilDiv(channels / 2, unit) * unit;
+  }
+  return channels;
+}
+
+// The channels of a sample, cut into blocks of at least `least` (or all there are). The last block takes what is left
+// over: a block narrower than a vector would be slow.
+struct Blocks {
+  int64_t all;
+  int64_t count;
+  int64_t channels;  // In every block but the last.
+
+  Blocks(int64_t all_channels, int64_t least)
+      : all(all_channels), count(std::max<int64_t>(all / least, 1)), channels(all / count / least * least) {}
+  int64_t Begin(int64_t block) const { return block * channels; }
+  int64_t End(int64_t block) const { return block == count - 1 ? all : Begin(block) + channels; }
+  int64_t Widest() const { return all - Begin(count - 1); }
+};
+
+// Cycles for `elements` elements of `tensors` tensors in memory, with the arithmetic hidden behind it.
+int64_t Cycles(int64_t elements, int64_t tensors, int64_t element_bytes) {
+  constexpr double kBytesPerCycle = 4;
+  return 1 + static_cast<int64_t>(static_cast<double>(elements * tensors * element_bytes) / kBytesPerCycle);
+}
+
+// Calls body(i) for i in [0, tasks) on the threads of `parallel`, with denormals kept.
+template <class Body>
+void For(const Parallel& parallel, int64_t tasks, int64_t cycles, const Body& body) {
+  auto task = [](const void* context, int64_t index) {
+    const ScopedKeepDenormals keep;
+    (*static_cast<const Body*>(context))(index);
+  };
+  parallel.run(parallel.pool, tasks, cycles, task, &body);
+}
+
+// The sums of maps that threads share: kSums per channel for every chunk of every block of every sample.
+class ChunkSums {
+ public:
+  ChunkSums(const Plan& plan, const Blocks& blocks, int64_t samples, int64_t sums_per_channel)
+      : plan_(plan),
+        blocks_(blocks),
+        samples_(samples),
+        sums_per_channel_(sums_per_channel),
+        sums_(static_cast<size_t>(samples * blocks.count * plan.chunks * blocks.Widest() * sums_per_channel)) {}
+
+  // Calls body(sample, begin, end, chunk, sums of chunk 0, sums of this chunk) for every chunk.
+  template <class Body>
+  void ForEach(const Parallel& parallel, int64_t cycles, const Body& body) {
+    For(parallel, samples_ * blocks_.count * plan_.chunks, cycles, [&](int64_t task) {
+      const int64_t chunk = task % plan_.chunks, block = task / plan_.chunks % blocks_.count;
+      const int64_t sample = task / plan_.chunks / blocks_.count;
+      const int64_t begin = blocks_.Begin(block), end = blocks_.End(block);
+      double* sums = sums_.data() + (task - chunk) * blocks_.Widest() * sums_per_channel_;
+      body(sample, begin, end, chunk, sums, sums + chunk * (end - begin) * sums_per_channel_);
+    });
+  }
+
+ private:
+  const Plan& plan_;
+  const Blocks& blocks_;
+  const int64_t samples_;
+  const int64_t sums_per_channel_;
+  std::vector<double> sums_;
+};
+
+// alpha = 0 is relu, whose backward pass needs no division by alpha.
+Activation Effective(Activation activation, double alpha) {
+  const bool has_alpha = activation == Activation::kLeakyRelu || activation == Activation::kElu;
+  return has_alpha && alpha == 0 ? Activation::kRelu : activation;
+}
+
+// Turns the sums over samples into the gradients of the parameters.
+template <class U>
+void FinishParameterGradients(const BackwardArgs& args, Activation activation, const double* dgain_sum,
+                              const double* dmean_scale_sum) {
+  const U* gain = static_cast<const U*>(args.gain);
+  U* dgain = static_cast<U*>(args.dgain);
+  U* dmean_scale = static_cast<U*>(args.dmean_scale);
+  for (int64_t c = 0; c < args.shape.channels; ++c) {
+    const double g = static_cast<double>(gain[c]);
+    if (activation == Activation::kLinear) {
+      dgain[c] = static_cast<U>(dgain_sum[c]);
+    } else {
+      // The sum is gain * dgain. At gain 0 what it came from is lost: 0, or NaN where something was not finite.
+      dgain[c] = static_cast<U>(g == 0 ? dgain_sum[c] * 0 : dgain_sum[c] / g);
+    }
+    dmean_scale[c] = static_cast<U>(-g * dmean_scale_sum[c]);
+  }
+}
+
+const Loops& FindLoops(InstructionSet level, DataType data_type, Activation activation) {
+#if defined(__x86_64__)
+  switch (level) {
+    case InstructionSet::kX86_64_V4:
+      return v4::FindLoops(data_type, activation);
+    case InstructionSet::kX86_64_V3:
+      return v3::FindLoops(data_type, activation);
+    default:
+      return v2::FindLoops(data_type, activation);
+  }
+#else
+  (void)level;
+  return baseline::FindLoops(data_type, activation);
+#endif
+}
+
+}  // namespace
+
+Parallel Serial() {
+  auto run = [](void*, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
+    for (int64_t i = 0; i < tasks; ++i) task(context, i);
+  };
+  return {1, nullptr, run};
+}
+
+void Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet level) {
+  const Shape& shape = args.shape;
+  if (shape.batch == 0 || shape.channels == 0) return;
+  const Loops& loops = FindLoops(level, args.data_type, Effective(args.activation, args.alpha));
+  const int64_t bytes = ElementBytes(args.data_type);
+  const Plan plan = MakePlan(shape);
+  const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, 1, parallel.threads));
+  const int64_t whole_maps = shape.batch * blocks.count;
+  if (whole_maps >= parallel.threads || plan.chunks == 1) {
+    For(parallel, whole_maps, Cycles(shape.positions * blocks.Widest(), 2, bytes), [&](int64_t task) {
+      const int64_t block = task % blocks.count;
+      loops.forward(args, plan, task / blocks.count, blocks.Begin(block), blocks.End(block));
+    });
+    return;
+  }
+  // Fewer maps than threads: the threads share them, chunk by chunk, once to add and once to write.
+  ChunkSums sums(plan, blocks, shape.batch, kForwardSums);
+  const int64_t cycles = Cycles(plan.chunk * blocks.Widest(), 1, bytes);
+  sums.ForEach(parallel, cycles, [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double*, double* own) {
+    loops.forward_sum(args, plan, sample, begin, end, chunk, own);
+  });
+  sums.ForEach(parallel, cycles, [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* all, double*) {
+    loops.forward_apply(args, plan, sample, begin, end, chunk, all);
+  });
+}
+
+void Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet level) {
+  const Shape& shape = args.shape;
+  const Activation activation = Effective(args.activation, args.alpha);
+  const int64_t bytes = ElementBytes(args.data_type);
+  // Partial sums of dgain, and behind them those of dmean_scale: one pair of rows for each group of samples.
+  const int64_t group_samples = std::max<int64_t>(CeilDiv(shape.batch, kMaxGroups), 1);
+  const int64_t groups = CeilDiv(shape.batch, group_samples);
+  std::vector<double> partial(static_cast<size_t>(std::max<int64_t>(groups, 1) * 2 * shape.channels));
+  auto dgain_sum = [&](int64_t group) { return partial.data() + group * 2 * shape.channels; };
+  auto dmean_scale_sum = [&](int64_t group) { return dgain_sum(group) + shape.channels; };
+
+  if (shape.batch > 0 && shape.channels > 0) {
+    const Loops& loops = FindLoops(level, args.data_type, activation);
+    const Plan plan = MakePlan(shape);
+    const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, 2, parallel.threads));
+    const int64_t whole_maps = groups * blocks.count;
+    if (whole_maps >= parallel.threads || plan.chunks == 1) {
+      const int64_t cycles = Cycles(group_samples * shape.positions * blocks.Widest(), 3, bytes);
+      For(parallel, whole_maps, cycles, [&](int64_t task) {
+        const int64_t block = task % blocks.count, group = task / blocks.count;
+        const int64_t last = std::min((group + 1) * group_samples, shape.batch);
+        for (int64_t sample = group * group_samples; sample < last; ++sample) {
+          loops.backward(args, plan, sample, blocks.Begin(block), blocks.End(block), dgain_sum(group),
+                         dmean_scale_sum(group));
+        }
+      });
+    } else {
+      // So few samples that each is a group of its own.
+      ChunkSums sums(plan, blocks, shape.batch, kBackwardSums);
+      const int64_t cycles = Cycles(plan.chunk * blocks.Widest(), 2, bytes);
+      sums.ForEach(parallel, cycles,
+                   [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double*, double* own) {
+                     loops.backward_sum(args, plan, sample, begin, end, chunk, own);
+                   });
+      sums.ForEach(parallel, cycles,
+                   [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* all, double*) {
+                     loops.backward_apply(args, plan, sample, begin, end, chunk, all, dgain_sum(sample),
+                                          dmean_scale_sum(sample));
+                   });
+    }
+    double* first = dgain_sum(0);
+    for (int64_t group = 1; group < groups; ++group) {
+      const double* next = dgain_sum(group);
+      for (int64_t i = 0; i < 2 * shape.channels; ++i) first[i] += next[i];
+    }
+  }
+  if (args.data_type == DataType::kDouble) {
+    FinishParameterGradients<double>(args, activation, dgain_sum(0), dmean_scale_sum(0));
+  } else {
+    FinishParameterGradients<float>(args, activation, dgain_sum(0), dmean_scale_sum(0));
+  }
+}
+
+}  // namespace core
+}  // namespace tf_agc

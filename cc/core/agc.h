@@ -1,0 +1,89 @@
+// Automatic gain control on raw pointers: what a framework binding calls.
+//
+// No TensorFlow, Eigen or protobuf here or below: the arithmetic is tested and timed alone. Arguments are not
+// validated: the caller does that, because only it can word the error for its user.
+//
+// For sample n, channel c and positions p = 1..P (arXiv 1706.03907; tf_agc/reference.py is the definition):
+//
+//   mean[n,c] = mean_p x[n,p,c]
+//   z[n,p,c]  = gain[c] * (x[n,p,c] - mean_scale[c] * mean[n,c])
+//   y[n,p,c]  = act(z[n,p,c])
+
+#ifndef TF_AGC_CC_CORE_AGC_H_
+#define TF_AGC_CC_CORE_AGC_H_
+
+#include <cstdint>
+
+#include "cc/core/cpu.h"
+
+namespace tf_agc {
+namespace core {
+
+// The element type T of the maps. Parameters and means have type U: double for kDouble, float for all others.
+enum class DataType { kHalf, kBfloat16, kFloat, kDouble };
+
+enum class Activation { kLinear, kRelu, kRelu6, kLeakyRelu, kElu };
+
+enum class Layout {
+  kChannelsLast,   // [batch, positions, channels]
+  kChannelsFirst,  // [batch, channels, positions]
+};
+
+// Sizes of the maps; all spatial axes are flattened into `positions`. positions >= 1, the others may be 0.
+struct Shape {
+  int64_t batch;
+  int64_t positions;
+  int64_t channels;
+  Layout layout;
+};
+
+// Pointers need no alignment beyond their element's.
+struct ForwardArgs {
+  Shape shape;
+  DataType data_type;
+  Activation activation;
+  double alpha;            // Of leaky_relu and elu; finite, >= 0. 0 acts as relu.
+  const void* x;           // T, shaped as `shape` says.
+  const void* gain;        // U[channels].
+  const void* mean_scale;  // U[channels].
+  void* y;                 // T, as x. May be x itself; must not overlap it otherwise.
+  void* mean;              // U[batch, channels].
+};
+
+struct BackwardArgs {
+  Shape shape;
+  DataType data_type;
+  Activation activation;
+  double alpha;
+  const void* dy;          // T, shaped as `shape` says: the gradient of y.
+  const void* dmean;       // U[batch, channels]: the gradient of mean.
+  const void* kept;        // T: x for kLinear, y for every other activation.
+  const void* mean;        // U[batch, channels], from Forward.
+  const void* gain;        // U[channels].
+  const void* mean_scale;  // U[channels].
+  void* dx;                // T. May be dy or kept itself; must not overlap them otherwise.
+  void* dgain;             // U[channels].
+  void* dmean_scale;       // U[channels].
+};
+
+// How to run independent tasks at once. `run` calls task(context, i) once for every i in [0, tasks), on any threads,
+// and returns when all are done. `cycles` estimates one task.
+struct Parallel {
+  int threads;
+  void* pool;
+  void (*run)(void* pool, int64_t tasks, int64_t cycles, void (*task)(const void* context, int64_t index),
+              const void* context);
+};
+
+// Runs everything on the calling thread.
+Parallel Serial();
+
+// Results are equal to the last bit whatever `parallel` does and, for y, mean and dx, whatever other samples are in the
+// batch. They may differ between instruction sets; `level` is for tests, and must run on this machine.
+void Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet level = BestInstructionSet());
+void Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet level = BestInstructionSet());
+
+}  // namespace core
+}  // namespace tf_agc
+
+#endif  // TF_AGC_CC_CORE_AGC_H_

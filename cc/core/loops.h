@@ -1,0 +1,75 @@
+// The loops of one instruction-set level, as a table of function pointers.
+//
+// Only plain structs and declarations live here: loops.cc includes this file once per level, and any inline function
+// here would become one weak symbol compiled for the highest level and called on every machine.
+
+#ifndef TF_AGC_CC_CORE_LOOPS_H_
+#define TF_AGC_CC_CORE_LOOPS_H_
+
+#include <cstdint>
+
+#include "cc/core/agc.h"
+
+namespace tf_agc {
+namespace core {
+
+// The most columns that one call of a loop takes: its sums and parameters live on the stack.
+constexpr int64_t kMaxColumns = 1024;
+
+// How the positions of a map are walked. It depends on the shape alone, never on threads or on the batch, because it
+// fixes the order of every sum.
+//
+// channels_last: `fold` positions are taken together as one row of fold * channels columns, so that short rows fill
+// vectors. channels_first: a map is one row of `positions` elements, and fold is 1.
+struct Plan {
+  int64_t fold;
+  int64_t chunk;   // Positions in a chunk: the unit in which threads share a map, a multiple of fold.
+  int64_t chunks;  // Chunks in a map; the last one may be shorter.
+};
+
+// Work on the channels [begin, end) of one sample. With plan.fold > 1 that is all of them, and begin is 0. end - begin
+// <= kMaxColumns. Sums are in double.
+struct Loops {
+  // Both passes over whole maps.
+  void (*forward)(const ForwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end);
+  // Adds this sample's part to dgain_sum[begin..end) and dmean_scale_sum[begin..end).
+  void (*backward)(const BackwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, double* dgain_sum,
+                   double* dmean_scale_sum);
+
+  // The same in two steps, for maps that threads share. Step one writes the sums of one chunk; step two takes the sums
+  // of all chunks, [chunks][columns] as step one left them, and finishes one chunk.
+  void (*forward_sum)(const ForwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
+                      double* sums);
+  void (*forward_apply)(const ForwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
+                        const double* sums);
+  void (*backward_sum)(const BackwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
+                       double* sums);
+  // Chunk 0 adds the sample's part to the parameter sums.
+  void (*backward_apply)(const BackwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
+                         const double* sums, double* dgain_sum, double* dmean_scale_sum);
+};
+
+// Doubles that one chunk's sums take for `channels` channels: one sum forward, two backward.
+constexpr int64_t kForwardSums = 1;
+constexpr int64_t kBackwardSums = 2;
+
+#if defined(__x86_64__)
+namespace v2 {
+const Loops& FindLoops(DataType data_type, Activation activation);
+}
+namespace v3 {
+const Loops& FindLoops(DataType data_type, Activation activation);
+}
+namespace v4 {
+const Loops& FindLoops(DataType data_type, Activation activation);
+}
+#else
+namespace baseline {
+const Loops& FindLoops(DataType data_type, Activation activation);
+}
+#endif
+
+}  // namespace core
+}  // namespace tf_agc
+
+#endif  // TF_AGC_CC_CORE_LOOPS_H_

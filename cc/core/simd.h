@@ -1,0 +1,328 @@
+// Vectors of the instruction-set level that is being compiled: load, store, convert, elementary functions.
+//
+// Included by loops.cc only, once per level, inside that level's namespace (TF_AGC_ISA_LEVEL). Written with the
+// compiler's vector extensions, so that one source serves every level and aarch64; intrinsics only where the extensions
+// have no word for an instruction (half precision). Everything that is called from here must be inlined, an intrinsic
+// or plain C: a template of the standard library would become a weak symbol of this level in a library that also runs
+// on lower ones.
+
+#ifndef TF_AGC_CC_CORE_SIMD_H_
+#define TF_AGC_CC_CORE_SIMD_H_
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+// The AVX-512 headers of GCC 12 leave registers uninitialised on purpose, and warn about it where they are inlined.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace tf_agc {
+namespace core {
+namespace TF_AGC_ISA_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Storage only: arithmetic is in float.
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+constexpr int kFloatLanes = kVectorBytes / 4;
+constexpr int kDoubleLanes = kVectorBytes / 8;
+
+typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
+typedef int32_t IntVector __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UintVector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t ShortVector __attribute__((vector_size(kVectorBytes / 2)));  // As many lanes as FloatVector.
+
+// What T is computed in.
+template <class T>
+struct Compute {
+  using Scalar = float;
+  using Vector = FloatVector;
+  static constexpr int kLanes = kFloatLanes;
+};
+template <>
+struct Compute<double> {
+  using Scalar = double;
+  using Vector = DoubleVector;
+  static constexpr int kLanes = kDoubleLanes;
+};
+
+template <class To, class From>
+inline To BitCast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "BitCast keeps the bits");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V, class S>
+inline V Broadcast(S value) {
+  return V{} + value;
+}
+
+// ---- Half precision ----
+
+// 16 bits to 32. The compilers' own conversion between vectors of these widths takes two or three instructions more.
+inline UintVector Widen(ShortVector value) {
+#if defined(__AVX512F__)
+  return BitCast<UintVector>(_mm512_cvtepu16_epi32(BitCast<__m256i>(value)));
+#elif defined(__AVX2__)
+  return BitCast<UintVector>(_mm256_cvtepu16_epi32(BitCast<__m128i>(value)));
+#else
+  return __builtin_convertvector(value, UintVector);
+#endif
+}
+
+// 32 bits to 16, of values below 2^16.
+inline ShortVector Narrow(UintVector value) {
+#if defined(__AVX512F__)
+  return BitCast<ShortVector>(_mm512_cvtepi32_epi16(BitCast<__m512i>(value)));
+#elif defined(__AVX2__)
+  const __m256i v = BitCast<__m256i>(value);
+  return BitCast<ShortVector>(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+#else
+  return __builtin_convertvector(value, ShortVector);
+#endif
+}
+
+inline FloatVector HalfToFloat(ShortVector half) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(BitCast<__m256i>(half));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(BitCast<__m128i>(half));
+#else
+  const UintVector bits = Widen(half);
+  const UintVector magnitude = bits & 0x7fffu;
+  // Multiplying by 2^112 moves the exponent bias from 15 to 127 and makes denormals normal at once.
+  const FloatVector scaled = BitCast<FloatVector>(magnitude << 13) * 0x1p112f;
+  const UintVector infinite_or_nan = magnitude >= 0x7c00u ? Broadcast<UintVector>(0x7f800000u) : UintVector{};
+  return BitCast<FloatVector>(BitCast<UintVector>(scaled) | infinite_or_nan | ((bits & 0x8000u) << 16));
+#endif
+}
+
+// Rounds to nearest, ties to even.
+inline ShortVector FloatToHalf(FloatVector value) {
+#if defined(__AVX512F__)
+  return BitCast<ShortVector>(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return BitCast<ShortVector>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const UintVector bits = BitCast<UintVector>(value);
+  const UintVector magnitude = bits & 0x7fffffffu;
+  // Normal results: move the bias, add just under half a unit (half a unit when the kept bits are odd), cut. A carry
+  // out of the mantissa raises the exponent, up to infinity, as it should.
+  const UintVector normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Denormal results: adding 0.5 lets the adder do the rounding at the right bit.
+  const UintVector denormal =
+      BitCast<UintVector>(BitCast<FloatVector>(magnitude) + 0.5f) - BitCast<UintVector>(Broadcast<FloatVector>(0.5f));
+  UintVector result = magnitude < (113u << 23) ? denormal : normal;
+  result = magnitude >= (143u << 23) ? Broadcast<UintVector>(0x7c00u) : result;
+  result = magnitude > 0x7f800000u ? Broadcast<UintVector>(0x7e00u) : result;
+  return Narrow(result | ((bits & 0x80000000u) >> 16));
+#endif
+}
+
+// ---- bfloat16: the upper half of a float ----
+
+#if defined(__AVX512F__)
+// The words 0..15 into the upper halves of 16 floats, and back.
+inline FloatVector Bfloat16ToFloat(ShortVector value) {
+  const __m512i from = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3,
+                                        0, 2, 0, 1, 0, 0, 0);
+  return BitCast<FloatVector>(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, _mm512_zextsi256_si512(BitCast<__m256i>(value))));
+}
+inline ShortVector UpperHalves(UintVector value) {
+  const __m512i from = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
+                                        15, 13, 11, 9, 7, 5, 3, 1);
+  return BitCast<ShortVector>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(from, BitCast<__m512i>(value))));
+}
+#else
+inline FloatVector Bfloat16ToFloat(ShortVector value) { return BitCast<FloatVector>(Widen(value) << 16); }
+inline ShortVector UpperHalves(UintVector value) { return Narrow(value >> 16); }
+#endif
+
+// Rounds to nearest, ties to even. A NaN whose lower half is not 0 might carry into the sign: see QuietNan.
+inline ShortVector FloatToBfloat16(FloatVector value) {
+#if defined(__AVX512F__)
+  const __m512i v = BitCast<__m512i>(value), one = _mm512_set1_epi32(1);
+  const __m512i just_under_half = _mm512_add_epi32(v, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(v, _mm512_set1_epi32(0x10000));
+  return UpperHalves(BitCast<UintVector>(_mm512_mask_add_epi32(just_under_half, odd, just_under_half, one)));
+#else
+  const UintVector bits = BitCast<UintVector>(value);
+  return UpperHalves(bits + 0x7fffu + ((bits >> 16) & 1u));
+#endif
+}
+
+// Arithmetic hands on the bits of a NaN. Those of a bfloat16 end in zeros; a parameter's may be anything, and are made
+// the usual ones where they enter, once per channel, so that the rounding above need not look for NaN in every element.
+template <class S>
+inline S QuietNan(S value) {
+  return value != value ? static_cast<S>(__builtin_nanf("")) : value;
+}
+
+// max(z, 0); NaN stays.
+inline FloatVector MaxZero(FloatVector z) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(FloatVector{}, z);  // The second operand, if either is NaN.
+#elif defined(__AVX__)
+  return _mm256_max_ps(FloatVector{}, z);
+#elif defined(__x86_64__)
+  return _mm_max_ps(FloatVector{}, z);
+#else
+  return z < 0.0f ? FloatVector{} : z;
+#endif
+}
+inline DoubleVector MaxZero(DoubleVector z) { return z < 0.0 ? DoubleVector{} : z; }
+
+// ---- Memory. Nothing here needs alignment. ----
+
+inline FloatVector Load(const float* from) {
+  FloatVector v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+inline DoubleVector Load(const double* from) {
+  DoubleVector v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+inline FloatVector Load(const Half* from) {
+  ShortVector v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return HalfToFloat(v);
+}
+inline FloatVector Load(const Bfloat16* from) {
+  ShortVector v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return Bfloat16ToFloat(v);
+}
+
+inline void Store(float* to, FloatVector v) { __builtin_memcpy(to, &v, sizeof v); }
+inline void Store(double* to, DoubleVector v) { __builtin_memcpy(to, &v, sizeof v); }
+inline void Store(Half* to, FloatVector v) {
+  const ShortVector half = FloatToHalf(v);
+  __builtin_memcpy(to, &half, sizeof half);
+}
+inline void Store(Bfloat16* to, FloatVector v) {
+  const ShortVector bfloat16 = FloatToBfloat16(v);
+  __builtin_memcpy(to, &bfloat16, sizeof bfloat16);
+}
+
+// The first `count` lanes, fewer than a vector has; the others are zero. Slow but on the highest level: for what is
+// left over once per map.
+template <class T>
+inline typename Compute<T>::Vector LoadPartial(const T* from, int64_t count) {
+  T buffer[Compute<T>::kLanes] = {};
+  __builtin_memcpy(buffer, from, static_cast<size_t>(count) * sizeof(T));
+  return Load(buffer);
+}
+template <class T>
+inline void StorePartial(T* to, int64_t count, typename Compute<T>::Vector v) {
+  T buffer[Compute<T>::kLanes];
+  Store(buffer, v);
+  __builtin_memcpy(to, buffer, static_cast<size_t>(count) * sizeof(T));
+}
+
+#if defined(__AVX512F__)
+// Masked lanes are not touched, so these do not reach beyond the array.
+inline FloatVector LoadPartial(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+}
+inline ShortVector LoadShortsPartial(const void* from, int64_t count) {
+  return BitCast<ShortVector>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from));
+}
+inline FloatVector LoadPartial(const Half* from, int64_t count) { return HalfToFloat(LoadShortsPartial(from, count)); }
+inline FloatVector LoadPartial(const Bfloat16* from, int64_t count) {
+  return Bfloat16ToFloat(LoadShortsPartial(from, count));
+}
+inline void StorePartial(float* to, int64_t count, FloatVector v) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), v);
+}
+inline void StoreShortsPartial(void* to, int64_t count, ShortVector v) {
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), BitCast<__m256i>(v));
+}
+inline void StorePartial(Half* to, int64_t count, FloatVector v) { StoreShortsPartial(to, count, FloatToHalf(v)); }
+inline void StorePartial(Bfloat16* to, int64_t count, FloatVector v) {
+  StoreShortsPartial(to, count, FloatToBfloat16(v));
+}
+#endif
+
+// ---- Elementary functions, for elu ----
+
+// exp(z) - 1 for z <= 0; NaN gives NaN. 2 units in the last place, relative to the result, denormal results included.
+inline FloatVector Expm1(FloatVector z) {
+  // exp(-87) is below half a unit of 1.
+  z = z < -87.0f ? Broadcast<FloatVector>(-87.0f) : z;
+  // z = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  constexpr float kRound = 12582912.0f;
+  const FloatVector shifted = z * 1.44269504f + kRound;
+  const FloatVector n = shifted - kRound;
+  const FloatVector r = (z - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite).
+  // exp(r) - 1, the minimax polynomial of Cephes' expf.
+  FloatVector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const FloatVector expm1_r = p * (r * r) + r;
+  const FloatVector scale = BitCast<FloatVector>((BitCast<IntVector>(shifted) + 127) << 23);
+  return scale * expm1_r + (scale - 1.0f);
+}
+
+// log(1 + t) for -1 < t <= 0; NaN gives NaN.
+inline FloatVector Log1p(FloatVector t) {
+  const FloatVector u = t + 1.0f;
+  // u = m 2^e with m in [sqrt(1/2), sqrt(2)). For e = 0, m - 1 is t itself, which has bits that 1 + t rounds away.
+  const IntVector bits = BitCast<IntVector>(u);
+  const IntVector e = (bits - 0x3f3504f3) >> 23;
+  const FloatVector m = BitCast<FloatVector>(bits - (e << 23));
+  const FloatVector f = e == 0 ? t : m - 1.0f;
+  // log(1 + f), the minimax polynomial of Cephes' logf.
+  FloatVector p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const FloatVector f2 = f * f;
+  const FloatVector exponent = __builtin_convertvector(e, FloatVector);
+  const FloatVector result = ((p * f * f2 + exponent * -2.12194440e-4f) - f2 * 0.5f) + f + exponent * 0.693359375f;
+  return t != t ? t : result;
+}
+
+// Double has no vector form: it is there for checking gradients, and the C library is exact.
+inline DoubleVector Expm1(DoubleVector z) {
+  for (int i = 0; i < kDoubleLanes; ++i) z[i] = __builtin_expm1(z[i]);
+  return z;
+}
+inline DoubleVector Log1p(DoubleVector t) {
+  for (int i = 0; i < kDoubleLanes; ++i) t[i] = __builtin_log1p(t[i]);
+  return t;
+}
+
+}  // namespace TF_AGC_ISA_LEVEL
+}  // namespace core
+}  // namespace tf_agc
+
+#endif  // TF_AGC_CC_CORE_SIMD_H_
