@@ -1,0 +1,47 @@
+"""tf_agc_library: the plugin as a static library, for programs that link TensorFlow, and as the wheel's shared library."""
+
+# For all our own C++. -Werror comes with --config=dev (.bazelrc).
+COPTS = [
+    "-Wall",
+    "-Wextra",
+]
+
+def tf_agc_library(name, shared_library, srcs, deps):
+    """Makes `name` and `shared_library` from the same objects.
+
+    TensorFlow is reached through @org_tensorflow alone: the installed package here, its sources inside TensorFlow
+    Serving.
+
+    Args:
+      name: the static library; its ops and kernels register themselves in whatever program links it.
+      shared_library: the file name of the shared library; it exports the symbols named in exports.lds and no others.
+      srcs: the files that include TensorFlow's headers.
+      deps: our own libraries, without TensorFlow.
+    """
+    native.cc_library(
+        name = name,
+        srcs = srcs,
+        copts = COPTS,
+        linkstatic = True,
+        visibility = ["//visibility:public"],
+        deps = deps + [
+            "@org_tensorflow//tensorflow/core:framework",
+            "@org_tensorflow//tensorflow/core:lib",
+        ],
+        # Nothing refers to the registrations: without this the linker would drop them.
+        alwayslink = True,
+    )
+    native.cc_binary(
+        name = shared_library,
+        additional_linker_inputs = ["//bazel:exports.lds"],
+        linkopts = [
+            "-Wl,--version-script=$(location //bazel:exports.lds)",
+            "-Wl,--no-undefined",
+            "-Wl,-z,relro",
+            "-Wl,-z,now",
+            "-Wl,-z,noexecstack",
+        ],
+        linkshared = True,
+        visibility = ["//visibility:public"],
+        deps = [":" + name],
+    )

@@ -1,0 +1,233 @@
+// The loops alone, without TensorFlow, for work on them: `bazel run //cc/core:bench -- --benchmark_filter=...`. Every
+// shape has its copy of the same bytes beside it. Claims come from tools/bench.py, which measures the limit with more
+// care.
+//
+// `bench --once NAME` runs one benchmark once on one thread and nothing else: what callgrind counts instructions of.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "benchmark/benchmark.h"
+#include "cc/core/agc.h"
+
+namespace tf_agc {
+namespace core {
+namespace {
+
+struct Size {
+  int64_t batch, positions, channels;
+};
+
+constexpr Size kSizes[] = {{32, 32 * 32, 64},   {32, 56 * 56, 64},  {16, 112 * 112, 64},
+                           {128, 14 * 14, 256}, {32, 7 * 7, 2048},  {128, 32 * 32, 16},
+                           {1, 56 * 56, 64},    {1, 224 * 224, 32}, {8, 28 * 28, 513}};
+
+// A pool as small as one can be: `threads` threads take the next task until there is none.
+class Threads {
+ public:
+  explicit Threads(int threads) : threads_(threads) {
+    for (int i = 1; i < threads; ++i) others_.emplace_back([this] { Wait(); });
+  }
+  ~Threads() {
+    stop_ = true;
+    ++call_;
+    for (std::thread& t : others_) t.join();
+  }
+  Parallel parallel() {
+    auto run = [](void* pool, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
+      static_cast<Threads*>(pool)->Run(tasks, task, context);
+    };
+    return {threads_, this, run};
+  }
+
+ private:
+  void Run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) {
+    tasks_ = tasks, task_ = task, context_ = context, next_ = 0, done_ = 0;
+    ++call_;
+    Work();
+    while (done_ < threads_) {
+    }
+  }
+  void Work() {
+    for (int64_t i = next_++; i < tasks_; i = next_++) task_(context_, i);
+    ++done_;
+  }
+  void Wait() {
+    for (int64_t seen = 0; !stop_;) {
+      if (call_ == seen) continue;
+      seen = call_;
+      if (!stop_) Work();
+    }
+  }
+
+  const int threads_;
+  std::vector<std::thread> others_;
+  std::atomic<int64_t> call_{0}, next_{0};
+  std::atomic<int> done_{0};
+  std::atomic<bool> stop_{false};
+  int64_t tasks_ = 0;
+  void (*task_)(const void*, int64_t) = nullptr;
+  const void* context_ = nullptr;
+};
+
+// Page-aligned memory whose pages are there.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : data_(static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096))) {
+    std::memset(data_, 0, bytes);
+  }
+  ~Buffer() { std::free(data_); }
+  char* data() { return data_; }
+  void FillFloats(int64_t count) {
+    std::minstd_rand random;
+    for (int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(data_)[i] = random() * 0x1p-30f - 1;
+  }
+
+ private:
+  char* data_;
+};
+
+Threads& Pool() {
+  static Threads threads(static_cast<int>(std::thread::hardware_concurrency()));
+  return threads;
+}
+
+int64_t Elements(const Size& s) { return s.batch * s.positions * s.channels; }
+
+int64_t ElementBytes(DataType type) { return type == DataType::kFloat ? 4 : 2; }
+
+// One call of Forward or Backward on memory of its own.
+class Call {
+ public:
+  enum Kind { kForwardInPlace, kForwardFresh, kBackwardInPlace };
+
+  Call(Kind kind, Size size, Layout layout, DataType type)
+      : kind_(kind),
+        size_(size),
+        layout_(layout),
+        type_(type),
+        x_(Elements(size) * ElementBytes(type)),
+        y_(Elements(size) * ElementBytes(type)),
+        per_map_(size.batch * size.channels * 4),
+        per_channel_(4 * size.channels * 4) {
+    // Denormals and NaN would be other work; zeros of 16 bits are not.
+    if (type == DataType::kFloat) {
+      x_.FillFloats(Elements(size));
+      y_.FillFloats(Elements(size));
+    }
+  }
+
+  void Run(const Parallel& parallel) {
+    const Shape shape{size_.batch, size_.positions, size_.channels, layout_};
+    char* gain = per_channel_.data();
+    char* mean_scale = gain + 4 * size_.channels;
+    char* dgain = mean_scale + 4 * size_.channels;
+    char* dmean_scale = dgain + 4 * size_.channels;
+    char* mean = per_map_.data();
+    if (kind_ == kBackwardInPlace) {
+      Backward({shape, type_, Activation::kRelu, 0, x_.data(), mean, y_.data(), mean, gain, mean_scale, x_.data(),
+                dgain, dmean_scale},
+               parallel);
+    } else {
+      char* y = kind_ == kForwardInPlace ? x_.data() : y_.data();
+      Forward({shape, type_, Activation::kRelu, 0, x_.data(), gain, mean_scale, y, mean}, parallel);
+    }
+  }
+
+  // Bytes that have to move between memory and the core.
+  int64_t Traffic() const { return (kind_ == kBackwardInPlace ? 3 : 2) * Elements(size_) * ElementBytes(type_); }
+
+ private:
+  const Kind kind_;
+  const Size size_;
+  const Layout layout_;
+  const DataType type_;
+  Buffer x_, y_, per_map_, per_channel_;
+};
+
+void BenchCopy(benchmark::State& state, Size size, DataType type) {
+  const int64_t bytes = Elements(size) * ElementBytes(type);
+  Buffer from(bytes), to(bytes);
+  struct Context {
+    char *from, *to;
+    int64_t bytes, chunk;
+  } context{from.data(), to.data(), bytes, std::max<int64_t>(bytes / 64, 4096)};
+  const Parallel parallel = Pool().parallel();
+  for (auto _ : state) {
+    auto task = [](const void* c, int64_t i) {
+      const Context& copy = *static_cast<const Context*>(c);
+      const int64_t begin = i * copy.chunk;
+      std::memcpy(copy.to + begin, copy.from + begin, std::min(copy.chunk, copy.bytes - begin));
+    };
+    parallel.run(parallel.pool, (bytes + context.chunk - 1) / context.chunk, 0, task, &context);
+  }
+  state.SetBytesProcessed(state.iterations() * 2 * bytes);
+}
+
+std::string Name(const char* what, const Size& s, const char* layout, DataType type) {
+  const char* types[] = {"half", "bfloat16", "float"};
+  return std::string(what) + "/" + types[static_cast<int>(type)] + "/" + layout + "/" + std::to_string(s.batch) + "x" +
+         std::to_string(s.positions) + "x" + std::to_string(s.channels);
+}
+
+// Calls visit(name, kind, size, layout, type) for every benchmark of the op.
+template <class Visit>
+void ForEachCall(Visit visit) {
+  for (DataType type : {DataType::kFloat, DataType::kBfloat16, DataType::kHalf}) {
+    for (const Size& size : kSizes) {
+      for (Layout layout : {Layout::kChannelsLast, Layout::kChannelsFirst}) {
+        const char* layout_name = layout == Layout::kChannelsLast ? "channels_last" : "channels_first";
+        visit(Name("forward_in_place", size, layout_name, type), Call::kForwardInPlace, size, layout, type);
+        visit(Name("forward_fresh", size, layout_name, type), Call::kForwardFresh, size, layout, type);
+        visit(Name("backward_in_place", size, layout_name, type), Call::kBackwardInPlace, size, layout, type);
+      }
+    }
+  }
+}
+
+int RunOnce(const std::string& wanted) {
+  bool found = false;
+  ForEachCall([&](const std::string& name, Call::Kind kind, const Size& size, Layout layout, DataType type) {
+    if (name != wanted) return;
+    found = true;
+    Call(kind, size, layout, type).Run(Serial());
+  });
+  if (!found) std::fprintf(stderr, "there is no benchmark named %s\n", wanted.c_str());
+  return found ? 0 : 1;
+}
+
+void RegisterAll() {
+  auto finish = [](benchmark::internal::Benchmark* b) { b->UseRealTime()->Unit(benchmark::kMicrosecond); };
+  ForEachCall([&](const std::string& name, Call::Kind kind, const Size& size, Layout layout, DataType type) {
+    finish(benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) {
+      Call call(kind, size, layout, type);
+      for (auto _ : state) call.Run(Pool().parallel());
+      state.SetBytesProcessed(state.iterations() * call.Traffic());
+    }));
+  });
+  for (DataType type : {DataType::kFloat, DataType::kHalf}) {
+    for (const Size& size : kSizes) {
+      finish(benchmark::RegisterBenchmark(Name("copy", size, "any", type).c_str(),
+                                          [=](benchmark::State& state) { BenchCopy(state, size, type); }));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace core
+}  // namespace tf_agc
+
+int main(int argc, char** argv) {
+  if (argc == 3 && std::strcmp(argv[1], "--once") == 0) return tf_agc::core::RunOnce(argv[2]);
+  tf_agc::core::RegisterAll();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+}

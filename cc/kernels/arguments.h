@@ -1,0 +1,92 @@
+// What TensorFlow's kernels and XLA's kernels both ask of an op's attributes and of its inputs' shapes, in the same words.
+// No buffers and no arithmetic here; types were checked by TensorFlow.
+
+#ifndef TF_AGC_CC_KERNELS_ARGUMENTS_H_
+#define TF_AGC_CC_KERNELS_ARGUMENTS_H_
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#include "cc/core/agc.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/tensor_shape.h"
+
+namespace tf_agc {
+
+// The attributes that both ops have.
+struct Attributes {
+  core::Activation activation = core::Activation::kLinear;
+  float alpha = 0;
+  core::Layout layout = core::Layout::kChannelsLast;
+
+  absl::Status Read(tensorflow::OpKernelConstruction* context) {
+    std::string name;
+    TF_RETURN_IF_ERROR(context->GetAttr("activation", &name));
+    if (name == "linear") {
+      activation = core::Activation::kLinear;
+    } else if (name == "relu") {
+      activation = core::Activation::kRelu;
+    } else if (name == "relu6") {
+      activation = core::Activation::kRelu6;
+    } else if (name == "leaky_relu") {
+      activation = core::Activation::kLeakyRelu;
+    } else if (name == "elu") {
+      activation = core::Activation::kElu;
+    } else {
+      return absl::InvalidArgumentError(
+          absl::StrCat("activation must be linear, relu, relu6, leaky_relu or elu, got ", name));
+    }
+    TF_RETURN_IF_ERROR(context->GetAttr("alpha", &alpha));
+    if (!std::isfinite(alpha) || alpha < 0) {
+      return absl::InvalidArgumentError(absl::StrCat("alpha must be finite and >= 0, got ", alpha));
+    }
+    TF_RETURN_IF_ERROR(context->GetAttr("data_format", &name));
+    if (name != "N...C" && name != "NC...") {
+      return absl::InvalidArgumentError(absl::StrCat("data_format must be N...C or NC..., got ", name));
+    }
+    layout = name == "N...C" ? core::Layout::kChannelsLast : core::Layout::kChannelsFirst;
+    return absl::OkStatus();
+  }
+};
+
+inline absl::Status ReadShape(const tensorflow::TensorShape& maps, core::Layout layout, core::Shape* shape) {
+  const int rank = maps.dims();
+  if (rank < 3 || rank > 8) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape ", maps.DebugString()));
+  }
+  const int channel_axis = layout == core::Layout::kChannelsLast ? rank - 1 : 1;
+  *shape = {maps.dim_size(0), 1, maps.dim_size(channel_axis), layout};
+  for (int i = 1; i < rank; ++i) {
+    if (i != channel_axis) shape->positions *= maps.dim_size(i);
+  }
+  if (shape->positions == 0 && shape->batch > 0) {
+    return absl::InvalidArgumentError(absl::StrCat("x has no positions (a spatial size is 0) but a batch of ",
+                                                   shape->batch, ": the mean of an empty map is undefined, got shape ",
+                                                   maps.DebugString()));
+  }
+  return absl::OkStatus();
+}
+
+inline absl::Status CheckPerChannel(const char* name, const tensorflow::TensorShape& got, const core::Shape& shape) {
+  if (got.dims() == 1 && got.dim_size(0) == shape.channels) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, " must have shape [C] = [", shape.channels, "], got ", got.DebugString()));
+}
+
+inline absl::Status CheckPerMap(const char* name, const tensorflow::TensorShape& got, const core::Shape& shape) {
+  if (got.dims() == 2 && got.dim_size(0) == shape.batch && got.dim_size(1) == shape.channels) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, " must have shape [N, C] = [", shape.batch, ",", shape.channels,
+                                                 "], got ", got.DebugString()));
+}
+
+inline absl::Status CheckDy(const tensorflow::TensorShape& dy, const tensorflow::TensorShape& kept) {
+  if (dy == kept) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("dy must have the shape of kept ", kept.DebugString(), ", got ", dy.DebugString()));
+}
+
+}  // namespace tf_agc
+
+#endif  // TF_AGC_CC_KERNELS_ARGUMENTS_H_
