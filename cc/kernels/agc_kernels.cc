@@ -3,11 +3,10 @@
 // Eager execution runs no shape function, so everything is checked again.
 
 #include <atomic>
-#include <cmath>
-#include <string>
 #include <type_traits>
 
 #include "cc/core/agc.h"
+#include "cc/kernels/arguments.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
 #include "tensorflow/core/lib/core/threadpool.h"
@@ -41,75 +40,6 @@ constexpr core::DataType DataTypeOf() {
   if constexpr (std::is_same_v<T, Eigen::bfloat16>) return core::DataType::kBfloat16;
   if constexpr (std::is_same_v<T, double>) return core::DataType::kDouble;
   return core::DataType::kFloat;
-}
-
-// The attributes that both ops have.
-struct Attributes {
-  core::Activation activation = core::Activation::kLinear;
-  float alpha = 0;
-  core::Layout layout = core::Layout::kChannelsLast;
-
-  absl::Status Read(OpKernelConstruction* context) {
-    std::string name;
-    TF_RETURN_IF_ERROR(context->GetAttr("activation", &name));
-    if (name == "linear") {
-      activation = core::Activation::kLinear;
-    } else if (name == "relu") {
-      activation = core::Activation::kRelu;
-    } else if (name == "relu6") {
-      activation = core::Activation::kRelu6;
-    } else if (name == "leaky_relu") {
-      activation = core::Activation::kLeakyRelu;
-    } else if (name == "elu") {
-      activation = core::Activation::kElu;
-    } else {
-      return absl::InvalidArgumentError(
-          absl::StrCat("activation must be linear, relu, relu6, leaky_relu or elu, got ", name));
-    }
-    TF_RETURN_IF_ERROR(context->GetAttr("alpha", &alpha));
-    if (!std::isfinite(alpha) || alpha < 0) {
-      return absl::InvalidArgumentError(absl::StrCat("alpha must be finite and >= 0, got ", alpha));
-    }
-    TF_RETURN_IF_ERROR(context->GetAttr("data_format", &name));
-    if (name != "N...C" && name != "NC...") {
-      return absl::InvalidArgumentError(absl::StrCat("data_format must be N...C or NC..., got ", name));
-    }
-    layout = name == "N...C" ? core::Layout::kChannelsLast : core::Layout::kChannelsFirst;
-    return absl::OkStatus();
-  }
-};
-
-absl::Status ReadShape(const Tensor& maps, core::Layout layout, core::Shape* shape) {
-  const int rank = maps.dims();
-  if (rank < 3 || rank > 8) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape ", maps.shape().DebugString()));
-  }
-  const int channel_axis = layout == core::Layout::kChannelsLast ? rank - 1 : 1;
-  *shape = {maps.dim_size(0), 1, maps.dim_size(channel_axis), layout};
-  for (int i = 1; i < rank; ++i) {
-    if (i != channel_axis) shape->positions *= maps.dim_size(i);
-  }
-  if (shape->positions == 0 && shape->batch > 0) {
-    return absl::InvalidArgumentError(absl::StrCat("x has no positions (a spatial size is 0) but a batch of ",
-                                                   shape->batch, ": the mean of an empty map is undefined, got shape ",
-                                                   maps.shape().DebugString()));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CheckPerChannel(const char* name, const Tensor& tensor, const core::Shape& shape) {
-  if (tensor.dims() == 1 && tensor.dim_size(0) == shape.channels) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat(name, " must have shape [C] = [", shape.channels, "], got ", tensor.shape().DebugString()));
-}
-
-absl::Status CheckPerMap(const char* name, const Tensor& tensor, const core::Shape& shape) {
-  if (tensor.dims() == 2 && tensor.dim_size(0) == shape.batch && tensor.dim_size(1) == shape.channels) {
-    return absl::OkStatus();
-  }
-  return absl::InvalidArgumentError(absl::StrCat(name, " must have shape [N, C] = [", shape.batch, ",", shape.channels,
-                                                 "], got ", tensor.shape().DebugString()));
 }
 
 // TensorFlow's own pool, behind the callback that cc/core knows.
@@ -148,9 +78,9 @@ class AgcOp : public OpKernel {
     const Tensor& gain = context->input(1);
     const Tensor& mean_scale = context->input(2);
     core::Shape shape;
-    OP_REQUIRES_OK(context, ReadShape(x, attributes_.layout, &shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("gain", gain, shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", mean_scale, shape));
+    OP_REQUIRES_OK(context, ReadShape(x.shape(), attributes_.layout, &shape));
+    OP_REQUIRES_OK(context, CheckPerChannel("gain", gain.shape(), shape));
+    OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", mean_scale.shape(), shape));
 
     // x is dead after this op unless somebody else holds it, and TensorFlow knows.
     const T* x_data = Data<T>(x);
@@ -187,14 +117,12 @@ class AgcGradOp : public OpKernel {
     const Tensor& gain = context->input(4);
     const Tensor& mean_scale = context->input(5);
     core::Shape shape;
-    OP_REQUIRES_OK(context, ReadShape(kept, attributes_.layout, &shape));
-    OP_REQUIRES(context, dy.shape() == kept.shape(),
-                absl::InvalidArgumentError(absl::StrCat("dy must have the shape of kept ", kept.shape().DebugString(),
-                                                        ", got ", dy.shape().DebugString())));
-    OP_REQUIRES_OK(context, CheckPerMap("dmean", dmean, shape));
-    OP_REQUIRES_OK(context, CheckPerMap("mean", mean, shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("gain", gain, shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", mean_scale, shape));
+    OP_REQUIRES_OK(context, ReadShape(kept.shape(), attributes_.layout, &shape));
+    OP_REQUIRES_OK(context, CheckDy(dy.shape(), kept.shape()));
+    OP_REQUIRES_OK(context, CheckPerMap("dmean", dmean.shape(), shape));
+    OP_REQUIRES_OK(context, CheckPerMap("mean", mean.shape(), shape));
+    OP_REQUIRES_OK(context, CheckPerChannel("gain", gain.shape(), shape));
+    OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", mean_scale.shape(), shape));
 
     const T* dy_data = Data<T>(dy);
     const T* kept_data = Data<T>(kept);
