@@ -47,7 +47,7 @@ int64_t ElementBytes(DataType data_type) {
 }
 
 Plan MakePlan(const Shape& shape) {
-  Plan plan{1, 0, 0};
+  Plan plan{1, 0, 0, false};
   if (shape.layout == Layout::kChannelsLast) {
     while (plan.fold * shape.channels < kMinColumns || plan.fold * shape.channels % kColumnMultiple != 0) {
       ++plan.fold;
@@ -201,7 +201,9 @@ void Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   if (shape.batch == 0 || shape.channels == 0) return;
   const Loops& loops = FindLoops(level, args.data_type, Effective(args.activation, args.alpha));
   const int64_t bytes = ElementBytes(args.data_type);
-  const Plan plan = MakePlan(shape);
+  Plan plan = MakePlan(shape);
+  // In place, the lines to write are in the cache already. A small new tensor should be left there for its reader.
+  plan.stream = args.y != args.x && shape.batch * shape.positions * shape.channels * bytes > L3CacheBytes() / 2;
   const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, 1, parallel.threads));
   const int64_t whole_maps = shape.batch * blocks.count;
   if (whole_maps >= parallel.threads || plan.chunks == 1) {

@@ -1,6 +1,7 @@
 #include "cc/core/cpu.h"
 
-#include <unistd.h>
+#include <fstream>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -48,6 +49,24 @@ uint64_t ReadFpcr() {
 void WriteFpcr(uint64_t value) { asm volatile("msr fpcr, %0" : : "r"(value)); }
 #endif
 
+// The size of the first core's cache of this level, 0 where there is none or the system does not tell. Not from
+// sysconf, whose third level is that of a whole machine of which a virtual one may have two cores.
+int64_t CacheBytes(int level) {
+  for (int index = 0; index < 8; ++index) {
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+    std::ifstream level_file(folder + "level"), type_file(folder + "type"), size_file(folder + "size");
+    int found_level = 0;
+    int64_t size = 0;
+    std::string type;
+    char unit = 0;
+    if (!(level_file >> found_level) || !(type_file >> type) || !(size_file >> size)) continue;
+    size_file >> unit;
+    if (found_level != level || type == "Instruction") continue;
+    return size * (unit == 'K' ? 1024 : unit == 'M' ? 1024 * 1024 : 1);
+  }
+  return 0;
+}
+
 }  // namespace
 
 InstructionSet BestInstructionSet() {
@@ -70,19 +89,13 @@ const char* InstructionSetName(InstructionSet level) {
 }
 
 int64_t L2CacheBytes() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return int64_t{512} * 1024;
+  static const int64_t bytes = CacheBytes(2);
+  return bytes > 0 ? bytes : int64_t{512} * 1024;
 }
 
 int64_t L3CacheBytes() {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return 0;
+  static const int64_t bytes = CacheBytes(3);
+  return bytes;
 }
 
 #if defined(__x86_64__)

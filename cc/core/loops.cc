@@ -155,6 +155,7 @@ struct ForwardMap {
   static constexpr int kParameters = 2;
   const T* x;
   T* out;
+  bool stream;
   Act act;
 
   struct Input {
@@ -170,6 +171,7 @@ template <class T, class Act>
 struct BackwardMap {
   using V = typename Compute<T>::Vector;
   static constexpr int kParameters = 3;
+  static constexpr bool stream = false;  // dx lies where dy or the kept tensor was, in the cache.
   const T* kept;
   const T* dy;
   T* out;
@@ -330,11 +332,11 @@ struct Parameters {
 
 template <int kRows, bool kPerColumn, class T, class Map>
 inline void ApplySomeRows(const Map& map, const Parameters<T, Map::kParameters>& parameters, int64_t element,
-                          int64_t stride, int64_t width) {
+                          int64_t stride, int64_t width, bool stream) {
   using V = typename Compute<T>::Vector;
   constexpr int kLanes = Compute<T>::kLanes;
   const int64_t tail = width / kLanes * kLanes;
-  typename Map::Input in[kRows], last[kRows];
+  typename Map::Input in[kRows], last[kRows] = {};
   V p[Map::kParameters];
   if (tail < width) {
     // The last vector overlaps the one before it: read it while its input is still there.
@@ -343,7 +345,10 @@ inline void ApplySomeRows(const Map& map, const Parameters<T, Map::kParameters>&
   for (int64_t i = 0; i < tail; i += kLanes) {
     parameters.Get(kPerColumn ? i : 0, p);
     for (int r = 0; r < kRows; ++r) in[r] = map.Read(element + r * stride + i);
-    for (int r = 0; r < kRows; ++r) Store(map.out + element + r * stride + i, map.Value(p, in[r]));
+    for (int r = 0; r < kRows; ++r) {
+      T* to = map.out + element + r * stride + i;
+      stream ? StoreStreaming(to, map.Value(p, in[r])) : Store(to, map.Value(p, in[r]));
+    }
   }
   if (tail < width) {
     parameters.Get(kPerColumn ? width - kLanes : 0, p);
@@ -363,11 +368,16 @@ void ApplyRows(const Map& map, const Parameters<T, Map::kParameters>& parameters
     }
     return;
   }
+  const int64_t first = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.out + element));
+  const bool stream = map.stream && first % kStreamBytes<T> == 0 && stride * int64_t{sizeof(T)} % kStreamBytes<T> == 0;
   // Four rows share one load of the parameters.
   for (; rows >= 4; rows -= 4, element += 4 * stride) {
-    ApplySomeRows<4, kPerColumn>(map, parameters, element, stride, width);
+    ApplySomeRows<4, kPerColumn>(map, parameters, element, stride, width, stream);
   }
-  for (; rows > 0; --rows, element += stride) ApplySomeRows<1, kPerColumn>(map, parameters, element, stride, width);
+  for (; rows > 0; --rows, element += stride) {
+    ApplySomeRows<1, kPerColumn>(map, parameters, element, stride, width, stream);
+  }
+  if (stream) StreamFence();
 }
 
 // ---- Chunks of a sample, in both layouts ----
@@ -493,7 +503,7 @@ struct Passes {
   static void ForwardWrite(const ForwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
                            int64_t chunk, Parameters<T, 2>* parameters) {
     const ForwardMap<T, Act> map{Sample(static_cast<const T*>(args.x), args.shape, sample),
-                                 Sample(static_cast<T*>(args.y), args.shape, sample), Act(args.alpha)};
+                                 Sample(static_cast<T*>(args.y), args.shape, sample), plan.stream, Act(args.alpha)};
     ApplyChunk<T>(map, parameters, Chunk(args.shape, plan, begin, end, chunk));
   }
 

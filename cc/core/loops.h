@@ -25,6 +25,7 @@ struct Plan {
   int64_t fold;
   int64_t chunk;   // Positions in a chunk: the unit in which threads share a map, a multiple of fold.
   int64_t chunks;  // Chunks in a map; the last one may be shorter.
+  bool stream;     // Write a new y past the caches, where it is too large to be found there later.
 };
 
 // Work on the channels [begin, end) of one sample. With plan.fold > 1 that is all of them, and begin is 0. end - begin

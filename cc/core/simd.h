@@ -227,6 +227,43 @@ inline void Store(Bfloat16* to, FloatVector v) {
   __builtin_memcpy(to, &bfloat16, sizeof bfloat16);
 }
 
+// Stores past the caches: memory that is written whole need not be read first. `to` is aligned to kStreamBytes<T>; a
+// thread calls StreamFence() before another one may read. Where a level has no such store of this width, they are
+// plain.
+template <class T>
+constexpr int64_t kStreamBytes = Compute<T>::kLanes * int64_t{sizeof(T)};
+
+#if defined(__AVX512F__)
+inline void StoreStreaming(float* to, FloatVector v) { _mm512_stream_ps(to, v); }
+inline void StoreStreaming(double* to, DoubleVector v) { _mm512_stream_pd(to, v); }
+inline void StoreStreaming(Half* to, FloatVector v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), BitCast<__m256i>(FloatToHalf(v)));
+}
+inline void StoreStreaming(Bfloat16* to, FloatVector v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), BitCast<__m256i>(FloatToBfloat16(v)));
+}
+#elif defined(__AVX2__)
+inline void StoreStreaming(float* to, FloatVector v) { _mm256_stream_ps(to, v); }
+inline void StoreStreaming(double* to, DoubleVector v) { _mm256_stream_pd(to, v); }
+inline void StoreStreaming(Half* to, FloatVector v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), BitCast<__m128i>(FloatToHalf(v)));
+}
+inline void StoreStreaming(Bfloat16* to, FloatVector v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), BitCast<__m128i>(FloatToBfloat16(v)));
+}
+#else
+template <class T, class V>
+inline void StoreStreaming(T* to, V v) {
+  Store(to, v);
+}
+#endif
+
+inline void StreamFence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes, fewer than a vector has; the others are zero. Slow but on the highest level: for what is
 // left over once per map.
 template <class T>
