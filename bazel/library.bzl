@@ -6,10 +6,10 @@ COPTS = [
     "-Wextra",
 ]
 
-def tf_agc_library(name, shared_library, srcs, deps):
+def tf_agc_library(name, shared_library, srcs, deps, tensorflow):
     """Makes `name` and `shared_library` from the same objects.
 
-    TensorFlow is reached through @org_tensorflow alone: the installed package here, its sources inside TensorFlow
+    TensorFlow is reached through its own label names alone: the installed package here, its sources inside TensorFlow
     Serving.
 
     Args:
@@ -17,6 +17,7 @@ def tf_agc_library(name, shared_library, srcs, deps):
       shared_library: the file name of the shared library; it exports the symbols named in exports.lds and no others.
       srcs: the files that include TensorFlow's headers.
       deps: our own libraries, without TensorFlow.
+      tensorflow: labels of @org_tensorflow and @xla.
     """
     native.cc_library(
         name = name,
@@ -24,10 +25,7 @@ def tf_agc_library(name, shared_library, srcs, deps):
         copts = COPTS,
         linkstatic = True,
         visibility = ["//visibility:public"],
-        deps = deps + [
-            "@org_tensorflow//tensorflow/core:framework",
-            "@org_tensorflow//tensorflow/core:lib",
-        ],
+        deps = deps + tensorflow,
         # Nothing refers to the registrations: without this the linker would drop them.
         alwayslink = True,
     )

@@ -1,7 +1,7 @@
 """Repositories made from the Python environment that the plugin is built for.
 
-@python_environment is the interpreter and its TensorFlow's version; @org_tensorflow is that TensorFlow's headers and
-library under TensorFlow's own label names. Nothing about our own targets lives here.
+@python_environment is the interpreter and its TensorFlow's version; @org_tensorflow and @xla are that TensorFlow's
+headers and libraries under TensorFlow's own label names. Nothing about our own targets lives here.
 
 The interpreter is --repo_env=TF_AGC_PYTHON, or python3. TF_AGC_ENVIRONMENT names what is installed in it: a new value
 makes Bazel look at the interpreter again. tools/setup.sh sets both in .bazelrc.configured.
@@ -50,7 +50,7 @@ python_environment = repository_rule(
     local = True,
 )
 
-_ROOT_BUILD = """# TensorFlow's headers and library; named in //tensorflow/core.
+_ROOT_BUILD = """# TensorFlow's headers and libraries; named in //tensorflow/core and //tensorflow/compiler/tf2xla.
 
 cc_library(
     name = "headers",
@@ -63,6 +63,23 @@ cc_library(
 cc_import(
     name = "framework_library",
     shared_library = "libtensorflow_framework.so.2",
+    visibility = ["//tensorflow:__subpackages__"],
+)
+
+# What the headers of the XLA compiler include besides.
+cc_library(
+    name = "xla_headers",
+    includes = [
+        "include/external/farmhash_archive/src",
+        "include/external/highwayhash",
+    ],
+    visibility = ["//tensorflow:__subpackages__"],
+    deps = [":headers"],
+)
+
+cc_import(
+    name = "cc_library",
+    shared_library = "libtensorflow_cc.so.2",
     visibility = ["//tensorflow:__subpackages__"],
 )
 """
@@ -85,17 +102,60 @@ alias(
 )
 """
 
+_TF2XLA_BUILD = """# The targets of TensorFlow's own //tensorflow/compiler/tf2xla that this project uses.
+
+package(default_visibility = ["//visibility:public"])
+
+cc_library(
+    name = "xla_compiler",
+    deps = [
+        "//:cc_library",
+        "//:xla_headers",
+        "//tensorflow/core:framework",
+    ],
+)
+
+alias(
+    name = "common",
+    actual = ":xla_compiler",
+)
+
+alias(
+    name = "xla_op_registry",
+    actual = ":xla_compiler",
+)
+"""
+
+_FFI_BUILD = """# The target of XLA's own //xla/ffi/api that this project uses; the pip package has the header among TensorFlow's.
+
+alias(
+    name = "ffi",
+    actual = "@org_tensorflow//tensorflow/core:framework",
+    visibility = ["//visibility:public"],
+)
+"""
+
 def _tensorflow_repository_impl(repository_ctx):
     include, library, flags = _ask_python(repository_ctx, _TENSORFLOW_FILES)[-3:]
     repository_ctx.symlink(include, "include")
-    repository_ctx.symlink(library + "/libtensorflow_framework.so.2", "libtensorflow_framework.so.2")
+    for name in ["libtensorflow_framework.so.2", "libtensorflow_cc.so.2"]:
+        repository_ctx.symlink(library + "/" + name, name)
     defines = [flag[len("-D"):] for flag in flags.split(" ") if flag.startswith("-D")]
     repository_ctx.file("BUILD", _ROOT_BUILD.format(defines = repr(defines)))
     repository_ctx.file("tensorflow/core/BUILD", _CORE_BUILD)
+    repository_ctx.file("tensorflow/compiler/tf2xla/BUILD", _TF2XLA_BUILD)
 
 tensorflow_repository = repository_rule(
     doc = "@org_tensorflow: TensorFlow's label names over the installed pip package.",
     implementation = _tensorflow_repository_impl,
     environ = _ENVIRON,
     local = True,
+)
+
+def _xla_repository_impl(repository_ctx):
+    repository_ctx.file("xla/ffi/api/BUILD", _FFI_BUILD)
+
+xla_repository = repository_rule(
+    doc = "@xla: XLA's label names over @org_tensorflow.",
+    implementation = _xla_repository_impl,
 )

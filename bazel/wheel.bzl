@@ -7,14 +7,14 @@ def _wheel_impl(ctx):
     directory = ctx.actions.declare_directory(ctx.label.name)
     arguments = ctx.actions.args()
     arguments.add(ctx.file.make_wheel)
-    arguments.add("--library", ctx.file.library)
+    arguments.add_all(ctx.files.libraries, before_each = "--library")
     arguments.add("--tensorflow_version", TENSORFLOW_VERSION)
     arguments.add("--output", directory.path)
     arguments.add_all(ctx.files.srcs)
     ctx.actions.run(
         executable = PYTHON,
         arguments = [arguments],
-        inputs = ctx.files.srcs + [ctx.file.library, ctx.file.make_wheel, ctx.file._environment],
+        inputs = ctx.files.srcs + ctx.files.libraries + [ctx.file.make_wheel, ctx.file._environment],
         outputs = [directory],
         mnemonic = "Wheel",
         progress_message = "Making the wheel",
@@ -24,10 +24,10 @@ def _wheel_impl(ctx):
 wheel = rule(
     implementation = _wheel_impl,
     attrs = {
-        "library": attr.label(
+        "libraries": attr.label_list(
             mandatory = True,
-            allow_single_file = True,
-            doc = "The native library.",
+            allow_files = [".so"],
+            doc = "The native libraries.",
         ),
         "make_wheel": attr.label(
             mandatory = True,

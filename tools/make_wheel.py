@@ -1,4 +1,4 @@
-"""Makes the wheel out of the sources and the native library; //:wheel runs it (bazel/wheel.bzl).
+"""Makes the wheel out of the sources and the native libraries; //:wheel runs it (bazel/wheel.bzl).
 
 setuptools packs, auditwheel finds the platform tag and checks which libraries are needed. Nothing is fetched, and the
 same inputs give the same bytes. No path of the checkout is known here: everything comes as an argument.
@@ -12,14 +12,14 @@ import subprocess
 import sys
 import tempfile
 
-# Loaded by TensorFlow before our library is.
+# Loaded by TensorFlow before our libraries are.
 TENSORFLOW_LIBRARIES = ["libtensorflow_framework.so.2", "libtensorflow_cc.so.2"]
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--library", type=pathlib.Path, required=True, help="the native library")
-    parser.add_argument("--tensorflow_version", required=True, help="the version that the library was built for")
+    parser.add_argument("--library", type=pathlib.Path, required=True, action="append", help="a native library")
+    parser.add_argument("--tensorflow_version", required=True, help="the version that the libraries were built for")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="the directory for the wheel")
     parser.add_argument("sources", type=pathlib.Path, nargs="+", help="relative paths, kept in the wheel")
     return parser.parse_args()
@@ -49,11 +49,12 @@ def main():
             shutil.copyfile(source, target)
         native = tree / "tf_agc" / "native_library"
         native.mkdir()
-        shutil.copyfile(arguments.library, native / "libtf_agc.so")
-        (native / "libtf_agc.so").chmod(0o755)
-        # Bazel's toolchain always records where it found TensorFlow. The wheel must not: whoever opens the library has
-        # TensorFlow's own loaded already.
-        run(["patchelf", "--remove-rpath", "libtf_agc.so"], native)
+        for library in arguments.library:
+            shutil.copyfile(library, native / library.name)
+            (native / library.name).chmod(0o755)
+            # Bazel's toolchain always records where it found TensorFlow. The wheel must not: whoever opens the library
+            # has TensorFlow's own loaded already.
+            run(["patchelf", "--remove-rpath", library.name], native)
         (native / "tensorflow_version.txt").write_text(arguments.tensorflow_version + "\n")
 
         packed = pathlib.Path(scratch, "packed")

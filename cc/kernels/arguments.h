@@ -1,4 +1,4 @@
-// What TensorFlow's kernels and XLA's kernels both ask of an op's attributes and of its inputs' shapes, in the same words.
+// What TensorFlow's kernels and XLA's both ask of an op's attributes and of its inputs' shapes, in the same words.
 // No buffers and no arithmetic here; types were checked by TensorFlow.
 
 #ifndef TF_AGC_CC_KERNELS_ARGUMENTS_H_
@@ -53,8 +53,8 @@ struct Attributes {
 inline absl::Status ReadShape(const tensorflow::TensorShape& maps, core::Layout layout, core::Shape* shape) {
   const int rank = maps.dims();
   if (rank < 3 || rank > 8) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape ", maps.DebugString()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape ", maps.DebugString()));
   }
   const int channel_axis = layout == core::Layout::kChannelsLast ? rank - 1 : 1;
   *shape = {maps.dim_size(0), 1, maps.dim_size(channel_axis), layout};

@@ -1,0 +1,219 @@
+// XLA's typed FFI on one side, cc/core on the other: buffers become pointers, XLA's thread pool becomes core::Parallel.
+// Nothing is validated: XLA passes the shapes and types that agc_xla_kernels.cc compiled the program for.
+
+#include "cc/xla/custom_call.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+
+#include "cc/core/agc.h"
+#include "xla/ffi/api/ffi.h"
+
+// Exported by TensorFlow's libraries, declared in none of their public headers.
+extern "C" const XLA_FFI_Api* XLA_FFI_GetApi();
+
+namespace tf_agc {
+namespace xla_calls {
+namespace {
+
+namespace ffi = ::xla::ffi;
+
+using Buffer = ffi::AnyBuffer;
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+enum Counter {
+  kForwardCalls,
+  kForwardInPlace,
+  kBackwardCalls,
+  kBackwardOverDy,
+  kCounters,
+};
+
+std::atomic<int64_t> counters[kCounters];
+
+void Count(Counter counter) { counters[counter].fetch_add(1, std::memory_order_relaxed); }
+
+// Tasks that threads take from, until none are left.
+class Job {
+ public:
+  Job(int64_t tasks, void (*task)(const void*, int64_t), const void* context)
+      : tasks_(tasks), task_(task), context_(context) {}
+
+  // Takes and runs tasks. A thread that comes too late touches nothing but this object.
+  void Help() {
+    int64_t run = 0;
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_; ++run) task_(context_, i);
+    if (run == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    done_ += run;
+    if (done_ == tasks_) all_done_.notify_all();
+  }
+
+  // Waits for the tasks that other threads took.
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_done_.wait(lock, [this] { return done_ == tasks_; });
+  }
+
+ private:
+  const int64_t tasks_;
+  void (*const task_)(const void*, int64_t);
+  const void* const context_;
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::condition_variable all_done_;
+  int64_t done_ = 0;
+};
+
+// Below this, waking a thread costs more than it saves.
+constexpr int64_t kCyclesPerThread = 40000;
+
+// XLA's pool behind the callback that cc/core knows. The caller may be one of the pool's own threads, and all others
+// may be callers, too: so it takes every task that nobody else has, and waits only for those that are running.
+core::Parallel ParallelOf(ffi::ThreadPool* pool) {
+  auto run = [](void* pool, int64_t tasks, int64_t cycles, void (*task)(const void*, int64_t), const void* context) {
+    auto* threads = static_cast<ffi::ThreadPool*>(pool);
+    const int64_t worthwhile = std::min(tasks, tasks * cycles / kCyclesPerThread);
+    const int64_t helpers = std::min(threads->num_threads(), worthwhile) - 1;
+    if (helpers <= 0) {
+      for (int64_t i = 0; i < tasks; ++i) task(context, i);
+      return;
+    }
+    const auto job = std::make_shared<Job>(tasks, task, context);
+    for (int64_t i = 0; i < helpers; ++i) threads->Schedule([job] { job->Help(); });
+    job->Help();
+    job->Wait();
+  };
+  // Where XLA runs without a pool it says 0.
+  return {static_cast<int>(std::max<int64_t>(pool->num_threads(), 1)), pool, run};
+}
+
+core::DataType DataTypeOf(const Buffer& maps) {
+  switch (maps.element_type()) {
+    case ffi::DataType::F16:
+      return core::DataType::kHalf;
+    case ffi::DataType::BF16:
+      return core::DataType::kBfloat16;
+    case ffi::DataType::F64:
+      return core::DataType::kDouble;
+    default:
+      return core::DataType::kFloat;
+  }
+}
+
+core::Shape ShapeOf(const Buffer& maps, core::Layout layout) {
+  const Buffer::Dimensions sizes = maps.dimensions();
+  const size_t channel_axis = layout == core::Layout::kChannelsLast ? sizes.size() - 1 : 1;
+  core::Shape shape{sizes[0], 1, sizes[channel_axis], layout};
+  for (size_t i = 1; i < sizes.size(); ++i) {
+    if (i != channel_axis) shape.positions *= sizes[i];
+  }
+  return shape;
+}
+
+ffi::Error Forward(ffi::ThreadPool pool, Buffer x, Buffer gain, Buffer mean_scale, Result y, Result mean,
+                   int32_t activation, float alpha, int32_t layout) {
+  Count(kForwardCalls);
+  if (y->untyped_data() == x.untyped_data()) Count(kForwardInPlace);
+  core::Forward(
+      {ShapeOf(x, static_cast<core::Layout>(layout)), DataTypeOf(x), static_cast<core::Activation>(activation), alpha,
+       x.untyped_data(), gain.untyped_data(), mean_scale.untyped_data(), y->untyped_data(), mean->untyped_data()},
+      ParallelOf(&pool));
+  return ffi::Error::Success();
+}
+
+ffi::Error Backward(ffi::ThreadPool pool, Buffer dy, Buffer dmean, Buffer kept, Buffer mean, Buffer gain,
+                    Buffer mean_scale, Result dx, Result dgain, Result dmean_scale, int32_t activation, float alpha,
+                    int32_t layout) {
+  Count(kBackwardCalls);
+  if (dx->untyped_data() == dy.untyped_data()) Count(kBackwardOverDy);
+  core::Backward(
+      {ShapeOf(kept, static_cast<core::Layout>(layout)), DataTypeOf(kept), static_cast<core::Activation>(activation),
+       alpha, dy.untyped_data(), dmean.untyped_data(), kept.untyped_data(), mean.untyped_data(), gain.untyped_data(),
+       mean_scale.untyped_data(), dx->untyped_data(), dgain->untyped_data(), dmean_scale->untyped_data()},
+      ParallelOf(&pool));
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(kForwardHandler, Forward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Buffer>()  // x
+                           .Arg<Buffer>()  // gain
+                           .Arg<Buffer>()  // mean_scale
+                           .Ret<Buffer>()  // y
+                           .Ret<Buffer>()  // mean
+                           .Attr<int32_t>(kActivation)
+                           .Attr<float>(kAlpha)
+                           .Attr<int32_t>(kLayout));
+
+XLA_FFI_DEFINE_HANDLER(kBackwardHandler, Backward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Buffer>()  // dy
+                           .Arg<Buffer>()  // dmean
+                           .Arg<Buffer>()  // kept
+                           .Arg<Buffer>()  // mean
+                           .Arg<Buffer>()  // gain
+                           .Arg<Buffer>()  // mean_scale
+                           .Ret<Buffer>()  // dx
+                           .Ret<Buffer>()  // dgain
+                           .Ret<Buffer>()  // dmean_scale
+                           .Attr<int32_t>(kActivation)
+                           .Attr<float>(kAlpha)
+                           .Attr<int32_t>(kLayout));
+
+std::string RegisterOne(const char* name, XLA_FFI_Handler* handler) {
+  const XLA_FFI_Api* api = XLA_FFI_GetApi();
+  XLA_FFI_Error* error = ffi::Ffi::RegisterStaticHandler(api, name, "Host", handler);
+  if (error == nullptr) return "";
+  const std::string message = ffi::internal::GetErrorMessage(api, error);
+  ffi::internal::DestroyError(api, error);
+  return message;
+}
+
+}  // namespace
+
+std::string FormatAttributes(core::Activation activation, float alpha, core::Layout layout) {
+  // The bits of alpha, which MLIR takes for a float: digits would depend on the process's locale.
+  uint32_t alpha_bits;
+  static_assert(sizeof(alpha_bits) == sizeof(alpha));
+  std::memcpy(&alpha_bits, &alpha, sizeof(alpha));
+  char text[128];
+  std::snprintf(text, sizeof(text), "{%s = %d : i32, %s = 0x%08X : f32, %s = %d : i32}", kActivation,
+                static_cast<int>(activation), kAlpha, static_cast<unsigned>(alpha_bits), kLayout,
+                static_cast<int>(layout));
+  return text;
+}
+
+std::string Register() {
+  const std::string error = RegisterOne(kForward, kForwardHandler);
+  return error.empty() ? RegisterOne(kBackward, kBackwardHandler) : error;
+}
+
+}  // namespace xla_calls
+}  // namespace tf_agc
+
+// ---- For tests, through ctypes ----
+
+extern "C" {
+
+// Writes the first n of: forward calls, those that wrote over x, backward calls, those that wrote over dy. Returns how
+// many there are.
+int TfAgcXlaCounters(int64_t* values, int n) {
+  using tf_agc::xla_calls::counters;
+  using tf_agc::xla_calls::kCounters;
+  for (int i = 0; i < n && i < kCounters; ++i) values[i] = counters[i].load(std::memory_order_relaxed);
+  return kCounters;
+}
+
+void TfAgcXlaResetCounters() {
+  for (auto& counter : tf_agc::xla_calls::counters) counter.store(0, std::memory_order_relaxed);
+}
+}

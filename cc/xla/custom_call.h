@@ -1,0 +1,35 @@
+// The custom calls by which a program that XLA compiled reaches cc/core: their names, attributes and registration.
+//
+// Nothing here or in custom_call.cc knows TensorFlow; which call a program makes is said in agc_xla_kernels.cc.
+
+#ifndef TF_AGC_CC_XLA_CUSTOM_CALL_H_
+#define TF_AGC_CC_XLA_CUSTOM_CALL_H_
+
+#include <string>
+
+#include "cc/core/agc.h"
+
+namespace tf_agc {
+namespace xla_calls {
+
+// Operands and results as those of the ops, all in row-major layout:
+// (x, gain, mean_scale) -> (y, mean).
+inline constexpr char kForward[] = "TfAgc.Forward";
+// (dy, dmean, kept, mean, gain, mean_scale) -> (dx, dgain, dmean_scale).
+inline constexpr char kBackward[] = "TfAgc.Backward";
+
+// Names of the attributes of both calls.
+inline constexpr char kActivation[] = "activation";
+inline constexpr char kAlpha[] = "alpha";
+inline constexpr char kLayout[] = "layout";
+
+// The attributes as XLA takes them, a dictionary in MLIR's syntax.
+std::string FormatAttributes(core::Activation activation, float alpha, core::Layout layout);
+
+// Makes the calls known to XLA for programs on the CPU. Returns what went wrong, "" if nothing did.
+std::string Register();
+
+}  // namespace xla_calls
+}  // namespace tf_agc
+
+#endif  // TF_AGC_CC_XLA_CUSTOM_CALL_H_
