@@ -1,0 +1,253 @@
+"""What the tests share: cases, their results in float64, and what may differ from them.
+
+No test lives here, and no formula of the layer: expectations come from `tf_agc.reference`.
+"""
+
+import ctypes
+import dataclasses
+import os
+import subprocess
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+from tf_agc import native, reference
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+ACTIVATIONS = ("linear", "relu", "relu6", "leaky_relu", "elu")
+DATA_FORMATS = ("channels_last", "channels_first")
+ALPHA = {"linear": 0.0, "relu": 0.0, "relu6": 0.0, "leaky_relu": 0.2, "elu": 1.0}
+
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+SMALLEST_NORMAL = {
+    "float16": 2.0**-14,
+    "bfloat16": 2.0**-126,
+    "float32": 2.0**-126,
+    "float64": 2.0**-1022,
+}
+
+
+def parameter_dtype(dtype):
+    return "float64" if dtype == "float64" else "float32"
+
+
+@dataclasses.dataclass
+class Case:
+    """Arguments of one forward and one backward call. The tensors have the dtypes of the op."""
+
+    x: tf.Tensor
+    gain: tf.Tensor
+    mean_scale: tf.Tensor
+    dy: tf.Tensor
+    dmean: tf.Tensor
+    activation: str
+    alpha: float
+    data_format: str
+
+    @property
+    def dtype(self):
+        return self.x.dtype.name
+
+    @property
+    def attributes(self):
+        return self.activation, self.alpha, self.data_format
+
+    @property
+    def tensors(self):
+        return self.x, self.gain, self.mean_scale, self.dy, self.dmean
+
+
+def make_case(
+    shape,
+    dtype="float32",
+    activation="relu",
+    data_format="channels_last",
+    alpha=None,
+    seed=0,
+):
+    """A random case of shape (N, ..., C), transposed for channels_first.
+
+    Gains have both signs. Where z is too close to a kink of the activation for every correct kernel
+    to fall on the same side, dy is 0: the forward is continuous there, and dy * act' the same 0.
+    """
+    rng = np.random.default_rng(seed)
+    alpha = ALPHA[activation] if alpha is None else alpha
+    batch, channels = shape[0], shape[-1]
+    x = 2 * rng.standard_normal(shape) + rng.standard_normal(channels)
+    dy = rng.standard_normal(shape)
+    if data_format == "channels_first":
+        x, dy = np.moveaxis(x, -1, 1), np.moveaxis(dy, -1, 1)
+    u = parameter_dtype(dtype)
+    gain = rng.uniform(0.3, 3, channels) * rng.choice([-1, 1], channels)
+    case = Case(
+        x=tf.cast(x, dtype),
+        gain=tf.cast(gain, u),
+        mean_scale=tf.cast(rng.uniform(-0.5, 1.5, channels), u),
+        dy=tf.cast(dy, dtype),
+        dmean=tf.cast(rng.standard_normal((batch, channels)), u),
+        activation=activation,
+        alpha=alpha,
+        data_format=data_format,
+    )
+    z = _z(_to_float64(case))
+    far = np.ones_like(z, bool)
+    for kink in {"linear": (), "relu6": (0, 6)}.get(activation, (0,)):
+        far &= np.abs(z - kink) > 4 * EPSILON[dtype] * max(kink, 1)
+    case.dy = case.dy * tf.cast(far, dtype)
+    return case
+
+
+@dataclasses.dataclass
+class Results:
+    """Both outputs and the three gradients, as float64 arrays."""
+
+    y: np.ndarray
+    mean: np.ndarray
+    dx: np.ndarray
+    dgain: np.ndarray
+    dmean_scale: np.ndarray
+
+
+def run(case, agc, function=False):
+    """The results of `agc` (of `native` or `reference`) on a case, eager or traced."""
+    step = step_of(case, agc)
+    step = tf.function(step) if function else step
+    return results_of(step(*case.tensors))
+
+
+def step_of(case, agc):
+    """One forward and one backward call, as a function of a case's tensors."""
+
+    def step(x, gain, mean_scale, dy, dmean):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gain, mean_scale])
+            y, mean = agc(x, gain, mean_scale, *case.attributes)
+        gradients = tape.gradient([y, mean], [x, gain, mean_scale], output_gradients=[dy, dmean])
+        return y, mean, *gradients
+
+    return step
+
+
+def results_of(tensors):
+    """What a step returned, as `check` takes it."""
+    return Results(*[tf.cast(tensor, tf.float64).numpy() for tensor in tensors])
+
+
+def _to_float64(case):
+    tensors = {
+        field.name: tf.cast(getattr(case, field.name), tf.float64)
+        for field in dataclasses.fields(case)
+        if isinstance(getattr(case, field.name), tf.Tensor)
+    }
+    return dataclasses.replace(case, **tensors)
+
+
+def _z(case):
+    z, _ = reference.agc(case.x, case.gain, case.mean_scale, "linear", 0.0, case.data_format)
+    return z.numpy()
+
+
+def _float64(case):
+    return run(_to_float64(case), reference.agc)
+
+
+def check(case, results, expected=None):
+    """Asserts that results are what float64 gives, up to the roundings that the op's dtypes allow.
+
+    One rounding of y and dx to T, and 16 roundings in U (sums of pairwise blocks, products, expm1)
+    of the largest term that went into a result; measured are up to 2, and 7 for elu in double.
+    Half and bfloat16 have a fused activation take z, for dgain, and elu's act' from y as it was
+    rounded to T: there 4 roundings to T of the largest term; measured is up to 0.4. What T rounds
+    wrongly by more is at a kink, where cases have dy = 0.
+    """
+    expected = expected or _float64(case)
+    dtype, case = case.dtype, _to_float64(case)
+    epsilon, epsilon_u = EPSILON[dtype], EPSILON[parameter_dtype(dtype)]
+    from_rounded_y = set()
+    if dtype in ("float16", "bfloat16") and case.activation != "linear":
+        from_rounded_y = {"dx", "dgain", "dmean_scale"} if case.activation == "elu" else {"dgain"}
+
+    # The largest terms, channel by channel. The reference gives u and the means.
+    ones = tf.ones_like(case.gain)
+    u, _ = reference.agc(case.x, ones, case.mean_scale, "linear", 0.0, case.data_format)
+    u, x, dy = (_channels_last(value.numpy(), case) for value in (u, case.x, case.dy))
+    gain, mean_scale = np.abs(case.gain.numpy()), np.abs(case.mean_scale.numpy())
+    samples_and_positions = tuple(range(x.ndim - 1))
+    x_max = np.abs(x).max(samples_and_positions, initial=0)
+    slope = max(1.0, case.alpha)
+    dz_max = slope * np.abs(dy).max(samples_and_positions, initial=0)
+    dz_sum = slope * np.abs(dy).sum(tuple(range(1, x.ndim - 1)))
+    positions = max(1, x[0, ..., 0].size if x.shape[0] else 1)
+
+    largest = {
+        "y": gain * x_max * (1 + mean_scale) * slope,
+        "mean": x_max,
+        "dx": gain * dz_max * (1 + mean_scale) + np.abs(case.dmean).max(initial=0) / positions,
+        # elu finds z as log1p(y / alpha): an absolute error of about epsilon, so one of 1 / gain.
+        "dgain": slope * (np.abs(dy) * (np.abs(u) + 1 / gain)).sum(samples_and_positions),
+        # A mean of terms that cancel has the error of the terms.
+        "dmean_scale": gain * x_max * dz_sum.sum(0),
+    }
+    rounded = {"y": epsilon, "mean": epsilon_u, "dx": epsilon}
+    for name, scale in largest.items():
+        want, got = getattr(expected, name), getattr(results, name)
+        assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+        if name in ("y", "dx"):
+            want, got = _channels_last(want, case), _channels_last(got, case)
+        roundings = 4 * epsilon if name in from_rounded_y else 16 * epsilon_u
+        allowed = rounded.get(name, epsilon_u) * np.abs(want) + roundings * scale
+        # Denormals of T are flushed to 0 or not, as the thread that runs the kernel is set up.
+        allowed = allowed + SMALLEST_NORMAL[dtype]
+        error = np.abs(got - want)
+        bad = ~(error <= allowed)  # NaN is bad, too
+        assert not bad.any(), (
+            f"{name}: {bad.sum()} of {bad.size} differ, worst {np.nanmax(error / allowed):.3g} "
+            f"times what is allowed; {case.activation}, {dtype}, {case.data_format}, "
+            f"x {case.x.shape}"
+        )
+
+
+def _channels_last(value, case):
+    return value if case.data_format == "channels_last" else np.moveaxis(value, 1, -1)
+
+
+def assert_close(got, want, tolerance):
+    """Compares nested tensors, each relative to its largest entry."""
+    for one, other in zip(tf.nest.flatten(got), tf.nest.flatten(want), strict=True):
+        one, other = (tf.cast(value, tf.float64).numpy() for value in (one, other))
+        assert one.shape == other.shape and np.isfinite(other).all()
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max(initial=1e-300))
+
+
+class Counters:
+    """Calls and in-place calls since `reset`, counted in the kernels."""
+
+    _NAMES = ("forward", "forward_in_place", "backward", "dx_over_dy", "dx_over_kept")
+
+    def __init__(self):
+        self._library = ctypes.CDLL(str(native.STATUS.library))
+
+    def reset(self):
+        self._library.TfAgcResetCounters()
+
+    def read(self):
+        values = (ctypes.c_int64 * len(self._NAMES))()
+        self._library.TfAgcCounters(values, len(self._NAMES))
+        return dict(zip(self._NAMES, values, strict=True))
+
+
+def python(*arguments, path=None, check=True, **environment):
+    """Runs a fresh Python that imports the tf_agc under test, or the one under `path`."""
+    root = path or os.path.dirname(os.path.dirname(native.__file__))
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("TF_AGC_")}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd="/",  # Python would look for packages in this process's, the checkout
+        env={**inherited, "PYTHONPATH": str(root), "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done

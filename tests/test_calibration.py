@@ -1,0 +1,362 @@
+"""`calibrate`: the standard deviation it reaches, in every kind of model, and what it leaves alone."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_agc
+from tf_agc import AutomaticGainControl, calibrate
+from tf_agc import layer as agc_layer
+
+pytestmark = pytest.mark.usefixtures("fresh_keras")
+
+
+def _batch(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+_X = _batch(8, 9, 10, 3)
+
+
+def _conv(channels=5, **arguments):
+    return keras.layers.Conv2D(channels, 3, padding="same", **arguments)
+
+
+def _z_std(model, batch):
+    """Standard deviation of z per channel, for each call of an AGC layer, seen from outside."""
+    seen = []
+
+    def observe(layer, x):
+        z = tf_agc.agc(x, layer.gain, layer.mean_scale, data_format=layer.data_format)
+        axis = 1 if layer.data_format == "channels_first" else 3
+        others = [a for a in range(4) if a != axis]
+        seen.append(np.std(tf.cast(z, tf.float64), axis=tuple(others)))
+
+    token = agc_layer.observer.set(observe)
+    try:
+        model(batch, training=False)
+    finally:
+        agc_layer.observer.reset(token)
+    return seen
+
+
+# No leading underscores: TensorFlow refuses the name scopes that Keras makes of them.
+class Block(keras.layers.Layer):
+    def __init__(self, activation="relu", **arguments):
+        super().__init__(**arguments)
+        self.conv, self.agc = _conv(), AutomaticGainControl(activation)
+
+    def call(self, x):
+        return self.agc(self.conv(x))
+
+
+class Subclassed(keras.Model):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        # Created in another order than they run.
+        self.second, self.first = Block(), Block("elu")
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+class WithFunction(Subclassed):
+    @tf.function
+    def call(self, x):
+        return super().call(x)
+
+
+def _sequential():
+    return keras.Sequential(
+        [
+            keras.Input((9, 10, 3)),
+            *(_conv(), AutomaticGainControl("relu")),
+            *(_conv(), AutomaticGainControl("tanh")),
+            *(_conv(), AutomaticGainControl("leaky_relu", train_mean_scale=False)),
+        ]
+    )
+
+
+def _functional():
+    inputs = keras.Input((None, None, 3))
+    x = AutomaticGainControl("relu")(_conv()(inputs))
+    branch = AutomaticGainControl()(_conv()(x))
+    return keras.Model(inputs, keras.layers.Add()([x, branch]))
+
+
+def _nested():
+    inputs = keras.Input((9, 10, 3))
+    inner = keras.Sequential([keras.Input((9, 10, 5)), Block(), keras.layers.Dropout(0.5)])
+    return keras.Model(inputs, inner(AutomaticGainControl("relu6")(_conv()(inputs))))
+
+
+def _built(model):
+    model(_X[:1])
+    return model
+
+
+_MODELS = {
+    "sequential": (_sequential, 3),
+    "functional": (_functional, 2),
+    "subclassed": (lambda: _built(Subclassed()), 2),
+    "call in a tf.function": (lambda: _built(WithFunction()), 2),
+    "nested": (_nested, 2),
+}
+
+
+@pytest.mark.parametrize("kind", _MODELS)
+def test_models(kind):
+    make, layers = _MODELS[kind]
+    model = make()
+    table = calibrate(model, _X)
+    assert len(table) == layers and all(row.calls == 1 and not row.kept for row in table)
+    stds = _z_std(model, _X) if kind != "call in a tf.function" else []
+    for std in stds:
+        np.testing.assert_allclose(std, np.ones(5), rtol=1e-4)
+    # Again: nothing is left to do.
+    again = calibrate(model, _X)
+    for row, before in zip(again, table, strict=True):
+        np.testing.assert_allclose(row.std_before, np.ones(5), rtol=1e-4)
+        np.testing.assert_allclose(row.gain, before.gain, rtol=1e-4)
+
+
+def test_target_std():
+    model = _sequential()
+    calibrate(model, _X, target_std=0.25)
+    for std in _z_std(model, _X):
+        np.testing.assert_allclose(std, np.full(5, 0.25), rtol=1e-4)
+
+
+def test_order_of_execution():
+    model = _built(Subclassed(name="model"))
+    assert [row.layer.split("/")[-2] for row in calibrate(model, _X)] == [
+        model.first.name,
+        model.second.name,
+    ]
+
+
+def test_signs_are_kept_and_0_becomes_positive():
+    model = keras.Sequential([keras.Input((9, 10, 3)), AutomaticGainControl("relu")])
+    model.layers[0].gain.assign([-3.0, 2.0, 0.0])
+    (row,) = calibrate(model, _X)
+    np.testing.assert_array_equal(np.sign(model.layers[0].gain), [-1, 1, 1])
+    np.testing.assert_array_equal(row.gain, model.layers[0].gain)
+
+
+def test_mean_scale_0_counts_the_standard_deviation_not_the_mean():
+    layer = AutomaticGainControl(mean_scale_initializer="zeros")
+    model = keras.Sequential([keras.Input((9, 10, 3)), layer])
+    calibrate(model, _X + 100)
+    np.testing.assert_allclose(layer.gain, 1 / np.std(_X, axis=(0, 1, 2)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_policies(policy):
+    layer = AutomaticGainControl("relu", dtype=policy)
+    model = keras.Sequential([keras.Input((9, 10, 3)), _conv(5, dtype=policy), layer])
+    calibrate(model, _X)
+    (std,) = _z_std(model, _X)
+    np.testing.assert_allclose(std, np.ones(5), rtol=0.01)
+
+
+def test_channels_first():
+    layer = AutomaticGainControl("relu", data_format="channels_first")
+    model = keras.Sequential([keras.Input((3, 9, 10)), layer])
+    calibrate(model, 7 * np.moveaxis(_X, -1, 1))
+    np.testing.assert_allclose(_z_std(model, 7 * np.moveaxis(_X, -1, 1))[0], np.ones(3), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_dead_and_constant_channels_keep_their_gain(dtype):
+    x = _X.copy()
+    x[..., 0] = 0
+    # Constant maps that differ from sample to sample: u is 0, up to rounding.
+    x[..., 2] = np.linspace(-1000, 1000, 8)[:, None, None]
+    layer = AutomaticGainControl("relu", gain_initializer=keras.initializers.Constant(-7.0), dtype=dtype)
+    model = keras.Sequential([keras.Input((9, 10, 3)), layer])
+    (row,) = calibrate(model, x)
+    assert row.kept == [0, 2]
+    np.testing.assert_array_equal(layer.gain.numpy()[[0, 2]], [-7, -7])
+    np.testing.assert_allclose(layer.gain.numpy()[1], -1 / x[..., 1].std(), rtol=0.01)
+    assert "2 constant, gain kept: 0, 2" in str(calibrate(model, x))
+
+
+def test_rounding_noise_is_constant():
+    noise = np.random.default_rng(0).choice([0, 2.0**-14], _X.shape)  # one float32 step at 1000
+    model = keras.Sequential([keras.Input((9, 10, 3)), AutomaticGainControl()])
+    (row,) = calibrate(model, (1000 + noise).astype(np.float32))
+    assert row.kept == [0, 1, 2]
+
+
+def test_shared_layer_is_calibrated_on_its_first_call():
+    inputs = keras.Input((9, 10, 3))
+    shared = AutomaticGainControl()
+    model = keras.Model(inputs, shared(5 * shared(inputs)))
+    (row,) = calibrate(model, _X)
+    assert row.calls == 2
+    first, second = _z_std(model, _X)
+    np.testing.assert_allclose(first, np.ones(3), rtol=1e-4)
+    np.testing.assert_allclose(second, 5 / np.std(_X, axis=(0, 1, 2)), rtol=0.05)
+
+
+def test_time_distributed():
+    block = keras.Sequential([keras.Input((9, 10, 3)), _conv(), AutomaticGainControl("relu")])
+    inputs = keras.Input((4, 9, 10, 3))
+    model = keras.Model(inputs, keras.layers.TimeDistributed(block)(inputs))
+    (row,) = calibrate(model, _batch(2, 4, 9, 10, 3))
+    assert row.calls == 4 and row.gain.shape == (5,)
+
+
+def test_several_inputs():
+    a, b = keras.Input((9, 10, 3), name="a"), keras.Input((9, 10, 3), name="b")
+    outputs = keras.layers.Add()([AutomaticGainControl()(a), AutomaticGainControl()(b)])
+    model = keras.Model({"a": a, "b": b}, outputs)
+    first, second = calibrate(model, {"a": _X, "b": 10 * _X})
+    np.testing.assert_allclose(first.gain, 10 * second.gain, rtol=1e-4)
+
+
+def test_compiled_and_trained_model():
+    model = _sequential()
+    model.compile("sgd", "mse")
+    x = np.concatenate([_X, _X])
+    model.fit(x, np.zeros((16, 9, 10, 5)), verbose=0)
+    calibrate(model, _X)
+    for std in _z_std(model, _X):
+        np.testing.assert_allclose(std, np.ones(5), rtol=1e-4)
+    # The traced functions read the new gains.
+    np.testing.assert_allclose(model.predict(_X, verbose=0), model(_X), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_else_changes():
+    inputs = keras.Input(batch_shape=(8, 9, 10, 3))
+    x = keras.layers.RandomFlip(seed=1)(inputs)
+    x = keras.layers.BatchNormalization()(_conv()(x))
+    x = keras.layers.Dropout(0.5, seed=1)(AutomaticGainControl("relu")(x))
+    x = keras.layers.Reshape((9, 50))(x)
+    outputs = keras.layers.GRU(2, stateful=True)(x)
+    model = keras.Model(inputs, outputs)
+    model.compile("adam", "mse")
+    model(_X)
+    (layer,) = [layer for layer in model.layers if isinstance(layer, AutomaticGainControl)]
+    before = {v.path: v.numpy().copy() for v in model.variables + model.optimizer.variables}
+    calibrate(model, _X)
+    after = {v.path: v.numpy() for v in model.variables + model.optimizer.variables}
+    changed = {path for path, value in before.items() if not np.array_equal(value, after[path])}
+    assert changed == {layer.gain.path}
+    assert agc_layer.observer.get() is None and not tf.config.functions_run_eagerly()
+
+
+def test_a_frozen_layer_is_calibrated_too():
+    model = keras.Sequential([keras.Input((9, 10, 3)), AutomaticGainControl()])
+    model.trainable = False
+    calibrate(model, 5 * _X)
+    np.testing.assert_allclose(_z_std(model, 5 * _X)[0], np.ones(3), rtol=1e-4)
+
+
+def test_table():
+    text = str(calibrate(_sequential(), _X))
+    lines = text.splitlines()
+    assert lines[0].split() == ["layer", "channels", "std", "before", "gain"]
+    assert len(lines) == 4 and "automatic_gain_control" in lines[1]
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_layers_that_are_not_reached():
+    class Training(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.always, self.seldom = AutomaticGainControl(), AutomaticGainControl(name="seldom")
+
+        def call(self, x, training=False):
+            return self.seldom(x) if training else self.always(x)
+
+    model = Training()
+    model(_X, training=True)
+    model(_X)
+    table = calibrate(model, 3 * _X)
+    assert [row.calls for row in table] == [1, 0] and "seldom" in table[1].layer
+    assert "not reached: nothing changed" in str(table)
+    np.testing.assert_array_equal(model.seldom.gain, np.ones(3))
+
+
+class Fails(keras.layers.Layer):
+    def call(self, x):
+        if tf.executing_eagerly():
+            raise ArithmeticError("broken on purpose")
+        return x
+
+
+def test_an_exception_leaves_no_trace():
+    agc = AutomaticGainControl()
+    norm = keras.layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((9, 10, 3)), norm, agc, Fails()])
+    before = [weight.copy() for weight in model.get_weights()]
+    with pytest.raises(ArithmeticError, match="broken on purpose"):
+        calibrate(model, 5 * _X)
+    for weight, old in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, old)
+    assert agc_layer.observer.get() is None and not tf.config.functions_run_eagerly()
+
+
+def test_errors():
+    model = _sequential()
+    with pytest.raises(TypeError, match="model must be a keras.Model, got Conv2D"):
+        calibrate(_conv(), _X)
+    with pytest.raises(ValueError, match="'plain' has no AutomaticGainControl layer to calibrate"):
+        calibrate(keras.Sequential([keras.Input((9, 10, 3)), _conv()], name="plain"), _X)
+    for unbuilt in (Subclassed(name="new"), keras.Sequential([AutomaticGainControl()], name="new")):
+        with pytest.raises(ValueError, match="model 'new' is not built: call it on a batch"):
+            calibrate(unbuilt, _X)
+    with pytest.raises(ValueError, match=r"batch must have at least one sample, got shapes \[\[0, 9"):
+        calibrate(model, _X[:0])
+    with pytest.raises(ValueError, match="batch must be finite, got NaN or Inf"):
+        calibrate(model, np.where(_X > 3, np.nan, _X))
+    with pytest.raises(TypeError, match="batch must be one batch of inputs, got a tf.data.Dataset"):
+        calibrate(model, tf.data.Dataset.from_tensors(_X))
+    for bad in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="target_std must be finite and > 0, got"):
+            calibrate(model, _X, target_std=bad)
+
+
+def test_not_finite_inside_names_the_layer():
+    model = keras.Sequential(
+        [
+            keras.Input((9, 10, 3)),
+            AutomaticGainControl(name="fine"),
+            keras.layers.Rescaling(1e30),
+            keras.layers.Rescaling(1e30),
+            AutomaticGainControl(name="broken"),
+        ]
+    )
+    with pytest.raises(ValueError, match="the input of layer '.*broken' is not finite on this batch"):
+        calibrate(model, _X)
+    np.testing.assert_array_equal(model.get_layer("fine").gain, np.ones(3))
+
+
+def test_only_in_traced_code_names_the_layer():
+    class Mapped(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.agc = AutomaticGainControl(name="hidden")
+
+        def call(self, x):
+            return tf.vectorized_map(lambda sample: self.agc(sample[None])[0], x)
+
+    model = Mapped()
+    model.agc.build((None, 9, 10, 3))
+    model(_X)
+    with pytest.raises(RuntimeError, match="layer 'hidden' is only called in traced code"):
+        calibrate(model, _X)
+
+
+def test_a_deep_network_with_gain_4_keeps_its_scale():
+    layers = [keras.Input((16, 16, 3))]
+    for _ in range(12):
+        gain = keras.initializers.Constant(4.0)
+        layers += [_conv(8), AutomaticGainControl("relu", gain_initializer=gain)]
+    model = keras.Sequential(layers)
+    x = _batch(4, 16, 16, 3)
+    assert np.std(model(x)) > 100
+    calibrate(model, x)
+    assert 0.1 < np.std(model(x)) < 1

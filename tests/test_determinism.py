@@ -1,0 +1,87 @@
+"""Bit-equal results, whatever the thread count, the batch size and a sample's place in the batch.
+
+Run as a program, prints a hash of results for `sys.argv[1]` threads: TensorFlow's pool has one size
+for the life of a process.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, _HERE)  # as a program, conftest has not done it
+
+from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, make_case, run  # noqa: E402
+
+from tf_agc import native  # noqa: E402
+
+# Batch 1 with large maps, where positions or channel blocks are shared among threads; more samples
+# than threads; few channels, many channels; sizes that no block divides.
+_SHAPES = [(1, 301, 211, 16), (1, 97, 101, 130), (3, 67, 71, 33), (17, 13, 11, 65), (1, 9, 9, 2051)]
+
+
+def _hash():
+    digest = hashlib.sha256()
+    for i, shape in enumerate(_SHAPES):
+        for data_format in DATA_FORMATS:
+            dtype, activation = DTYPES[i % 4], ACTIVATIONS[i % 5]
+            case = make_case(shape, dtype, activation, data_format)
+            for value in vars(run(case, native.agc)).values():
+                digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def test_thread_counts(native_required):
+    root = os.path.dirname(os.path.dirname(native.__file__))
+    environment = {**os.environ, "PYTHONPATH": root, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(threads)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for threads in (1, 2, 8)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    hashes = [output.split() for output, _ in outputs]
+    # The process says how many threads it really had.
+    assert [threads for threads, _ in hashes] == ["1", "2", "8"]
+    assert len({digest for _, digest in hashes}) == 1, hashes
+
+
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 13, 11, 37), (5, 64, 65, 40), (4, 1, 1, 9)])
+def test_a_sample_and_its_neighbours(shape, dtype, data_format, native_required):
+    case = make_case(shape, dtype, "elu", data_format)
+    whole = run(case, native.agc)
+    for n in (0, shape[0] // 2, shape[0] - 1):
+        for neighbours in ([], [0], [shape[0] - 1, 1]):
+            rows = [*neighbours, n]
+            part = make_case(shape, dtype, "elu", data_format)
+            part.x, part.dy, part.dmean = (tf.gather(value, rows) for value in (case.x, case.dy, case.dmean))
+            results = run(part, native.agc)
+            for name in ("y", "mean", "dx"):
+                got, want = getattr(results, name)[-1], getattr(whole, name)[n]
+                np.testing.assert_array_equal(got, want, err_msg=f"{name}, sample {n} in {rows}")
+
+
+def test_repeated_calls(native_required):
+    case = make_case((3, 67, 71, 33))
+    first, second = run(case, native.agc), run(case, native.agc)
+    for name, value in vars(first).items():
+        np.testing.assert_array_equal(value, getattr(second, name))
+
+
+if __name__ == "__main__":
+    tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    print(tf.config.threading.get_intra_op_parallelism_threads(), _hash())

@@ -1,0 +1,132 @@
+"""Every sentence that the kernels and shape functions refuse with; Python's are beside its modules."""
+
+import re
+
+import pytest
+import tensorflow as tf
+
+from tf_agc import native
+
+pytestmark = pytest.mark.usefixtures("native_required")
+
+
+def _forward(x=(4, 5, 5, 64), gain=(64,), mean_scale=(64,), activation="relu", alpha=0.0,
+             data_format="channels_last"):  # fmt: skip
+    parameters = tf.ones(gain), tf.ones(mean_scale)
+    return native.agc(tf.ones(x), *parameters, activation, alpha, data_format)
+
+
+_FORWARD = {
+    "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape [2,3]": {
+        "x": (2, 3),
+        "gain": (3,),
+        "mean_scale": (3,),
+    },
+    "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape [1,1,1,1,1,1,1,1,3]": {
+        "x": (1,) * 8 + (3,),
+        "gain": (3,),
+        "mean_scale": (3,),
+    },
+    "gain must have shape [C] = [64], got [32]": {"gain": (32,)},
+    "gain must have shape [C] = [64], got []": {"gain": ()},
+    "gain must have shape [C] = [64], got [1,64]": {"gain": (1, 64)},
+    "mean_scale must have shape [C] = [64], got [32]": {"mean_scale": (32,)},
+    "mean_scale must have shape [C] = [5], got [64]": {
+        "data_format": "channels_first",
+        "gain": (5,),
+    },
+    "x has no positions (a spatial size is 0) but a batch of 4: the mean of an empty map is "
+    "undefined, got shape [4,0,5,3]": {"x": (4, 0, 5, 3), "gain": (3,), "mean_scale": (3,)},
+    "x has no positions (a spatial size is 0) but a batch of 4: the mean of an empty map is "
+    "undefined, got shape [4,3,5,0]": {
+        "x": (4, 3, 5, 0),
+        "gain": (3,),
+        "mean_scale": (3,),
+        "data_format": "channels_first",
+    },
+    "alpha must be finite and >= 0, got -1": {"activation": "elu", "alpha": -1.0},
+    "alpha must be finite and >= 0, got inf": {"activation": "leaky_relu", "alpha": float("inf")},
+    "alpha must be finite and >= 0, got nan": {"activation": "leaky_relu", "alpha": float("nan")},
+}
+
+
+@pytest.mark.parametrize("message", _FORWARD, ids=range(len(_FORWARD)))
+def test_forward_eager(message):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
+        _forward(**_FORWARD[message])
+
+
+@pytest.mark.parametrize("message", _FORWARD, ids=range(len(_FORWARD)))
+def test_forward_of_unknown_shapes(message):
+    # Nothing is known when the graph is built: the kernel says it.
+    arguments = {**_FORWARD[message]}
+    x, gain, mean_scale = (
+        tf.ones(arguments.pop(name, default))
+        for name, default in (("x", (4, 5, 5, 64)), ("gain", (64,)), ("mean_scale", (64,)))
+    )
+    attributes = [
+        arguments.pop(name, default)
+        for name, default in (("activation", "relu"), ("alpha", 0.0), ("data_format", "channels_last"))
+    ]
+    assert not arguments
+    agc = tf.function(
+        lambda *tensors: native.agc(*tensors, *attributes),
+        input_signature=[tf.TensorSpec(None)] * 3,
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
+        agc(x, gain, mean_scale)
+
+
+def _backward(dy=(4, 5, 5, 64), dmean=(4, 64), kept=(4, 5, 5, 64), mean=(4, 64), gain=(64,),
+              mean_scale=(64,), activation="relu", alpha=0.0, data_format="N...C"):  # fmt: skip
+    return native._ops.tf_agc_agc_grad(
+        *(tf.ones(shape) for shape in (dy, dmean, kept, mean, gain, mean_scale)),
+        activation=activation,
+        alpha=alpha,
+        data_format=data_format,
+    )
+
+
+_BACKWARD = {
+    "dy must have the shape of kept [4,5,5,64], got [4,5,6,64]": {"dy": (4, 5, 6, 64)},
+    "dy must have the shape of kept [4,5,5,64], got [100,64]": {"dy": (100, 64)},
+    "dmean must have shape [N, C] = [4,64], got [64,4]": {"dmean": (64, 4)},
+    "mean must have shape [N, C] = [4,64], got [4,1,64]": {"mean": (4, 1, 64)},
+    "gain must have shape [C] = [64], got [32]": {"gain": (32,)},
+    "mean_scale must have shape [C] = [64], got []": {"mean_scale": ()},
+    "dmean must have shape [N, C] = [4,5], got [4,64]": {"data_format": "NC..."},
+    "alpha must be finite and >= 0, got -1": {"activation": "elu", "alpha": -1.0},
+}
+
+
+@pytest.mark.parametrize("message", _BACKWARD, ids=range(len(_BACKWARD)))
+def test_backward(message):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
+        _backward(**_BACKWARD[message])
+
+
+def test_backward_rank_and_positions():
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"must have rank 3 to 8 .*got shape \[4,64\]"):
+        _backward(dy=(4, 64), kept=(4, 64))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"no positions .*got shape \[4,0,64\]"):
+        _backward(dy=(4, 0, 64), kept=(4, 0, 64))
+
+
+@pytest.mark.parametrize(
+    "x_dtype, parameter_dtype",
+    [("float64", "float32"), ("float32", "float64"), ("float16", "float64")],
+)
+def test_dtypes_of_parameters(x_dtype, parameter_dtype):
+    parameter = tf.ones([3], parameter_dtype)
+    with pytest.raises((tf.errors.InvalidArgumentError, tf.errors.NotFoundError)):
+        native.agc(tf.ones([2, 4, 3], x_dtype), parameter, parameter, "relu", 0.0, "channels_last")
+
+
+def test_integers_are_refused_by_tensorflow():
+    with pytest.raises((tf.errors.InvalidArgumentError, TypeError)):
+        native.agc(tf.ones([2, 4, 3], tf.int32), tf.ones([3]), tf.ones([3]), "relu", 0.0, "channels_last")
+
+
+def test_unknown_activation_is_refused_by_tensorflow():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="tanh"):
+        _forward(activation="tanh")

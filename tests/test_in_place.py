@@ -1,0 +1,168 @@
+"""When the kernels write over their inputs, counted in the kernels, and when they must not."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from agc_testing import make_case
+
+from tf_agc import AutomaticGainControl, native, reference
+
+pytestmark = pytest.mark.usefixtures("native_required", "fresh_keras")
+
+_ATTRIBUTES = "relu", 0.0, "channels_last"
+
+
+def _blocks(number=8):
+    layers = [keras.Input((8, 8, 4))]
+    for _ in range(number):
+        layers += [keras.layers.Conv2D(4, 3, padding="same", use_bias=False)]
+        layers += [AutomaticGainControl("relu")]
+    return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()])
+
+
+def test_training_graph_of_8_blocks(counters):
+    model = _blocks()
+    optimizer = keras.optimizers.SGD(0.01)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(x, training=True) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return loss
+
+    x = tf.random.normal([4, 8, 8, 4])
+    step(x)
+    counters.reset()
+    step(x)
+    counts = counters.read()
+    assert counts["forward"] == counts["backward"] == 8
+    assert counts["forward_in_place"] == 8
+    assert counts["dx_over_dy"] + counts["dx_over_kept"] >= 7
+
+
+def test_fit_and_predict(counters):
+    model = _blocks(3)
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).standard_normal((8, 8, 8, 4)).astype(np.float32)
+    counters.reset()
+    model.fit(x, np.zeros((8, 4)), batch_size=4, verbose=0)
+    counts = counters.read()
+    assert counts["forward"] == counts["backward"] == counts["forward_in_place"] == 6
+    counters.reset()
+    model.predict(x, batch_size=8, verbose=0)
+    assert counters.read()["forward_in_place"] == 3
+
+
+def test_linear_keeps_its_input_while_training(counters):
+    # The gain's gradient reads x: writing y over it would be wrong, and TensorFlow knows.
+    case = make_case((2, 6, 5, 8), "float32", "linear")
+
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch([x, case.gain])
+            y, _ = native.agc(x + 1.0, case.gain, case.mean_scale, *case.attributes)
+        return tape.gradient(y, [x, case.gain], output_gradients=case.dy)
+
+    step(case.x)
+    counts = counters.read()
+    assert (counts["forward"], counts["forward_in_place"], counts["backward"]) == (1, 0, 1)
+
+
+def test_fused_gradient_does_not_read_x():
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, _ = native.agc(x, tf.ones([8]), tf.ones([8]), *_ATTRIBUTES)
+        return tape.gradient(y, x)
+
+    graph = step.get_concrete_function(tf.TensorSpec([2, 4, 8])).graph
+    x = graph.inputs[0]
+    assert [consumer.type for consumer in x.consumers()] == ["TfAgc>Agc"]
+
+
+def test_eager_inputs_are_never_overwritten(counters):
+    case = make_case((2, 6, 5, 8))
+    before = {name: value.numpy().copy() for name, value in vars(case).items() if tf.is_tensor(value)}
+    with tf.GradientTape() as tape:
+        tape.watch(case.x)
+        y, mean = native.agc(case.x, case.gain, case.mean_scale, *case.attributes)
+    y_before = y.numpy().copy()
+    tape.gradient([y, mean], case.x, output_gradients=[case.dy, case.dmean])
+    for name, value in before.items():
+        np.testing.assert_array_equal(getattr(case, name), value)
+    np.testing.assert_array_equal(y, y_before)
+    assert counters.read()["backward"] == 1
+
+
+@pytest.mark.parametrize("source", ["argument", "constant", "variable", "captured"])
+def test_inputs_that_live_on_are_never_overwritten(source, counters):
+    value = make_case((2, 6, 5, 8)).x
+    before = value.numpy().copy()
+    variable = tf.Variable(value)
+    ones = tf.ones([8])
+
+    @tf.function
+    def agc(argument):
+        x = {
+            "argument": lambda: argument,
+            "constant": lambda: tf.constant(before),
+            "variable": variable.read_value,
+            "captured": lambda: value,
+        }[source]()
+        return native.agc(x, ones * 2, ones, *_ATTRIBUTES)[0]
+
+    first, second = agc(value).numpy(), agc(value).numpy()
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(value, before)
+    np.testing.assert_array_equal(variable, before)
+    want, _ = reference.agc(tf.constant(before), ones * 2, ones, *_ATTRIBUTES)
+    np.testing.assert_allclose(first, want, rtol=1e-5, atol=1e-5)
+    assert counters.read()["forward"] == 2
+
+
+def test_an_intermediate_that_others_read_is_not_overwritten(counters):
+    ones = tf.ones([8])
+
+    @tf.function
+    def agc(x):
+        shared = tf.exp(x)
+        y, _ = native.agc(shared, ones, ones, *_ATTRIBUTES)
+        with tf.control_dependencies([y]):  # read after the op has run
+            return y, tf.identity(shared)
+
+    x = make_case((2, 6, 5, 8)).x
+    y, shared = agc(x)
+    np.testing.assert_allclose(shared, tf.exp(x), rtol=1e-6)
+    want, _ = reference.agc(tf.exp(x), ones, ones, *_ATTRIBUTES)
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+    assert counters.read()["forward_in_place"] == 0
+
+
+def test_results_in_place_are_those_of_a_copy(counters):
+    # Eager mode never writes in place, a function does: the same bits.
+    case = make_case((5, 33, 31, 67))
+
+    @tf.function
+    def in_place(x, dy, one):
+        x, dy = x * one, dy * one  # a constant 1 would be optimized away
+        with tf.GradientTape() as tape:
+            tape.watch([x, case.gain, case.mean_scale])
+            y, _ = native.agc(x, case.gain, case.mean_scale, *case.attributes)
+        return tape.gradient(y, [x, case.gain, case.mean_scale], output_gradients=dy)
+
+    got = in_place(case.x, case.dy, tf.constant(1.0))
+    counts = counters.read()
+    assert counts["forward_in_place"] == 1
+    assert counts["dx_over_dy"] + counts["dx_over_kept"] == 1
+    with tf.GradientTape() as tape:
+        tape.watch([case.x, case.gain, case.mean_scale])
+        y, _ = native.agc(case.x, case.gain, case.mean_scale, *case.attributes)
+    want = tape.gradient(y, [case.x, case.gain, case.mean_scale], output_gradients=case.dy)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -1,0 +1,84 @@
+"""The reference networks: each normalization builds, trains and has the parameters that it should."""
+
+import keras
+import numpy as np
+import pytest
+
+import tf_agc
+from tf_agc import models
+
+FILTERS = (8, 16)
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1)).astype("float32")
+LABELS = np.arange(12) % 3
+
+# 3x3 convolutions 1-8, 8-8, 8-8, 8-16, 16-16, the 1x1 shortcut 8-16, and the classifier 16-3.
+CONVOLUTIONS = 9 * (1 * 8 + 8 * 8 + 8 * 8 + 8 * 16 + 16 * 16) + 8 * 16
+CLASSIFIER = 16 * 3 + 3
+# Channels that are normalized: twice in each block, and before the classifier.
+NORMALIZED = (8 + 8) + (8 + 16) + 16
+BIASES = 8 + 8 + 8 + 16 + 16 + 16
+
+
+@pytest.mark.parametrize("normalization", models.NORMALIZATIONS)
+def test_every_normalization_trains(fresh_keras, normalization):
+    model = models.residual_cnn((8, 8, 1), 3, normalization, FILTERS)
+    if normalization == "agc":
+        tf_agc.calibrate(model, IMAGES)
+    model.compile(
+        keras.optimizers.SGD(0.02),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    before = [variable.numpy() for variable in model.trainable_variables]
+    losses = [model.train_on_batch(IMAGES, LABELS) for _ in range(10)]
+    assert np.all(np.isfinite(losses))
+    assert losses[-1] < losses[0]
+    for old, variable in zip(before, model.trainable_variables, strict=True):
+        assert not np.array_equal(old, variable.numpy()), f"{variable.path} was not trained"
+    assert np.all(np.isfinite(model(IMAGES)))
+
+
+@pytest.mark.parametrize(
+    ("normalization", "trainable", "averages"),
+    [
+        ("agc", 2 * NORMALIZED, 0),
+        ("batch_norm", 2 * NORMALIZED, 2 * NORMALIZED),
+        ("group_norm", 2 * NORMALIZED, 0),
+        ("layer_norm", 2 * NORMALIZED, 0),
+        ("none", BIASES, 0),
+    ],
+)
+def test_parameter_counts(normalization, trainable, averages):
+    model = models.residual_cnn((8, 8, 1), 3, normalization, FILTERS)
+    counts = [
+        sum(variable.numpy().size for variable in variables)
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    ]
+    assert counts == [CONVOLUTIONS + CLASSIFIER + trainable, averages]
+
+
+def test_a_callable_makes_the_normalization():
+    def normalization(activation):
+        return [keras.layers.UnitNormalization(), keras.layers.Activation(activation)]
+
+    model = models.residual_cnn((8, 8, 1), 3, normalization, FILTERS)
+    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.UnitNormalization)]
+    assert len(layers) == 5
+    assert model(IMAGES).shape == (12, 3)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_agc_is_always_fused_with_relu(blocks):
+    model = models.residual_cnn((8, 8, 1), 3, "agc", FILTERS, blocks)
+    layers = [layer for layer in model.layers if isinstance(layer, tf_agc.AutomaticGainControl)]
+    assert len(layers) == 2 * len(FILTERS) * blocks + 1
+    assert {layer.activation for layer in layers} == {keras.activations.relu}
+
+
+def test_unknown_normalization():
+    with pytest.raises(
+        ValueError,
+        match="normalization must be one of agc, batch_norm, group_norm, layer_norm, none "
+        "or a callable, got 'batchnorm'",
+    ):
+        models.residual_cnn((8, 8, 1), 3, "batchnorm")

@@ -1,0 +1,563 @@
+"""The op under XLA: the same results, in every construct, with or without the library of the XLA kernels."""
+
+import ctypes
+import platform
+import re
+import shutil
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from agc_testing import (
+    ACTIVATIONS,
+    DATA_FORMATS,
+    DTYPES,
+    check,
+    make_case,
+    python,
+    results_of,
+    run,
+    step_of,
+)
+from tensorflow.compiler.tf2xla.python import xla as tfxla
+from tensorflow.python.tools import saved_model_aot_compile, saved_model_utils
+
+import tf_agc
+from tf_agc import AutomaticGainControl, __main__, native, reference
+
+_SHAPES = [(3, 7, 5), (2, 5, 3, 17), (1, 9, 11, 130), (4, 2, 3, 2, 33)]
+
+
+@pytest.fixture(autouse=True)
+def xla_required(native_required):
+    """Fails, and does not skip: without the library these tests would prove nothing."""
+    if not native.XLA_STATUS.available:
+        pytest.fail(f"this test needs the library of the XLA kernels: {native.XLA_STATUS.reason}")
+
+
+class _XlaCounters:
+    """Custom calls, and those in place, since `reset`."""
+
+    _NAMES = ("forward", "forward_in_place", "backward", "dx_over_dy")
+
+    def __init__(self):
+        self._library = ctypes.CDLL(str(native.XLA_STATUS.library))
+
+    def reset(self):
+        self._library.TfAgcXlaResetCounters()
+
+    def read(self):
+        values = (ctypes.c_int64 * len(self._NAMES))()
+        self._library.TfAgcXlaCounters(values, len(self._NAMES))
+        return dict(zip(self._NAMES, values, strict=True))
+
+
+@pytest.fixture
+def xla_counters():
+    counters = _XlaCounters()
+    counters.reset()
+    return counters
+
+
+def _jit(function):
+    return tf.function(function, jit_compile=True)
+
+
+def _in_hlo(function, *arguments):
+    """The results of a jitted function in XLA's own operations.
+
+    They are the lowering for GPUs, which needs no GPU: the program is taken before XLA compiles it, and run on the CPU.
+    """
+    program = function.experimental_get_compiler_ir(*arguments)(stage="stablehlo_serialized", platform_name="GPU")
+    assert b"TfAgc." not in program  # no custom call
+    outputs = function.get_concrete_function(*arguments).outputs
+    return tfxla.call_module(
+        arguments,
+        version=9,
+        module=program,
+        Tout=[output.dtype for output in outputs],
+        Sout=[output.shape for output in outputs],
+        platforms=["CPU"],
+    )
+
+
+def _assert_equal(got, want):
+    for name in ("y", "mean", "dx", "dgain", "dmean_scale"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+
+
+# ---- Results ----
+
+
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_combination(activation, dtype, data_format, xla_counters):
+    cases = [make_case(shape, dtype, activation, data_format, seed=i) for i, shape in enumerate(_SHAPES)]
+    steps = [step_of(case, native.agc) for case in cases]
+    # One program for all shapes takes half the time.
+    function = _jit(lambda *tensors: [step(*tensors[5 * i : 5 * i + 5]) for i, step in enumerate(steps)])
+    results = function(*[tensor for case in cases for tensor in case.tensors])
+    assert xla_counters.read()["forward"] == xla_counters.read()["backward"] == len(cases)
+    for case, result in zip(cases, results, strict=True):
+        got = results_of(result)
+        _assert_equal(got, run(case, native.agc))  # to the last bit: the same loops
+        check(case, got)
+
+
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_combination_in_hlo(activation, dtype, data_format):
+    case = make_case((2, 5, 3, 17), dtype, activation, data_format)
+    check(case, results_of(_in_hlo(_jit(step_of(case, native.agc)), *case.tensors)))
+
+
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize("activation", ["leaky_relu", "elu"])
+def test_alpha_of_0_is_relu(activation, data_format):
+    case = make_case((2, 5, 3), activation=activation, data_format=data_format, alpha=0.0)
+    want = run(case, native.agc)
+    function = _jit(step_of(case, native.agc))
+    _assert_equal(results_of(function(*case.tensors)), want)
+    check(case, results_of(_in_hlo(function, *case.tensors)))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_that_are_not_finite_and_a_gain_of_0(activation):
+    case = make_case((6, 5, 4), activation=activation)
+    x, gain, mean_scale, dy, dmean = (tensor.numpy() for tensor in case.tensors)
+    x[0, 1, 0], x[1, 2, 1], x[2, 3, 2] = np.nan, np.inf, -np.inf
+    dy[3, :, 0], dy[4, :, 1], dy[5, 0, 2] = np.inf, -np.inf, np.nan
+    x[3, 0, 3] = -1e4  # elu reaches -alpha
+    gain[3] = 0
+    tensors = [tf.constant(value) for value in (x, gain, mean_scale, dy, dmean)]
+    step = step_of(case, native.agc)
+    want = results_of(step(*tensors))
+    _assert_equal(results_of(_jit(step)(*tensors)), want)
+    hlo = results_of(_in_hlo(_jit(step), *tensors))
+    for name in ("y", "mean", "dx", "dgain", "dmean_scale"):
+        np.testing.assert_allclose(getattr(hlo, name), getattr(want, name), rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_second_order():
+    x = tf.random.stateless_normal([2, 4, 3], [0, 1])
+
+    def function(agc):
+        def curvature(x, gain):
+            with tf.GradientTape() as outer:
+                outer.watch(gain)
+                with tf.GradientTape() as inner:
+                    inner.watch([x, gain])
+                    y, mean = agc(x, gain, tf.ones([3]), "elu", 1.0, "channels_last")
+                    loss = tf.reduce_sum(y**3) + tf.reduce_sum(mean**2)
+                dx, dgain = inner.gradient(loss, [x, gain])
+                value = tf.reduce_sum(dx**2) + tf.reduce_sum(dgain**2)
+            return outer.gradient(value, gain)
+
+        return curvature
+
+    gain = tf.constant([0.5, 1.0, 2.0])
+    want = function(reference.agc)(x, gain)
+    np.testing.assert_allclose(_jit(function(native.agc))(x, gain), want, rtol=1e-4)
+
+
+def test_empty_batch():
+    @_jit
+    def function(x, gain):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gain])
+            y = tf_agc.agc(x, gain, 1.0, "relu")
+        return y, *tape.gradient(y, [x, gain])
+
+    y, dx, dgain = function(tf.zeros([0, 5, 5, 3]), tf.ones([3]))
+    assert y.shape == dx.shape == [0, 5, 5, 3]
+    np.testing.assert_array_equal(dgain, [0, 0, 0])
+
+
+@pytest.mark.parametrize("keep", [[True, False, True, True], [False] * 4, [True] * 4])
+def test_dynamic_size(keep, xla_counters):
+    # XLA knows no more than how many samples there can be.
+    def function(x, keep, gain):
+        with tf.GradientTape() as tape:
+            tape.watch(gain)
+            y = tf_agc.agc(tf.boolean_mask(x, keep), gain, 1.0, "relu")
+            loss = tf.reduce_sum(y**2)
+        return loss, tape.gradient(loss, gain)
+
+    arguments = tf.random.stateless_normal([4, 5, 3], [0, 1]), tf.constant(keep), tf.ones([3])
+    for got, want in zip(_jit(function)(*arguments), function(*arguments), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert xla_counters.read()["forward"] == 0
+
+
+def test_dynamic_spatial_size():
+    def function(x, keep):
+        return tf.reduce_sum(tf_agc.agc(tf.boolean_mask(x, keep, axis=1), 1.0, 0.5, "relu"), axis=1)
+
+    arguments = tf.random.stateless_normal([4, 5, 3], [0, 1]), tf.constant([True, True, False, True, False])
+    np.testing.assert_allclose(_jit(function)(*arguments), function(*arguments), rtol=1e-5)
+
+
+# ---- In every construct ----
+
+_PARAMETERS = tf.constant([0.5, 1.0, 2.0]), tf.constant([1.0, 0.9, 0.0])
+
+
+def _agc(x):
+    return tf_agc.agc(x, *_PARAMETERS, "relu")
+
+
+def _maps(*shape, seed=0):
+    return tf.random.stateless_normal(shape, [seed, 1])
+
+
+def test_functions_of_several_shapes(xla_counters):
+    first, second = _jit(_agc), _jit(lambda x: _agc(x) + 1.0)
+    for shape in [(2, 4, 3), (5, 4, 3), (2, 6, 7, 3)]:
+        x = _maps(*shape)
+        np.testing.assert_array_equal(first(x), _agc(x))
+        np.testing.assert_array_equal(second(x), _agc(x) + 1.0)
+    assert xla_counters.read()["forward"] == 6
+
+
+def test_sizes_unknown_when_traced():
+    function = tf.function(_agc, jit_compile=True, input_signature=[tf.TensorSpec([None, None, None, 3])])
+    for shape in [(2, 4, 5, 3), (1, 7, 2, 3)]:
+        np.testing.assert_array_equal(function(_maps(*shape)), _agc(_maps(*shape)))
+
+
+def test_traced_outside_and_reused_inside(xla_counters):
+    inner = tf.function(_agc)
+    x = _maps(2, 4, 3)
+    want = inner(x)
+    assert xla_counters.read()["forward"] == 0
+    np.testing.assert_array_equal(_jit(lambda x: inner(x))(x), want)
+    assert xla_counters.read()["forward"] == 1
+
+
+def test_while_loop(xla_counters):
+    def function(x):
+        _, x = tf.while_loop(lambda i, _: i < 3, lambda i, x: (i + 1, _agc(x)), (0, x))
+        return x
+
+    x = _maps(2, 4, 3)
+    np.testing.assert_allclose(_jit(function)(x), function(x), rtol=1e-6)
+    assert xla_counters.read()["forward"] == 3
+
+
+def test_gradient_of_a_while_loop():
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            _, y = tf.while_loop(lambda i, _: i < 3, lambda i, x: (i + 1, _agc(x)), (0, x), maximum_iterations=3)
+            loss = tf.reduce_sum(y**2)
+        return tape.gradient(loss, x)
+
+    x = _maps(2, 4, 3)
+    np.testing.assert_allclose(_jit(function)(x), function(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_cond(condition):
+    def function(x, condition):
+        return tf.cond(condition, lambda: _agc(x), lambda: tf_agc.agc(x, 2.0, 1.0, "elu"))
+
+    arguments = _maps(2, 4, 3), tf.constant(condition)
+    np.testing.assert_array_equal(_jit(function)(*arguments), function(*arguments))
+
+
+def test_gradient_accumulation(fresh_keras):
+    model = keras.Sequential([keras.Input((6, 5)), keras.layers.Conv1D(4, 3), AutomaticGainControl("leaky_relu")])
+    x = _maps(8, 6, 5)
+
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x) ** 2)
+        return tape.gradient(loss, model.trainable_variables)
+
+    @_jit
+    def accumulated(x):
+        sums = [tf.zeros_like(variable) for variable in model.trainable_variables]
+        for part in tf.split(x, 4):
+            sums = [total + gradient for total, gradient in zip(sums, gradients(part), strict=True)]
+        return sums
+
+    for got, want in zip(accumulated(x), gradients(x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_fit(fresh_keras, xla_counters):
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((32, 8, 8, 3)).astype(np.float32), rng.integers(0, 4, 32)
+    losses = []
+    for jit in (False, True):
+        keras.utils.set_random_seed(0)
+        layers = [keras.Input((8, 8, 3))]
+        for activation in ("relu", "elu", None):
+            layers += [keras.layers.Conv2D(6, 3, padding="same", use_bias=False), AutomaticGainControl(activation)]
+        model = keras.Sequential([*layers, keras.layers.GlobalMaxPooling2D(), keras.layers.Dense(4)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.05), loss, jit_compile=jit)
+        assert model.jit_compile == jit
+        losses.append(model.fit(x, labels, batch_size=8, epochs=4, shuffle=False, verbose=0).history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert losses[0][-1] < losses[0][0]
+    assert xla_counters.read()["forward"] == xla_counters.read()["backward"] == 3 * 16
+
+
+def test_a_jitted_function_of_a_saved_model(tmp_path, xla_counters):
+    module = tf.Module()
+    module.run = tf.function(_agc, jit_compile=True, input_signature=[tf.TensorSpec([None, 4, 3])])
+    tf.saved_model.save(module, str(tmp_path))
+    x = _maps(2, 4, 3)
+    np.testing.assert_array_equal(tf.saved_model.load(str(tmp_path)).run(x), _agc(x))
+    assert xla_counters.read()["forward"] == 1
+
+
+def test_ahead_of_time(tmp_path):
+    # The program that links the result has no custom calls.
+    module = tf.Module()
+    module.run = tf.function(lambda x: {"y": _agc(x)}, input_signature=[tf.TensorSpec([2, 4, 3])])
+    tf.saved_model.save(module, str(tmp_path / "model"), signatures=module.run)
+    saved_model_aot_compile.aot_compile_cpu_meta_graph_def(
+        checkpoint_path=str(tmp_path / "model" / "variables" / "variables"),
+        meta_graph_def=saved_model_utils.get_meta_graph_def(str(tmp_path / "model"), "serve"),
+        output_prefix=str(tmp_path / "compiled"),
+        signature_def_key="serving_default",
+        cpp_class="Agc",
+        target_triple=f"{platform.machine()}-pc-linux",
+        target_cpu="",
+    )
+    assert (tmp_path / "compiled.h").exists()
+    for file in tmp_path.glob("compiled*.o"):
+        assert b"TfAgc." not in file.read_bytes()
+
+
+def test_many_callers_at_once():
+    # As many callers as XLA's pool has threads and more, each with work for all of it.
+    x = _maps(8, 64, 64, 3)
+    function, want = _jit(_agc), _agc(x)
+    function(x)
+    results = []
+    threads = [threading.Thread(target=lambda: results.extend(function(x) for _ in range(5))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 40
+    for result in results:
+        np.testing.assert_array_equal(result, want)
+
+
+# ---- In place ----
+
+
+def _copies(function, *arguments, shape):
+    """The copies of maps that a program makes, but for those that are part of computing them."""
+    program = function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+    _, _, steps = program.partition("ENTRY")
+    return re.findall(rf"= {re.escape(shape)}\S* copy\(", steps)
+
+
+def test_training_step_in_place(fresh_keras, xla_counters):
+    layers = [keras.Input((8, 8, 3))]
+    for _ in range(3):
+        layers += [keras.layers.Conv2D(5, 3, padding="same", use_bias=False), AutomaticGainControl("relu")]
+    model = keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()])
+
+    @_jit
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(x) ** 2)
+        return tape.gradient(loss, model.trainable_variables)
+
+    x = _maps(4, 8, 8, 3)
+    step(x)
+    assert xla_counters.read() == {"forward": 3, "forward_in_place": 3, "backward": 3, "dx_over_dy": 3}
+    # In place, and not because XLA copied the input before.
+    assert _copies(step, x, shape="f32[4,8,8,5]") == []
+
+
+def test_what_is_still_needed_is_not_overwritten(xla_counters):
+    def function(x):
+        doubled = 2 * x
+        return _agc(doubled), doubled, _agc(x)
+
+    x = _maps(2, 4, 3)
+    before = x.numpy()
+    for got, want in zip(_jit(function)(x), function(x), strict=True):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(x, before)
+    variable = tf.Variable(before)
+    np.testing.assert_array_equal(_jit(lambda: _agc(variable))(), _agc(x))
+    np.testing.assert_array_equal(variable, before)
+
+
+def test_linear_input_is_kept():
+    case = make_case((2, 6, 5, 8), "float32", "linear")
+
+    def function(x, parameters):
+        with tf.GradientTape() as tape:
+            tape.watch([x, *parameters])
+            y, _ = native.agc(x + 1.0, *parameters, *case.attributes)
+        return tape.gradient(y, [x, *parameters], output_gradients=case.dy)
+
+    def of_x_alone(x, parameters):  # dy takes the place of x, which nothing then keeps
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, _ = native.agc(x + 1.0, *parameters, *case.attributes)
+        return [tape.gradient(y, x, output_gradients=case.dy)]
+
+    arguments = case.x, (case.gain, case.mean_scale)
+    for gradient in (function, of_x_alone):
+        for got, want in zip(_jit(gradient)(*arguments), gradient(*arguments), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+# ---- Errors ----
+
+
+@pytest.mark.parametrize(
+    "shapes, attributes, message",
+    [
+        ([(4, 5, 6), (5,), (6,)], ("relu", 0.0), "gain must have shape [C] = [6], got [5]"),
+        ([(4, 5, 6), (6,), (1, 6)], ("relu", 0.0), "mean_scale must have shape [C] = [6], got [1,6]"),
+        ([(4, 6), (6,), (6,)], ("relu", 0.0), "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels)"),
+        ([(4, 0, 6), (6,), (6,)], ("relu", 0.0), "x has no positions (a spatial size is 0) but a batch of 4"),
+        ([(4, 5, 6), (6,), (6,)], ("elu", -1.0), "alpha must be finite and >= 0, got -1"),
+    ],
+)
+def test_errors_name_the_argument(shapes, attributes, message):
+    function = tf.function(
+        lambda x, gain, mean_scale: native.agc(x, gain, mean_scale, *attributes, "channels_last")[0],
+        jit_compile=True,
+        input_signature=[tf.TensorSpec(None)] * 3,
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
+        function(*[tf.ones(shape) for shape in shapes])
+
+
+@pytest.mark.parametrize(
+    "argument, shape, message",
+    [
+        (0, (2, 4, 5), "dy must have the shape of kept [2,4,3], got [2,4,5]"),
+        (1, (3, 2), "dmean must have shape [N, C] = [2,3], got [3,2]"),
+        (3, (2,), "mean must have shape [N, C] = [2,3], got [2]"),
+        (4, (2,), "gain must have shape [C] = [3], got [2]"),
+        (5, (4,), "mean_scale must have shape [C] = [3], got [4]"),
+    ],
+)
+def test_errors_of_the_gradient_name_the_argument(argument, shape, message):
+    function = tf.function(
+        lambda *inputs: native._ops.tf_agc_agc_grad(*inputs, activation="relu", alpha=0.0, data_format="N...C"),
+        jit_compile=True,
+        input_signature=[tf.TensorSpec(None)] * 6,
+    )
+    inputs = [tf.ones(shape) for shape in [(2, 4, 3), (2, 3), (2, 4, 3), (2, 3), (3,), (3,)]]
+    inputs[argument] = tf.ones(shape)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
+        function(*inputs)
+
+
+# ---- Loading ----
+
+_LOADED = """
+import ctypes
+import shutil
+import sys
+import tensorflow as tf
+
+def compiled(function):
+    return tf.function(function, jit_compile=True)
+
+if "started" in sys.argv:
+    compiled(lambda x: x + 1.0)(tf.zeros([]))  # XLA reads its registry
+import tf_agc
+from tf_agc import native
+
+def gradient(x):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = tf_agc.agc(x, 2.0, 1.0, "relu")
+    return y, tape.gradient(y, x)
+
+def show():
+    for dtype in (tf.float32, tf.float64, tf.float16, tf.bfloat16):
+        x = tf.cast([[[1.0], [3.0]]], dtype)
+        y, dx = compiled(gradient)(x)
+        print(tf.cast(y, tf.float32).numpy().ravel(), tf.cast(dx, tf.float32).numpy().ravel())
+    values = (ctypes.c_int64 * 4)()
+    ctypes.CDLL(str(native.XLA_STATUS.library)).TfAgcXlaCounters(values, 4)
+    print(list(values)[::2])
+
+if "started" in sys.argv:
+    show()
+tf.load_library(str(native.XLA_STATUS.library))
+copy = sys.argv[1] + "/copy.so"
+shutil.copy(native.XLA_STATUS.library, copy)
+tf.load_library(copy)
+show()
+"""
+_SHOWN = ["[0. 2.] [-1.  1.]"] * 4
+
+
+def test_xla_had_started_before_the_import(tmp_path):
+    # And loading the library again does no harm.
+    lines = python("-c", _LOADED, tmp_path, "started").stdout.splitlines()
+    assert lines == [*_SHOWN, "[4, 4]", *_SHOWN, "[8, 8]"]
+
+
+def test_loading_twice_is_harmless(tmp_path):
+    assert python("-c", _LOADED, tmp_path).stdout.splitlines() == [*_SHOWN, "[4, 4]"]
+
+
+def test_available():
+    status = native.XLA_STATUS
+    assert status.available and status.library.name == "libtf_agc_xla.so"
+    assert status.reason == f"built for TensorFlow {tf.__version__}"
+    assert AutomaticGainControl().supports_jit
+
+
+def test_main(capsys):
+    __main__.main()
+    assert f"XLA kernels:     loaded (built for TensorFlow {tf.__version__})" in capsys.readouterr().out
+
+
+_WITHOUT = """
+import warnings
+import keras
+import numpy as np
+import tensorflow as tf
+import tf_agc
+from tf_agc import native, __main__
+
+print(native.STATUS.available, native.XLA_STATUS.available, native.XLA_STATUS.reason)
+x = tf.constant([[[1.0], [3.0]]])
+function = tf.function(lambda x: tf_agc.agc(x, 2.0, 1.0, "relu"), jit_compile=True)
+print(function(x).numpy().ravel(), tf_agc.agc(x, 2.0, 1.0, "relu").numpy().ravel())
+
+model = keras.Sequential([keras.Input((2, 1)), tf_agc.AutomaticGainControl()])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    model.compile("sgd", "mse", jit_compile=True)
+print(model.layers[0].supports_jit, model.jit_compile, "doesn't support `jit_compile=True`" in str(caught[-1].message))
+model.fit(x, x, verbose=0)
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize("library, reason", [(None, "there is no native library at"), (b"broken", "cannot be loaded")])
+def test_without_the_library(tmp_path, library, reason):
+    package = tmp_path / "tf_agc"
+    shutil.copytree(native.STATUS.library.parents[1], package, ignore=shutil.ignore_patterns("*_xla.so", "__pycache__"))
+    if library:
+        (package / "native_library" / "libtf_agc_xla.so").write_bytes(library)
+    status, results, keras_says, *rows = python("-c", _WITHOUT, path=tmp_path).stdout.splitlines()
+    assert status.startswith("True False ") and reason in status
+    assert results == "[0. 2.] [0. 2.]"
+    assert keras_says == "False False True"
+    assert any(row.startswith("implementation:  native ") for row in rows)
+    assert any(row.startswith("XLA kernels:     not loaded (") and reason in row for row in rows)

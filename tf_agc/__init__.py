@@ -1,0 +1,52 @@
+"""Automatic gain control for TensorFlow: normalization without batch statistics (arXiv 1706.03907).
+
+The public names, and the check that this process runs Keras 3 on TensorFlow. No logic lives here.
+"""
+
+import os as _os
+import warnings as _warnings
+
+__version__ = "0.21.0"
+
+# Before anything imports Keras: on another backend that import may fail with an error of its own.
+if _os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+    raise ImportError(
+        "tf_agc needs Keras's tensorflow backend: unset KERAS_BACKEND or set it to 'tensorflow', "
+        f"got KERAS_BACKEND={_os.environ['KERAS_BACKEND']!r}."
+    )
+if _os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):
+    raise ImportError(
+        "tf_agc needs Keras 3 and does not work with the legacy tf_keras: unset "
+        f"TF_USE_LEGACY_KERAS, got TF_USE_LEGACY_KERAS={_os.environ['TF_USE_LEGACY_KERAS']!r}."
+    )
+
+try:
+    import keras as _keras
+except ImportError as _error:  # of a backend that is chosen in keras.json and not installed
+    raise ImportError(
+        "tf_agc needs Keras 3 on its tensorflow backend, and Keras cannot be imported "
+        f"({_error}): check that it is installed, and the backend in ~/.keras/keras.json."
+    ) from _error
+
+if _keras.config.backend() != "tensorflow":  # chosen in ~/.keras/keras.json
+    raise ImportError(
+        "tf_agc needs Keras's tensorflow backend: set KERAS_BACKEND to 'tensorflow', "
+        f"got the backend {_keras.config.backend()!r} from Keras's configuration file."
+    )
+
+from tf_agc import native as _native  # noqa: E402
+from tf_agc.calibration import calibrate  # noqa: E402
+from tf_agc.functional import agc  # noqa: E402
+from tf_agc.implementation import DEFAULT as _DEFAULT  # noqa: E402
+from tf_agc.implementation import implementation  # noqa: E402
+from tf_agc.layer import AutomaticGainControl  # noqa: E402
+
+__all__ = ["AutomaticGainControl", "__version__", "agc", "calibrate", "implementation"]
+
+# Whoever set TF_AGC_IMPLEMENTATION has chosen: "reference" misses nothing, "native" raises in use.
+if _DEFAULT == "auto" and not _native.STATUS.available:
+    _warnings.warn(
+        f"tf_agc uses its slower reference in stock TensorFlow ops: {_native.STATUS.reason}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

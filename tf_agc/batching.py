@@ -1,0 +1,99 @@
+"""How TensorFlow vectorizes TfAgc>Agc and TfAgc>AgcGrad: in tf.vectorized_map, jacobian, batch_jacobian.
+
+Only shapes change here: the mapped axis is folded into the batch or into the channels of the same op.
+No arithmetic.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+# Private: a custom op has no public way to take part in vectorization, and without it every element
+# is an iteration of a tf.while_loop.
+from tensorflow.python.ops.parallel_for import pfor
+
+# What the ops' inputs and outputs are: maps [N, ..., C] or [N, C, ...], means [N, C], channels [C].
+_AGC_INPUTS, _AGC_OUTPUTS = ("maps", "channels", "channels"), ("maps", "means")
+_AGC_GRAD_INPUTS = ("maps", "means", "maps", "means", "channels", "channels")
+_AGC_GRAD_OUTPUTS = ("maps", "channels", "channels")
+
+# The axis of each, counted without the mapped axis, into which the mapped axis is folded.
+_INTO_BATCH = {"maps": 0, "means": 0}
+_INTO_CHANNELS = {
+    b"N...C": {"maps": -1, "means": 1, "channels": 0},
+    b"NC...": {"maps": 1, "means": 1, "channels": 0},
+}
+
+
+def register(ops: Any) -> None:
+    """Registers how both ops are vectorized; once in a process.
+
+    Args:
+        ops: the module of generated op wrappers, as `tf.load_op_library` returns it.
+    """
+    pfor.RegisterPFor("TfAgc>Agc")(functools.partial(_convert_agc, ops.tf_agc_agc))
+    pfor.RegisterPFor("TfAgc>AgcGrad")(functools.partial(_convert_agc_grad, ops.tf_agc_agc_grad))
+
+
+def _convert_agc(agc, loop):
+    into = _into_channels(loop) if _parameters_are_mapped(loop, _AGC_INPUTS) else _INTO_BATCH
+    outputs = _folded(agc, loop, into, _AGC_INPUTS, _AGC_OUTPUTS)
+    return [pfor.wrap(output) for output in outputs]
+
+
+def _convert_agc_grad(agc_grad, loop):
+    # Asked first, since folding into the channels stacks the parameters.
+    parameters_are_mapped = _parameters_are_mapped(loop, _AGC_GRAD_INPUTS)
+
+    def folded(into):
+        return _folded(agc_grad, loop, into, _AGC_GRAD_INPUTS, _AGC_GRAD_OUTPUTS)
+
+    if parameters_are_mapped:
+        dx, dgain, dmean_scale = folded(_into_channels(loop))
+    else:
+        # The parameters' gradients are sums over the batch, and must not be over the mapped axis.
+        # A graph drops the one of these two that nobody reads.
+        dx, _, _ = folded(_INTO_BATCH)
+        _, dgain, dmean_scale = folded(_into_channels(loop))
+    return [pfor.wrap(output) for output in (dx, dgain, dmean_scale)]
+
+
+def _parameters_are_mapped(loop, kinds):
+    return any(value.is_stacked for value, kind in zip(loop.inputs, kinds, strict=True) if kind == "channels")
+
+
+def _into_channels(loop):
+    return _INTO_CHANNELS[loop.get_attr("data_format")]
+
+
+def _folded(op: Callable, loop: Any, into: dict[str, int], inputs: tuple, outputs: tuple) -> list[tf.Tensor]:
+    """Runs an op once for all elements, with the mapped axis folded away around it."""
+    loop.stack_inputs([index for index, kind in enumerate(inputs) if kind in into])
+    values = [value.t for value in loop.inputs]
+    length, size = loop.pfor.loop_len_vector, tf.shape(values[0])[1:][into["maps"]]
+    folded = [_merge(value, into[kind]) if kind in into else value for value, kind in zip(values, inputs, strict=True)]
+    attributes = {name: loop.get_attr(name) for name in ("activation", "alpha", "data_format")}
+    results = op(*folded, **attributes)
+    return [
+        _split(result, into[kind], length, size) if kind in into else result
+        for result, kind in zip(results, outputs, strict=True)
+    ]
+
+
+def _merge(value: tf.Tensor, axis: int) -> tf.Tensor:
+    """Merges axis 0 into the one that is `axis` of the others."""
+    axis %= tf.rank(value) - 1
+    value = tf.transpose(value, tf.concat([tf.range(1, axis + 1), [0], tf.range(axis + 1, tf.rank(value))], axis=0))
+    shape = tf.shape(value)
+    merged = shape[axis : axis + 1] * shape[axis + 1]
+    return tf.reshape(value, tf.concat([shape[:axis], merged, shape[axis + 2 :]], axis=0))
+
+
+def _split(value: tf.Tensor, axis: int, length: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """Undoes `_merge`: makes an axis 0 of `length` out of an axis, of which `size` is left."""
+    axis %= tf.rank(value)
+    shape = tf.shape(value)
+    value = tf.reshape(value, tf.concat([shape[:axis], length, [size], shape[axis + 1 :]], axis=0))
+    return tf.transpose(value, tf.concat([[axis], tf.range(axis), tf.range(axis + 1, tf.rank(value))], axis=0))

@@ -1,0 +1,212 @@
+"""`tf_agc.calibrate`: sets the initial gains of a model from one batch.
+
+Only what happens around one forward pass lives here; layers report through `tf_agc.layer.observer`,
+and the map means are the reference's.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import keras
+import ml_dtypes  # a dependency of TensorFlow and Keras; NumPy's finfo knows no bfloat16
+import numpy as np
+import tensorflow as tf
+
+from tf_agc import functional, reference
+from tf_agc import layer as agc_layer
+
+
+@dataclasses.dataclass
+class CalibratedLayer:
+    """What `calibrate` did to one AutomaticGainControl layer.
+
+    Attributes:
+        layer: the layer's path in the model.
+        calls: how often the forward pass called it; 0 where it was never reached.
+        std_before: the pre-activation standard deviation before, one value a channel; shape [C].
+        gain: the gain now; shape [C].
+        kept: indices of the channels that were constant on the batch and keep their gain.
+    """
+
+    layer: str
+    calls: int = 0
+    std_before: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    gain: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    kept: list[int] = dataclasses.field(default_factory=list)
+
+    def _cells(self) -> list[str]:
+        if not self.calls:
+            return [self.layer, "-", "-", "-", "not reached: nothing changed"]
+        note = ""
+        if self.kept:
+            shown = ", ".join(map(str, self.kept[:8])) + (", ..." if len(self.kept) > 8 else "")
+            note = f"{len(self.kept)} constant, gain kept: {shown}"
+        elif self.calls > 1:
+            note = f"called {self.calls} times, calibrated on the first"
+        return [
+            self.layer,
+            str(self.gain.size),
+            f"{self.std_before.min():.3g} .. {self.std_before.max():.3g}",
+            f"{self.gain.min():.3g} .. {self.gain.max():.3g}",
+            note,
+        ]
+
+
+class CalibrationTable(list[CalibratedLayer]):
+    """One row for each layer, in the order of execution; `print` shows it as a table."""
+
+    def __str__(self) -> str:
+        rows = [["layer", "channels", "std before", "gain", ""], *(row._cells() for row in self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> CalibrationTable:
+    """Sets every AutomaticGainControl layer's gain from one batch, in one eager forward pass.
+
+    Each layer is calibrated when the pass reaches it, so later layers see calibrated earlier ones:
+    its gain becomes, channel by channel and with the sign that it had (0 becomes positive), the one
+    that gives the pre-activation output `gain * (x - mean_scale * mean(x))` a standard deviation of
+    `target_std` over the samples and positions of the batch. Without it a deep plain network may
+    diverge.
+
+    The model runs as in inference (`training=False`). Nothing but the gains changes: other
+    non-trainable state (moving averages, states of recurrent layers, seeds) is put back. A layer
+    that the pass calls several times (shared, or inside TimeDistributed) is calibrated on its
+    first call. Channels that are constant on the batch (dead, or maps of one value) keep their
+    gain. On an error nothing changes.
+
+    Args:
+        model: a built model, compiled or not, of any kind. Its layers may be nested anywhere.
+        batch: one batch of the model's inputs (without targets), as `model(batch)` takes it; any
+            floating or integer dtypes, with at least one sample. More samples and positions give
+            better estimates.
+        target_std: the standard deviation to reach; positive.
+
+    Returns:
+        A list with one row for each layer, in order of execution; layers that were not reached come
+        last. Printing it shows a table.
+
+    Raises:
+        TypeError: model is not a Keras model, or batch is a data set.
+        ValueError: the model is not built or has no such layer; the batch is empty or not finite;
+            a layer's input is not finite (the message names the layer); target_std is not positive.
+        RuntimeError: a layer is only called in traced code (the message names it).
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a keras.Model, got {type(model).__name__}")
+    if not (math.isfinite(target_std) and target_std > 0):
+        raise ValueError(f"target_std must be finite and > 0, got {target_std:g}")
+    if not model.built:
+        raise ValueError(
+            f"model '{model.name}' is not built: call it on a batch, or call its build() with an "
+            "input shape, before calibrating it"
+        )
+    # Private, as Keras has no public way to list layers inside custom layers and nested models.
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, agc_layer.AutomaticGainControl)]
+    if not layers:
+        raise ValueError(f"model '{model.name}' has no AutomaticGainControl layer to calibrate")
+    batch = _convert_batch(batch)
+
+    calibration = _Calibration(target_std)
+    state = [(variable, variable.numpy()) for variable in model.non_trainable_variables]
+    # A call() that its author wrapped in a tf.function would show its layers no values.
+    ran_eagerly = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    token = agc_layer.observer.set(calibration.observe)
+    try:
+        model(batch, training=False)
+        calibration.check_all_eager()
+    except BaseException:
+        calibration.undo()
+        raise
+    finally:
+        agc_layer.observer.reset(token)
+        tf.config.run_functions_eagerly(ran_eagerly)
+        gains = {id(layer.gain) for layer in layers if layer.built}
+        for variable, value in state:
+            if id(variable) not in gains:  # of a frozen layer
+                variable.assign(value)
+    return calibration.table(layers)
+
+
+class _Calibration:
+    """The rows of one pass; calibrates each layer on its first call."""
+
+    def __init__(self, target_std: float) -> None:
+        self._target_std = target_std
+        self._rows: dict[int, CalibratedLayer] = {}
+        self._gains: list[tuple[keras.Variable, np.ndarray]] = []
+        self._traced: dict[int, agc_layer.AutomaticGainControl] = {}
+
+    def observe(self, layer: agc_layer.AutomaticGainControl, x: tf.Tensor) -> None:
+        if not tf.executing_eagerly():
+            self._traced[id(layer)] = layer
+            return
+        if id(layer) not in self._rows:
+            self._rows[id(layer)] = self._calibrate(layer, tf.convert_to_tensor(x))
+        self._rows[id(layer)].calls += 1
+
+    def _calibrate(self, layer: agc_layer.AutomaticGainControl, x: tf.Tensor) -> CalibratedLayer:
+        name = layer.path or layer.name
+        if not bool(tf.reduce_all(tf.math.is_finite(x))):
+            raise ValueError(f"the input of layer '{name}' is not finite on this batch")
+        x64 = tf.cast(x, tf.float64)
+        ones = tf.ones(layer.gain.shape, tf.float64)
+        mean_scale = tf.cast(tf.convert_to_tensor(layer.mean_scale), tf.float64)
+        u, _ = reference.agc(x64, ones, mean_scale, "linear", 0.0, layer.data_format)
+
+        channels = functional.channel_axis(layer.data_format) % x.shape.rank
+        others = [axis for axis in range(x.shape.rank) if axis != channels]
+        std_u = tf.math.reduce_std(u, axis=others).numpy()
+        largest = tf.reduce_max(tf.abs(x64), axis=others).numpy()
+
+        # What differs from a constant by rounding alone is a constant: a gain of 1 / rounding noise
+        # would blow it up. Sums before this layer round a few times more than float32's epsilon.
+        epsilon = max(float(ml_dtypes.finfo(x.dtype.as_numpy_dtype).eps), 1e-6)
+        constant = std_u <= epsilon * largest
+
+        before = layer.gain.numpy()
+        sign = np.where(before < 0, -1.0, 1.0)
+        gain = np.where(constant, before, sign * self._target_std / np.where(constant, 1, std_u))
+        self._gains.append((layer.gain, before))
+        layer.gain.assign(gain)
+        return CalibratedLayer(
+            layer=name,
+            std_before=np.abs(before) * std_u,
+            gain=layer.gain.numpy(),
+            kept=np.flatnonzero(constant).tolist(),
+        )
+
+    def check_all_eager(self) -> None:
+        for key, layer in self._traced.items():
+            if key not in self._rows:
+                raise RuntimeError(
+                    f"layer '{layer.path or layer.name}' is only called in traced code "
+                    "(tf.map_fn, tf.vectorized_map, a data pipeline), where it cannot be calibrated"
+                )
+
+    def undo(self) -> None:
+        for gain, before in self._gains:
+            gain.assign(before)
+
+    def table(self, layers: list[agc_layer.AutomaticGainControl]) -> CalibrationTable:
+        missed = [CalibratedLayer(layer.path or layer.name) for layer in layers if id(layer) not in self._rows]
+        return CalibrationTable([*self._rows.values(), *missed])
+
+
+def _convert_batch(batch: Any) -> Any:
+    if isinstance(batch, tf.data.Dataset):
+        raise TypeError("batch must be one batch of inputs, got a tf.data.Dataset: take one from it")
+    batch = keras.tree.map_structure(tf.convert_to_tensor, batch)
+    leaves = keras.tree.flatten(batch)
+    if not leaves or any(tf.size(leaf) == 0 for leaf in leaves):
+        shapes = [leaf.shape.as_list() for leaf in leaves]
+        raise ValueError(f"batch must have at least one sample, got shapes {shapes}")
+    for leaf in leaves:
+        if leaf.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(leaf))):
+            raise ValueError("batch must be finite, got NaN or Inf")
+    return batch

@@ -1,0 +1,164 @@
+"""`tf_agc.agc`: checks and converts arguments, then calls the chosen implementation.
+
+The sentences of the errors are the kernel's own, wherever Python can already know. No arithmetic.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_agc import native, reference
+from tf_agc.implementation import resolve
+
+_ALPHA = {"linear": None, "relu": None, "relu6": None, "leaky_relu": 0.2, "elu": 1.0}
+ACTIVATIONS = tuple(_ALPHA)
+DATA_FORMATS = ("channels_last", "channels_first")
+_DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+
+
+# AutoGraph has nothing to convert here, and would slow every trace down and lengthen tracebacks.
+@tf.autograph.experimental.do_not_convert
+def agc(
+    x: Any,
+    gain: Any,
+    mean_scale: Any,
+    activation: str | None = "linear",
+    alpha: float | None = None,
+    data_format: str = "channels_last",
+) -> tf.Tensor:
+    """Automatic gain control: subtracts a scaled mean from every map and scales the difference.
+
+    For sample n, channel c and the positions p of a map:
+
+        m[n, c]    = mean over p of x[n, p, c]
+        y[n, p, c] = act(gain[c] * (x[n, p, c] - mean_scale[c] * m[n, c]))
+
+    Source: B. Ruff, "Deep Control", arXiv 1706.03907 (not adaptive gradient clipping). Means are
+    accumulated in float32 or better and results rounded to the dtype of x. NaN and Inf go through.
+    A fused activation keeps y for the backward pass and "linear" keeps x; at a gain of exactly 0,
+    leaky_relu and elu therefore give that gain a gradient of 0.
+
+    Args:
+        x: tensor or what converts to one; float16, bfloat16, float32 or float64; shape
+            [N, ..., C] or [N, C, ...] with 1 to 6 spatial axes. An empty batch is allowed.
+        gain: shape [C], or a scalar for every channel; float64 where x is, else float32. Python
+            numbers, lists and NumPy arrays are converted.
+        mean_scale: as gain. 1 removes the mean, 0 keeps it.
+        activation: "linear" or None, "relu", "relu6", "leaky_relu" or "elu".
+        alpha: slope of leaky_relu (None: 0.2) or scale of elu (None: 1.0) below 0; a finite number
+            >= 0, rounded to float32.
+        data_format: "channels_last" or "channels_first".
+
+    Returns:
+        y: the dtype and shape of x.
+
+    Raises:
+        TypeError: x is ragged, sparse or not floating; gain or mean_scale has another dtype than
+            the one above; alpha is not a number.
+        ValueError: another activation, alpha or data_format; a static shape that does not fit.
+        tf.errors.InvalidArgumentError: the same for a shape that is only known when it runs.
+        RuntimeError: `implementation("native")` where the native library is not available.
+    """
+    activation = "linear" if activation is None else activation
+    alpha = resolve_alpha(activation, alpha)
+    if data_format not in DATA_FORMATS:
+        raise ValueError(f'data_format must be "channels_last" or "channels_first", got {data_format!r}')
+    x = _convert_x(x)
+    _check_shape(x.shape, data_format)
+    axis = channel_axis(data_format)
+    gain = _convert_parameter("gain", gain, x, axis)
+    mean_scale = _convert_parameter("mean_scale", mean_scale, x, axis)
+
+    name, _ = resolve()
+    compute = native.agc if name == "native" else reference.agc
+    y, _ = compute(x, gain, mean_scale, activation, alpha, data_format)
+    return y
+
+
+def channel_axis(data_format: str) -> int:
+    """The axis of the channels, counted from the end for channels_last."""
+    return -1 if data_format == "channels_last" else 1
+
+
+def resolve_alpha(activation: str, alpha: float | None) -> float:
+    """The number that the implementations take: the default for None, 0 where there is no alpha.
+
+    Raises:
+        TypeError: alpha is not a number.
+        ValueError: an unknown activation, alpha for one without, or a negative or infinite alpha.
+    """
+    if not isinstance(activation, str) or activation not in _ALPHA:
+        raise ValueError(f"activation must be None or one of {', '.join(map(repr, _ALPHA))}, got {activation!r}")
+    default = _ALPHA[activation]
+    if alpha is None:
+        return 0.0 if default is None else default
+    if default is None:
+        raise ValueError(
+            f"alpha must be None for the activation {activation!r}: only 'leaky_relu' and 'elu' have one, got {alpha!r}"
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
+    # As the kernel sees it: a double may overflow to a float32 infinity.
+    if not (math.isfinite(alpha) and 0 <= alpha <= float(np.finfo(np.float32).max)):
+        raise ValueError(f"alpha must be finite and >= 0, got {alpha:g}")
+    return float(alpha)
+
+
+def _convert_x(x: Any) -> tf.Tensor:
+    if isinstance(x, (tf.RaggedTensor, tf.SparseTensor)):
+        raise TypeError(
+            f"x must be a dense tensor, got a {type(x).__name__} (to_tensor() and "
+            "tf.sparse.to_dense() convert; the padding would count in the mean)"
+        )
+    x = tf.convert_to_tensor(x)
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"x must have dtype {', '.join(dtype.name for dtype in _DTYPES[:-1])} or "
+            f"{_DTYPES[-1].name}, got {x.dtype.name}"
+        )
+    return x
+
+
+def _check_shape(shape: tf.TensorShape, data_format: str) -> None:
+    if shape.rank is None:
+        return
+    if not 3 <= shape.rank <= 8:
+        raise ValueError(
+            f"x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape {_brackets(shape)}"
+        )
+    spatial = shape[1:-1] if data_format == "channels_last" else shape[2:]
+    if 0 in list(spatial) and shape[0]:
+        raise ValueError(
+            f"x has no positions (a spatial size is 0) but a batch of {shape[0]}: the mean of an "
+            f"empty map is undefined, got shape {_brackets(shape)}"
+        )
+
+
+def _convert_parameter(name: str, value: Any, x: tf.Tensor, axis: int) -> tf.Tensor:
+    dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = tf.convert_to_tensor(value)
+        # NumPy's float64 is a default more often than a wish: cast it like Python's numbers.
+        if value.dtype.is_floating or value.dtype.is_integer:
+            value = tf.cast(value, dtype)
+    elif isinstance(value, (numbers.Real, list, tuple)):
+        value = tf.convert_to_tensor(value, dtype)
+    else:
+        value = tf.convert_to_tensor(value)
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype.name} for x of dtype {x.dtype.name}, got {value.dtype.name}")
+    if value.shape.rank == 0:
+        return tf.fill([tf.shape(x)[axis]], value)
+    channels = None if x.shape.rank is None else x.shape[axis]
+    if not value.shape.is_compatible_with([channels]):
+        expected = "?" if channels is None else channels
+        raise ValueError(f"{name} must have shape [C] = [{expected}], got {_brackets(value.shape)}")
+    return value
+
+
+def _brackets(shape: tf.TensorShape) -> str:
+    """A shape as the kernel prints it: [4,0,5,3], with ? where a size is not known."""
+    return f"[{','.join('?' if size is None else str(size) for size in shape)}]"

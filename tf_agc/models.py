@@ -1,0 +1,198 @@
+"""Small reference networks whose normalization is an argument.
+
+Networks only: data, training and measurements live in tools/.
+"""
+
+from collections.abc import Callable, Sequence
+
+import keras
+
+from tf_agc.layer import AutomaticGainControl
+
+# Makes the layers for "normalization, followed by this activation (None: no activation)".
+Normalization = Callable[[str | None], Sequence[keras.layers.Layer]]
+
+
+def _activation(activation: str | None) -> list[keras.layers.Layer]:
+    return [keras.layers.Activation(activation)] if activation else []
+
+
+def _agc(activation: str | None) -> list[keras.layers.Layer]:
+    return [AutomaticGainControl(activation=activation)]
+
+
+def _batch_norm(activation: str | None) -> list[keras.layers.Layer]:
+    # With Keras's default momentum of 0.99 the running averages lag behind in a short training.
+    return [keras.layers.BatchNormalization(momentum=0.9), *_activation(activation)]
+
+
+def _group_norm(activation: str | None) -> list[keras.layers.Layer]:
+    return [keras.layers.GroupNormalization(groups=8), *_activation(activation)]
+
+
+def _layer_norm(activation: str | None) -> list[keras.layers.Layer]:
+    # Over the channels of one position, as in ConvNeXt.
+    return [keras.layers.LayerNormalization(), *_activation(activation)]
+
+
+NORMALIZATIONS: dict[str, Normalization] = {
+    "agc": _agc,
+    "batch_norm": _batch_norm,
+    "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
+    "none": _activation,
+}
+
+
+def residual_cnn(
+    input_shape: Sequence[int],
+    classes: int,
+    normalization: str | Normalization = "agc",
+    filters: Sequence[int] = (16, 32, 64),
+    blocks: int = 1,
+) -> keras.Model:
+    """Returns a residual network with pre-activation blocks (He et al., arXiv 1603.05027).
+
+    Every normalization is followed by relu, so AGC is fused with it everywhere.
+
+    Args:
+        input_shape: height, width and channels of an image; pixel values are 0 to 255.
+        classes: number of logits.
+        normalization: a name in `NORMALIZATIONS`, or a callable that takes the activation and
+            returns the layers for the normalization followed by that activation.
+        filters: channels of each stage; the first stage keeps the image's size, each further
+            one halves it.
+        blocks: residual blocks in each stage.
+
+    Returns:
+        A model from images [N, height, width, channels] to logits [N, classes].
+    """
+    net = _Parts(normalization)
+    inputs, x = net.start(input_shape)
+    x = net.conv(x, filters[0])
+    for stage, channels in enumerate(filters):
+        for block in range(blocks):
+            strides = 2 if stage > 0 and block == 0 else 1
+            y = net.normalize(x, "relu")
+            resized = strides > 1 or x.shape[-1] != channels
+            shortcut = net.conv(y, channels, kernel_size=1, strides=strides) if resized else x
+            y = net.conv(y, channels, strides=strides)
+            y = net.normalize(y, "relu")
+            y = net.conv(y, channels)
+            x = keras.layers.Add()([shortcut, y])
+    x = net.normalize(x, "relu")
+    return net.finish(inputs, x, classes, "residual_cnn")
+
+
+def plain_cnn(
+    input_shape: Sequence[int],
+    classes: int,
+    normalization: str | Normalization = "agc",
+    filters: Sequence[int] = (16, 32, 64),
+    convolutions: int = 2,
+) -> keras.Model:
+    """Returns a network without shortcuts: convolution, normalization and relu, again and again.
+
+    Args:
+        input_shape, classes, normalization, filters: as in `residual_cnn`.
+        convolutions: in each stage; three stages of two make the 6-layer network.
+
+    Returns:
+        As `residual_cnn`.
+    """
+    net = _Parts(normalization)
+    inputs, x = net.start(input_shape)
+    for stage, channels in enumerate(filters):
+        for index in range(convolutions):
+            x = net.conv(x, channels, strides=2 if stage > 0 and index == 0 else 1)
+            x = net.normalize(x, "relu")
+    return net.finish(inputs, x, classes, "plain_cnn")
+
+
+def resnet(
+    input_shape: Sequence[int],
+    classes: int,
+    normalization: str | Normalization = "agc",
+    filters: Sequence[int] = (16, 32, 64),
+    blocks: Sequence[int] = (3, 3, 3),
+    bottleneck: bool = False,
+    large_images: bool = False,
+) -> keras.Model:
+    """Returns the original residual network, activation after addition (He et al., arXiv 1512.03385).
+
+    The defaults make ResNet-20. The last normalization of a branch has no activation of its own, and a
+    shortcut that changes the size is normalized too.
+
+    Args:
+        input_shape, classes, normalization, filters: as in `residual_cnn`.
+        blocks: residual blocks of each stage.
+        bottleneck: three convolutions a block, 1x1, 3x3 and 1x1, the last with four times the channels.
+        large_images: quarter the image first, with a 7x7 convolution and a pooling.
+
+    Returns:
+        As `residual_cnn`.
+    """
+    net = _Parts(normalization)
+    inputs, x = net.start(input_shape)
+    if large_images:
+        x = net.normalize(net.conv(x, filters[0], kernel_size=7, strides=2), "relu")
+        x = keras.layers.MaxPooling2D(3, 2, padding="same")(x)
+    else:
+        x = net.normalize(net.conv(x, filters[0]), "relu")
+    for stage, channels in enumerate(filters):
+        for block in range(blocks[stage]):
+            strides = 2 if stage > 0 and block == 0 else 1
+            outputs = 4 * channels if bottleneck else channels
+            if bottleneck:
+                y = net.normalize(net.conv(x, channels, kernel_size=1), "relu")
+                y = net.normalize(net.conv(y, channels, strides=strides), "relu")
+                y = net.conv(y, outputs, kernel_size=1)
+            else:
+                y = net.normalize(net.conv(x, channels, strides=strides), "relu")
+                y = net.conv(y, outputs)
+            y = net.normalize(y, None)
+            if strides > 1 or x.shape[-1] != outputs:
+                x = net.normalize(net.conv(x, outputs, kernel_size=1, strides=strides), None)
+            x = keras.layers.ReLU()(keras.layers.Add()([x, y]))
+    return net.finish(inputs, x, classes, "resnet")
+
+
+class _Parts:
+    """What the networks are put together from, with one normalization throughout."""
+
+    def __init__(self, normalization: str | Normalization) -> None:
+        self._normalization = _normalization(normalization)
+
+    def start(self, input_shape: Sequence[int]):
+        inputs = keras.Input(tuple(input_shape), name="image")
+        return inputs, keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
+
+    def conv(self, x, channels: int, kernel_size: int = 3, strides: int = 1):
+        return keras.layers.Conv2D(
+            channels,
+            kernel_size,
+            strides,
+            padding="same",
+            # A normalization that follows would remove the bias or has one of its own.
+            use_bias=self._normalization is _activation,
+            kernel_initializer="he_normal",
+        )(x)
+
+    def normalize(self, x, activation: str | None):
+        for layer in self._normalization(activation):
+            x = layer(x)
+        return x
+
+    def finish(self, inputs, x, classes: int, name: str) -> keras.Model:
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        return keras.Model(inputs, keras.layers.Dense(classes, name="logits")(x), name=name)
+
+
+def _normalization(normalization: str | Normalization) -> Normalization:
+    if callable(normalization):
+        return normalization
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"normalization must be one of {', '.join(NORMALIZATIONS)} or a callable, got {normalization!r}"
+        )
+    return NORMALIZATIONS[normalization]

@@ -1,0 +1,153 @@
+"""Finds, checks and loads the native libraries, runs the op, and has its gradients and batching registered.
+
+Why a library is not in use is a status, never an exception: `import tf_agc` must not fail for it.
+Nothing here decides which implementation runs, and nothing computes.
+"""
+
+import ctypes
+import dataclasses
+import pathlib
+import struct
+
+import tensorflow as tf
+
+from tf_agc import batching, gradients
+
+_DATA_FORMATS = {"channels_last": "N...C", "channels_first": "NC..."}
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Whether a native library is loaded.
+
+    Attributes:
+        available: the ops (XLA_STATUS: under XLA too) can be used.
+        reason: half a sentence, why they can or cannot be.
+        library: where the library is expected.
+        built_for: the TensorFlow version that the library was built for, None where unknown.
+    """
+
+    available: bool
+    reason: str
+    library: pathlib.Path
+    built_for: str | None
+
+
+def agc(
+    x: tf.Tensor,
+    gain: tf.Tensor,
+    mean_scale: tf.Tensor,
+    activation: str,
+    alpha: float,
+    data_format: str,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The op TfAgc>Agc: arguments, results and errors as `tf_agc.reference.agc` documents them.
+
+    Raises:
+        tf.errors.InvalidArgumentError: what the kernel refuses.
+        ValueError: what the shape function refuses, while a graph is built.
+    """
+    y, mean = _ops.tf_agc_agc(
+        x,
+        gain,
+        mean_scale,
+        activation=activation,
+        alpha=alpha,
+        data_format=_DATA_FORMATS[data_format],
+    )
+    return y, mean
+
+
+def instruction_set() -> str:
+    """The instruction-set level that the loaded library chose on this machine."""
+    function = ctypes.CDLL(str(STATUS.library)).TfAgcInstructionSet
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def _find(name: str) -> Status:
+    """Everything that can be known about a library without opening it."""
+    package = pathlib.Path(__file__).resolve().parent
+    library = package / "native_library" / name
+    version_file = library.with_name("tensorflow_version.txt")
+    checkout = (package.parent / "WORKSPACE").is_file()
+    cure = f"run ./tools/build.sh in {package.parent}" if checkout else "reinstall tf-agc"
+
+    if not library.is_file():
+        return Status(False, f"there is no native library at {library} ({cure})", library, None)
+    try:
+        built_for = version_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        return Status(False, f"{version_file} is not readable: {error} ({cure})", library, None)
+    if built_for != tf.__version__:
+        # C++ has no stable ABI between TensorFlow's versions: opening it could crash the process.
+        if not checkout:
+            cure = "install the tf-agc release for this TensorFlow"
+        reason = (
+            f"the native library was built for TensorFlow {built_for}, this is TensorFlow {tf.__version__} ({cure})"
+        )
+        return Status(False, reason, library, built_for)
+    if _is_truncated(library):
+        return Status(False, f"{library} is truncated ({cure})", library, built_for)
+    return Status(True, f"built for TensorFlow {built_for}", library, built_for)
+
+
+def _is_truncated(library: pathlib.Path) -> bool:
+    """Whether an ELF file ends before its last segment does.
+
+    dlopen maps such a file all the same, and the process dies of SIGBUS when it touches the rest.
+    What is not a 64-bit little-endian ELF file, dlopen refuses by itself.
+    """
+    content = library.read_bytes()
+    if len(content) < 64 or content[:6] != b"\x7fELF\x02\x01":
+        return False
+    (table,) = struct.unpack_from("<Q", content, 32)
+    entry_size, entries = struct.unpack_from("<HH", content, 54)
+    if entry_size != 56:
+        return False
+    if table + entry_size * entries > len(content):
+        return True
+    for entry in range(table, table + entry_size * entries, entry_size):
+        (offset,) = struct.unpack_from("<Q", content, entry + 8)
+        (size,) = struct.unpack_from("<Q", content, entry + 32)
+        if offset + size > len(content):
+            return True
+    return False
+
+
+def _load():
+    """Returns the status and the module of generated op wrappers, None where there is none."""
+    status = _find("libtf_agc.so")
+    if not status.available:
+        return status, None
+    try:
+        ops = tf.load_op_library(str(status.library))
+    except (tf.errors.OpError, OSError) as error:
+        reason = f"{status.library} cannot be loaded: {error}"
+        return dataclasses.replace(status, available=False, reason=reason), None
+    if not hasattr(ops, "tf_agc_agc") or not hasattr(ops, "tf_agc_agc_grad"):
+        reason = f"{status.library} does not contain the ops TfAgc>Agc and TfAgc>AgcGrad"
+        return dataclasses.replace(status, available=False, reason=reason), None
+    gradients.register(ops)
+    batching.register(ops)
+    return status, ops
+
+
+def _load_xla() -> Status:
+    """Loads the ops' XLA kernels: a library of its own, because it needs more of TensorFlow than the ops do."""
+    if not STATUS.available:
+        return STATUS
+    status = _find("libtf_agc_xla.so")
+    if not status.available:
+        return status
+    try:
+        tf.load_library(str(status.library))
+    except (tf.errors.OpError, OSError) as error:
+        return dataclasses.replace(status, available=False, reason=f"{status.library} cannot be loaded: {error}")
+    return status
+
+
+# While the module is imported, so that Python's import lock makes it happen once in any thread, and
+# so that a SavedModel with the op can be loaded after `import tf_agc`.
+STATUS, _ops = _load()
+XLA_STATUS = _load_xla()

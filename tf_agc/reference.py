@@ -1,0 +1,105 @@
+"""The definition of automatic gain control, in stock TensorFlow ops.
+
+It is the fallback, the portable export and what every kernel is tested against. Inference ops only
+(no py_function, no custom gradient), so that any model server can run it; no choice between
+implementations and no argument checks of the public API live here.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+
+def agc(
+    x: tf.Tensor,
+    gain: tf.Tensor,
+    mean_scale: tf.Tensor,
+    activation: str,
+    alpha: float,
+    data_format: str,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Computes y = act(gain * (x - mean_scale * mean(x))), the mean taken per sample and channel.
+
+    Source: B. Ruff, "Deep Control", arXiv 1706.03907. Differentiable to any order by TensorFlow.
+
+    Args:
+        x: half, bfloat16, float32 or float64; shape [N, ..., C] or [N, C, ...], rank 3 to 8, known
+            or not before it runs.
+        gain: U; shape [C]. U is float64 where x is, else float32.
+        mean_scale: U; shape [C].
+        activation: "linear", "relu", "relu6", "leaky_relu" or "elu".
+        alpha: slope of leaky_relu or scale of elu for z < 0; finite, >= 0; others ignore it.
+        data_format: "channels_last" or "channels_first".
+
+    Returns:
+        y: the dtype and shape of x.
+        mean: U; shape [N, C].
+
+    Raises:
+        tf.errors.InvalidArgumentError: x has samples but no positions, or a parameter is not [C].
+    """
+    x = _require_positions(x, data_format)
+    dtype = x.dtype
+    x = tf.cast(x, tf.float64 if dtype == tf.float64 else tf.float32)
+
+    channels_last = data_format == "channels_last"
+    rank = x.shape.rank if x.shape.rank is not None else tf.rank(x)
+    shape = tf.shape(x)
+    batch, channels = shape[:1], shape[-1:] if channels_last else shape[1:2]
+    ones = tf.ones([rank - 2], tf.int32)
+
+    def along_map(values, first):
+        # An explicit shape and no broadcasting, so that a parameter of another length is an error.
+        parts = [first, ones, channels] if channels_last else [first, channels, ones]
+        return tf.reshape(values, tf.concat(parts, axis=0))
+
+    mean = tf.reduce_mean(x, axis=_spatial_axes(rank, channels_last))
+    u = x - along_map(mean_scale, [1]) * along_map(mean, batch)
+    z = along_map(gain, [1]) * u
+    y = tf.cast(_activate(z, activation, alpha), dtype)
+    y.set_shape(x.shape)  # broadcasting a size of 0 loses what is known
+    return y, mean
+
+
+def _activate(z, activation, alpha):
+    # The op's attribute is a float32: the same value here, or float64 results differ by 1e-9.
+    alpha = float(np.float32(alpha))
+    if activation in ("leaky_relu", "elu") and alpha == 0:
+        activation = "relu"  # 0 * -inf would be NaN
+    if activation == "linear":
+        return z
+    if activation == "relu":
+        return tf.nn.relu(z)
+    if activation == "relu6":
+        return tf.nn.relu6(z)
+    if activation == "leaky_relu":
+        return tf.nn.leaky_relu(z, alpha=alpha)
+    if activation == "elu":
+        return tf.nn.elu(z) if alpha == 1 else tf.where(z > 0, z, alpha * tf.nn.elu(z))
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+def _spatial_axes(rank, channels_last):
+    first, last = (1, rank - 1) if channels_last else (2, rank)
+    return list(range(first, last)) if isinstance(rank, int) else tf.range(first, last)
+
+
+def _require_positions(x, data_format):
+    """Returns x, after an op that fails where x has samples but a spatial size of 0."""
+    spatial = slice(1, -1) if data_format == "channels_last" else slice(2, None)
+    if x.shape.rank is not None and all(size for size in x.shape[spatial]):
+        return x  # known and not 0: nothing to check when it runs
+    shape = tf.shape(x)
+    has_positions = tf.logical_or(tf.reduce_all(shape[spatial] > 0), shape[0] == 0)
+    check = tf.debugging.Assert(
+        has_positions,
+        [
+            "x has no positions (a spatial size is 0) but a batch of",
+            shape[0],
+            "the mean of an empty map is undefined, got shape",
+            shape,
+        ],
+    )
+    if check is None:  # eager: it has run
+        return x
+    with tf.control_dependencies([check]):
+        return tf.identity(x)
