@@ -1,0 +1,292 @@
+"""Benchmarks whose results are committed: `cpu` (the op), `model` (whole networks), `report` (the tables and the plot).
+
+Options, files and tables; what is measured and how is in bench_cpu.py and bench_model.py, the plot in bench_plot.py.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+# Read when TensorFlow is imported: of its log only errors are news here.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+TOOLS = pathlib.Path(__file__).resolve().parent
+CHECKOUT = TOOLS.parent
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+
+    cpu = commands.add_parser("cpu", help="the op against its peers and against a copy of the same bytes")
+    cpu.add_argument("--quick", action="store_true", help="three shapes, three repetitions")
+    cpu.add_argument("--shapes", type=_shapes, help="N,H,W,C, several separated by blanks, in quotes")
+    cpu.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: all three)")
+    cpu.add_argument("--csv", type=pathlib.Path, help="write the results here")
+    cpu.add_argument("--json", type=pathlib.Path, help="write the results here")
+    cpu.add_argument(
+        "--instructions", action="store_true", help="count instructions under callgrind instead of timing anything"
+    )
+    cpu.set_defaults(run=run_cpu)
+
+    model = commands.add_parser("model", help="training steps of whole networks, kept activations, peak memory")
+    model.add_argument("--quick", action="store_true", help="four timed steps")
+    model.add_argument("--csv", type=pathlib.Path, help="write the results here")
+    model.set_defaults(run=run_model)
+
+    report = commands.add_parser("report", help="table and plot out of a CSV file of either benchmark")
+    report.add_argument("csv", type=pathlib.Path)
+    report.add_argument("--plot", type=pathlib.Path, help="write the plot of `cpu` here (PNG)")
+    report.set_defaults(run=run_report)
+    return parser.parse_args()
+
+
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    shapes = [tuple(int(size) for size in shape.split(",")) for shape in text.split()]
+    if not shapes or any(len(shape) != 4 or min(shape) < 1 for shape in shapes):
+        raise argparse.ArgumentTypeError(f"must be shapes N,H,W,C separated by blanks, got {text!r}")
+    return shapes
+
+
+def bazel_build(*targets: str) -> None:
+    result = subprocess.run(
+        [TOOLS / "bazel.sh", "build", *targets],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(targets)} cannot be built:\n{result.stdout}")
+
+
+def run_cpu(options: argparse.Namespace) -> None:
+    if options.instructions:
+        count_instructions()
+        return
+    bazel_build("//cc/core:libcopy_limit.so")
+
+    # Here and not above: TensorFlow takes seconds to import, --help and a wrong option must not.
+    import rich.progress
+    import tensorflow as tf
+
+    import bench_cpu
+    import machine
+    import tf_agc
+
+    tf_agc.implementation("native")  # or an error that says why there is nothing to measure
+    threads = os.cpu_count()
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    copy = bench_cpu.Copy(CHECKOUT / "bazel-bin/cc/core/libcopy_limit.so", threads)
+
+    dtypes = [options.dtype] if options.dtype else bench_cpu.DTYPES
+    shapes = options.shapes or (bench_cpu.QUICK_SHAPES if options.quick else bench_cpu.SHAPES)
+    jobs = [(shape, "channels_last", dtype, True) for dtype in dtypes for shape in shapes]
+    jobs += [
+        (shape, "channels_first", dtype, True)
+        for dtype in dtypes
+        for shape in shapes
+        if shape in bench_cpu.CHANNELS_FIRST_SHAPES
+    ]
+    if not options.shapes and not options.quick and "float32" in dtypes:
+        jobs += [(shape, "channels_last", "float32", False) for shape in bench_cpu.SERIES]
+
+    console = _console()
+    rows = []
+    with rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for job in jobs:
+            progress.update(task, description=f"{','.join(map(str, job[0]))} {job[1]} {job[2]}")
+            for row in bench_cpu.measure(copy, *job, quick=options.quick):
+                if isinstance(row, str):
+                    console.print(row)
+                else:
+                    rows.append(row)
+            progress.advance(task)
+    meta = machine.describe() | {"threads": str(threads)}
+    if options.csv:
+        write_csv(options.csv, rows, meta)
+    if options.json:
+        content = {"machine": meta, "rows": [dataclasses.asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(cpu_table(rows, meta))
+
+
+def count_instructions() -> None:
+    """Prints instructions for each element, of code that valgrind can run: nothing above x86-64-v3."""
+    bazel_build("//cc/core:bench")
+    program = CHECKOUT / "bazel-bin/cc/core/bench"
+    print(f"{'instructions for each element':60} x86-64-v3, one thread, relu")
+    for kind, function in (("forward_in_place", "Forward"), ("backward_in_place", "Backward")):
+        for dtype in ("float", "bfloat16", "half"):
+            for data_format in ("channels_last", "channels_first"):
+                for batch, positions, channels in ((1, 3136, 64), (8, 784, 513)):
+                    name = f"{kind}/{dtype}/{data_format}/{batch}x{positions}x{channels}"
+                    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+                    command += [f"--toggle-collect=tf_agc::core::{function}*", program, "--once", name]
+                    try:
+                        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+                    except FileNotFoundError:
+                        sys.exit("valgrind is missing: install the package valgrind")
+                    except subprocess.CalledProcessError as error:
+                        sys.exit(f"{name} failed under valgrind:\n{error.stderr}")
+                    count = int(re.search(r"Collected : (\d+)", output)[1])
+                    print(f"{name:60} {count / (batch * positions * channels):.3f}")
+
+
+def run_model(options: argparse.Namespace) -> None:
+    import rich.progress
+
+    import bench_model
+    import machine
+    import tf_agc
+
+    tf_agc.implementation("native")  # or an error that says why there is nothing to measure
+    rows = []
+    for name in rich.progress.track(bench_model.NETWORKS, description="networks", console=_console()):
+        rows.extend(bench_model.measure(name, options.quick))
+    meta = machine.describe()
+    if options.csv:
+        write_csv(options.csv, rows, meta)
+    print(model_table(rows, meta))
+
+
+def _console():
+    import rich.console
+
+    return rich.console.Console(stderr=True)
+
+
+def write_csv(path: pathlib.Path, rows: list, meta: dict[str, str]) -> None:
+    """Writes rows behind comment lines that say what they were measured on."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        for key, value in meta.items():
+            file.write(f"# {key}: {value}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in dataclasses.fields(rows[0])])
+        for row in rows:
+            writer.writerow(_cell(value) for value in dataclasses.astuple(row))
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "x".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def read_csv(path: pathlib.Path) -> tuple[list, dict[str, str]]:
+    """Returns what `write_csv` wrote, of either benchmark."""
+    import bench_cpu
+    import bench_model
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = [line[2:].split(": ", 1) for line in lines if line.startswith("# ")]
+    reader = csv.DictReader(line for line in lines if not line.startswith("# "))
+    row_type = next(
+        (
+            kind
+            for kind in (bench_cpu.Row, bench_model.Row)
+            if [field.name for field in dataclasses.fields(kind)] == reader.fieldnames
+        ),
+        None,
+    )
+    if row_type is None:
+        sys.exit(f"{path} is not a result of `bench.py cpu` or `bench.py model`")
+    read = {float: float, int: int, str: str}
+    rows = []
+    for cells in reader:
+        values = {
+            field.name: read[field.type](cells[field.name]) if field.type in read else _shapes_of(cells[field.name])
+            for field in dataclasses.fields(row_type)
+        }
+        rows.append(row_type(**values))
+    return rows, dict(comments)
+
+
+def _shapes_of(cell: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in cell.split("x"))
+
+
+def model_table(rows: list, meta: dict[str, str]) -> str:
+    """Returns a Markdown table of networks; every figure also as a fraction of BatchNormalization's."""
+    lines = [
+        "| network, batch | normalization | ms a step | ± | of BatchNorm | kept MiB | of BatchNorm | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        other = next(r for r in rows if (r.network, r.normalization) == (row.network, "batch_norm"))
+        lines.append(
+            f"| {row.network}, {row.batch} | {row.normalization} | {row.step_ms:.4g} | {row.spread_ms:.2g} | "
+            f"{row.step_ms / other.step_ms:.2f} | {row.kept_mib:.4g} | {row.kept_mib / other.kept_mib:.2f} | "
+            f"{row.peak_mib:.4g} |"
+        )
+    return "\n".join([*lines, "", _footer(meta), ""])
+
+
+def _footer(meta: dict[str, str]) -> str:
+    return "; ".join(f"{key} {value}" for key, value in meta.items())
+
+
+def cpu_table(rows: list, meta: dict[str, str]) -> str:
+    """Returns a Markdown table: ours, its ratio to the limit, and the best peer of each line."""
+    lines = [
+        "| N x H x W x C | layout | type | ours | pass | ms | ± | x limit | best peer | ms | speed-up |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.role != "ours":
+            continue
+        best = best_peer(rows, row)
+        peer = f"{best.candidate} | {best.ms:.3g} | {best.ms / row.ms:.1f}" if best else "| | "
+        lines.append(
+            f"| {'x'.join(map(str, row.shape))} | {row.data_format} | {row.dtype} | {row.candidate} | "
+            f"{row.passes} | {row.ms:.3g} | "
+            f"{row.spread_ms:.2g} | {row.ms / row.limit_ms:.2f} | {peer} |"
+        )
+    return "\n".join([*lines, "", _footer(meta), ""])
+
+
+def best_peer(rows: list, ours) -> object:
+    """The fastest peer at the same work; for an output of its own, the peers' only way."""
+    passes = "forward in place" if ours.passes == "forward fresh" else ours.passes
+    same = [
+        row
+        for row in rows
+        if row.role == "peer"
+        and (row.shape, row.data_format, row.dtype, row.passes) == (ours.shape, ours.data_format, ours.dtype, passes)
+    ]
+    return min(same, key=lambda row: row.ms, default=None)
+
+
+def run_report(options: argparse.Namespace) -> None:
+    rows, meta = read_csv(options.csv)
+    if not hasattr(rows[0], "passes"):
+        print(model_table(rows, meta))
+        return
+    print(cpu_table(rows, meta))
+    if options.plot:
+        import bench_plot
+
+        bench_plot.draw(rows, meta, options.plot)
+
+
+def main() -> None:
+    options = parse_options()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

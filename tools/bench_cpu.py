@@ -1,0 +1,332 @@
+"""`bench.py cpu`: the op, its peers and the limit of the machine, timed in turns in one process.
+
+Which candidates there are, and how each is timed; options, tables and files are bench.py's.
+
+Everything runs inside a graph, as in `fit` and `predict`. A graph with a chain of several ops minus a graph with one,
+over the difference in number, is the time of one op: calling a function, and the first op's output, which cannot lie in
+an argument's memory, cancel. XLA may fuse across the chain, which it could not do across the convolutions of a network:
+that is in the peers' favour, and so is taking their better one of graph and XLA.
+"""
+
+import ctypes
+import dataclasses
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tf_agc
+from tf_agc import reference
+
+# Every candidate is traced once for every shape, on purpose; TensorFlow warns of that.
+tf.get_logger().setLevel("ERROR")
+
+# (N, H, W, C)
+SHAPES = (
+    (32, 32, 32, 64),
+    (32, 56, 56, 64),
+    (16, 112, 112, 64),
+    (128, 14, 14, 256),
+    (32, 7, 7, 2048),
+    (128, 32, 32, 16),
+    (1, 56, 56, 64),
+    (1, 224, 224, 32),
+    (8, 28, 28, 513),
+)
+QUICK_SHAPES = ((32, 32, 32, 64), (1, 56, 56, 64), (8, 28, 28, 513))
+CHANNELS_FIRST_SHAPES = SHAPES[:4]
+# Ten sizes from 10^4 to 10^8 elements, at equal steps of the logarithm.
+SERIES = tuple((16, round(10 ** (4 + 4 * i / 9) / (16 * 32)), 1, 32) for i in range(10))
+DTYPES = ("float32", "bfloat16", "float16")
+
+PASSES = ("forward in place", "forward fresh", "backward in place", "forward + backward", "eager forward + backward")
+# Passes over memory that the limit counts.
+_TRAFFIC = {
+    "forward in place": 2,
+    "forward fresh": 2,
+    "backward in place": 3,
+    "forward + backward": 5,
+    "eager forward + backward": 5,
+}
+
+# One timing repeats its call for at least this long, and a repetition of everything is done at least so often.
+_MIN_SECONDS = 0.02
+_REPETITIONS = 7
+
+
+def _chain_length(elements: int) -> int:
+    """Ops in the longer chain: more where one op is little against calling a function."""
+    return 4 if elements > 2**20 else 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured time.
+
+    Attributes:
+        shape: (N, H, W, C), whatever the layout.
+        candidate: what was timed; "limit" is the copy.
+        role: "ours", "peer", "floor" (relu alone) or "limit".
+        ms: median milliseconds of one op.
+        spread_ms: half the distance between the quartiles.
+        limit_ms: the copy's time for the passes over memory that this needs at least.
+    """
+
+    shape: tuple[int, int, int, int]
+    data_format: str
+    dtype: str
+    passes: str
+    candidate: str
+    role: str
+    ms: float
+    spread_ms: float
+    limit_ms: float
+
+
+@dataclasses.dataclass
+class _Timer:
+    """Times `call`, in seconds of one call; `repeat` calls make one timing."""
+
+    call: Callable[[], object]
+    repeat: int = 1
+
+    def warm_up(self) -> None:
+        self.call()
+        start = time.perf_counter()
+        self.call()
+        self.repeat = max(1, round(_MIN_SECONDS / (time.perf_counter() - start)))
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        for _ in range(self.repeat):
+            self.call()
+        return (time.perf_counter() - start) / self.repeat
+
+
+# An op under test: makes the layer number i of a chain, a function of x, and lists the parameters that are trained.
+_MakeLayer = Callable[[int], tuple[Callable[[tf.Tensor], tf.Tensor], list]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    name: str
+    role: str
+    make_layer: _MakeLayer
+    jit: bool = False
+    trained: bool = True
+
+
+class Copy:
+    """The machine's limit: copies of the same bytes on the same number of threads."""
+
+    def __init__(self, library: pathlib.Path, threads: int) -> None:
+        self._copy = ctypes.CDLL(str(library)).TfAgcCopy
+        self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 3]
+        self._copy.restype = None
+        self._threads = threads
+
+    def timers(self, size: int) -> list[Callable[[], float]]:
+        """Returns functions that time one copy of `size` bytes, one with plain and one with streaming stores."""
+        memory = [np.ones(size + 64, np.int8) for _ in range(2)]
+        to, source = (array.ctypes.data + -array.ctypes.data % 64 for array in memory)
+        repeat = max(2, round(2e8 / size))
+
+        def seconds(streaming: int, _keep=memory) -> float:
+            start = time.perf_counter()
+            self._copy(to, source, size, self._threads, streaming, repeat)
+            return (time.perf_counter() - start) / repeat
+
+        return [lambda: seconds(0), lambda: seconds(1)]
+
+
+def measure(
+    copy: Copy, shape: tuple[int, int, int, int], data_format: str, dtype: str, peers: bool, quick: bool
+) -> Iterator[Row | str]:
+    """Times every candidate at one shape; yields rows, and a sentence for each candidate that cannot run.
+
+    Args:
+        copy: the limit.
+        shape: (N, H, W, C).
+        data_format: "channels_last" or "channels_first".
+        dtype: of the maps.
+        peers: whether the peers are timed too, or ours and relu only.
+        quick: three repetitions instead of seven.
+    """
+    x, dy = _maps(shape, data_format, dtype)
+    timers: dict[tuple[str, str], dict[str, _Timer]] = {}
+    roles = {}
+    for candidate in _candidates(shape, data_format, dtype, peers):
+        try:
+            made = _make_timers(candidate, x, dy)
+            for timer in made.values():
+                timer.warm_up()
+        except (tf.errors.OpError, ValueError, NotImplementedError) as error:
+            yield f"{candidate.name} does not run at {shape} {data_format} {dtype}: {str(error).splitlines()[0]}"
+            continue
+        timers[candidate.name, candidate.role] = made
+        roles[candidate.name] = candidate.role
+    copies = copy.timers(x.shape.num_elements() * x.dtype.size)
+
+    seconds: dict[tuple[str, str], list[float]] = {}
+    limits: tuple[list[float], ...] = ([], [])
+    for _ in range(3 if quick else _REPETITIONS):
+        for samples, timer in zip(limits, copies, strict=True):
+            samples.append(timer())
+        for (name, _role), made in timers.items():
+            once = {key: timer.seconds() for key, timer in made.items()}
+            for passes, value in _per_op(once, _chain_length(x.shape.num_elements())):
+                seconds.setdefault((name, passes), []).append(value)
+
+    copied = min(limits, key=statistics.median)
+    for passes in ("forward in place", "backward in place", "forward + backward"):
+        samples = [value * _TRAFFIC[passes] / 2 for value in copied]
+        yield _row(shape, data_format, dtype, passes, "limit", "limit", samples, statistics.median(samples))
+    for (name, passes), samples in seconds.items():
+        limit = statistics.median(copied) * _TRAFFIC[passes] / 2
+        yield _row(shape, data_format, dtype, passes, name, roles[name], samples, limit)
+
+
+def _row(shape, data_format, dtype, passes, candidate, role, samples, limit) -> Row:
+    lower, middle, upper = statistics.quantiles(samples, n=4)
+    return Row(shape, data_format, dtype, passes, candidate, role, 1e3 * middle, 1e3 * (upper - lower) / 2, 1e3 * limit)
+
+
+def _per_op(once: dict[str, float], length: int) -> Iterable[tuple[str, float]]:
+    """Seconds of one op out of the seconds of chains of `length` ops and of one."""
+
+    def difference(key: str) -> float:
+        return (once[f"{key} long"] - once[f"{key} short"]) / (length - 1)
+
+    forward = difference("forward")
+    yield "forward in place", forward
+    if "fresh long" in once:
+        yield "forward fresh", difference("fresh")
+    if "training long" in once:
+        training = difference("training")
+        yield "forward + backward", training
+        yield "backward in place", training - forward
+    if "eager" in once:
+        yield "eager forward + backward", once["eager"]
+
+
+def _maps(shape, data_format, dtype) -> tuple[tf.Tensor, tf.Tensor]:
+    n, h, w, c = shape
+    size = (n, h, w, c) if data_format == "channels_last" else (n, c, h, w)
+    return tuple(tf.cast(tf.random.stateless_normal(size, [7, seed]), dtype) for seed in range(2))
+
+
+def _make_timers(candidate: _Candidate, x: tf.Tensor, dy: tf.Tensor) -> dict[str, _Timer]:
+    longest = _chain_length(x.shape.num_elements())
+    layers, parameters = zip(*(candidate.make_layer(i) for i in range(longest)), strict=True)
+
+    def forward(length):
+        @tf.function(jit_compile=candidate.jit)
+        def chain(y):
+            for layer in layers[:length]:
+                y = layer(y)
+            return y
+
+        return _Timer(lambda: chain(x))
+
+    def fresh(length):
+        @tf.function
+        def several(x):
+            # One after the other, as in a network, each with an element read, or it would be pruned. All take x, so no
+            # output can lie in it.
+            elements = []
+            for layer in layers[:length]:
+                with tf.control_dependencies(elements):
+                    elements.append(layer(x)[0, 0, 0, :1])
+            return elements
+
+        return _Timer(lambda: several(x))
+
+    def training(length):
+        trained = [parameter for of_layer in parameters[:length] for parameter in of_layer]
+
+        @tf.function(jit_compile=candidate.jit)
+        def gradients(x, dy):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = x
+                for layer in layers[:length]:
+                    y = layer(y)
+            return tape.gradient(y, [x, *trained], output_gradients=dy)
+
+        return _Timer(lambda: gradients(x, dy))
+
+    def eager():
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layers[0](x)
+        return tape.gradient(y, [x, *parameters[0]], output_gradients=dy)
+
+    timers = {"forward long": forward(longest), "forward short": forward(1)}
+    if candidate.trained:
+        timers |= {"training long": training(longest), "training short": training(1)}
+    if candidate.role == "ours" and not candidate.jit:
+        timers |= {"fresh long": fresh(longest), "fresh short": fresh(1), "eager": _Timer(eager)}
+    return timers
+
+
+def _candidates(shape, data_format, dtype, peers) -> Iterator[_Candidate]:
+    channels = shape[-1]
+    axis = -1 if data_format == "channels_last" else 1
+
+    def parameters(i: int) -> list[tf.Variable]:
+        # Different values, or equal ops on equal inputs would be merged into one.
+        return [tf.Variable(tf.ones(channels) + 0.01 * i), tf.Variable(tf.ones(channels))]
+
+    def ours(i):
+        gain, mean_scale = parameters(i)
+        return lambda x: tf_agc.agc(x, gain, mean_scale, "relu", data_format=data_format), [gain, mean_scale]
+
+    def composite(i):
+        gain, mean_scale = parameters(i)
+        return lambda x: reference.agc(x, gain, mean_scale, "relu", 0.0, data_format)[0], [gain, mean_scale]
+
+    def fused_batch_norm(i):
+        scale, offset = parameters(i)
+        layout = "NHWC" if data_format == "channels_last" else "NCHW"
+
+        def layer(x):
+            y, _, _ = tf.compat.v1.nn.fused_batch_norm(x, scale, offset, is_training=True, data_format=layout)
+            return tf.nn.relu(y)
+
+        return layer, [scale, offset]
+
+    def keras_layer(make):
+        def make_layer(_i):
+            layer = make()
+            layer.build((None, *(shape[1:] if axis == -1 else (shape[3], *shape[1:3]))))
+            trained = [weight.value for weight in layer.trainable_weights]
+            return lambda x: tf.nn.relu(layer(x, training=True)), trained
+
+        return make_layer
+
+    def relu(_i):
+        return tf.nn.relu, []
+
+    yield _Candidate("tf_agc", "ours", ours)
+    yield _Candidate("tf_agc, XLA", "ours", ours, jit=True)
+    yield _Candidate("relu alone", "floor", relu)
+    if not peers:
+        return
+    groups = next(groups for groups in (8, 4, 3, 2, 1) if channels % groups == 0)
+    stock = {
+        "composite of stock ops": composite,
+        "fused_batch_norm": fused_batch_norm,
+    }
+    if dtype == "float32":
+        stock |= {
+            "keras BatchNormalization": keras_layer(lambda: keras.layers.BatchNormalization(axis=axis)),
+            "keras GroupNormalization": keras_layer(lambda: keras.layers.GroupNormalization(groups, axis=axis)),
+            "keras LayerNormalization": keras_layer(lambda: keras.layers.LayerNormalization(axis=axis)),
+        }
+    for name, make_layer in stock.items():
+        yield _Candidate(f"{name}, graph", "peer", make_layer)
+        yield _Candidate(f"{name}, XLA", "peer", make_layer, jit=True)

@@ -1,0 +1,174 @@
+"""`bench.py model`: one training step of whole networks, their kept activations, and peak memory.
+
+What is measured and how; options, tables and files are bench.py's. `python bench_model.py NETWORK NORMALIZATION` is the
+fresh process in which peak memory is taken; it prints one number.
+"""
+
+import dataclasses
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+import tf_agc  # noqa: E402
+from tf_agc import models  # noqa: E402
+
+NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "none")
+_STEPS = 15
+_QUICK_STEPS = 4
+_MEMORY_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network at the size at which it is measured.
+
+    Attributes:
+        make: makes it for a normalization.
+        image: height, width and channels.
+        batch: images in a step.
+        classes: number of labels.
+    """
+
+    make: Callable[[str], keras.Model]
+    image: tuple[int, int, int]
+    batch: int
+    classes: int = 10
+
+    def data(self) -> tuple[np.ndarray, np.ndarray]:
+        random = np.random.default_rng(0)
+        images = random.integers(0, 256, (self.batch, *self.image)).astype("float32")
+        return images, random.integers(0, self.classes, self.batch)
+
+
+def _resnet50(normalization: str) -> keras.Model:
+    return models.resnet(
+        (64, 64, 3), 10, normalization, (64, 128, 256, 512), (3, 4, 6, 3), bottleneck=True, large_images=True
+    )
+
+
+_CIFAR = (32, 32, 3)
+NETWORKS = {
+    "plain CNN, 6 layers": Network(lambda norm: models.plain_cnn(_CIFAR, 10, norm), _CIFAR, 128),
+    "ResNet-20, pre-activation": Network(lambda norm: models.residual_cnn(_CIFAR, 10, norm, blocks=3), _CIFAR, 128),
+    "ResNet-20, post-activation": Network(lambda norm: models.resnet(_CIFAR, 10, norm), _CIFAR, 128),
+    "ResNet-50, 64x64": Network(_resnet50, (64, 64, 3), 32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One network with one normalization.
+
+    Attributes:
+        step_ms: median milliseconds of a training step.
+        spread_ms: half the distance between the quartiles.
+        kept_mib: forward tensors that the gradient's part of the graph reads, in MiB.
+        peak_mib: largest resident memory of a fresh process that trains some steps, in MiB.
+    """
+
+    network: str
+    normalization: str
+    batch: int
+    step_ms: float
+    spread_ms: float
+    kept_mib: float
+    peak_mib: float
+
+
+def measure(name: str, quick: bool) -> Iterator[Row]:
+    """Times the steps of one network with every normalization, in turns."""
+    network = NETWORKS[name]
+    images, labels = network.data()
+    trained = {norm: _compiled(network, norm) for norm in NORMALIZATIONS}
+    for model in trained.values():
+        for _ in range(2):
+            model.train_on_batch(images, labels)
+    milliseconds = {norm: [] for norm in NORMALIZATIONS}
+    for _ in range(_QUICK_STEPS if quick else _STEPS):
+        for norm, model in trained.items():
+            start = time.perf_counter()
+            model.train_on_batch(images, labels)
+            milliseconds[norm].append(1e3 * (time.perf_counter() - start))
+    kept = {norm: kept_bytes(model, images, labels) for norm, model in trained.items()}
+    del trained, model
+    for norm, samples in milliseconds.items():
+        lower, middle, upper = statistics.quantiles(samples, n=4)
+        yield Row(
+            name,
+            norm,
+            network.batch,
+            middle,
+            (upper - lower) / 2,
+            kept[norm] / 2**20,
+            _peak_of_fresh_process(name, norm),
+        )
+
+
+def kept_bytes(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> int:
+    """Bytes of the forward pass that its gradient reads, from the graph of both; weights do not count."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    boundary = 0
+
+    @tf.function
+    def gradients(x, y):
+        nonlocal boundary
+        with tf.GradientTape() as tape:
+            value = loss(y, model(x, training=True))
+        boundary = len(tf.compat.v1.get_default_graph().get_operations())
+        return tape.gradient(value, [variable.value for variable in model.trainable_variables])
+
+    graph = gradients.get_concrete_function(tf.constant(images), tf.constant(labels)).graph
+    operations = graph.get_operations()
+    index = {operation.name: i for i, operation in enumerate(operations)}
+    weights_and_inputs = {"ReadVariableOp", "Const", "Placeholder"}
+    kept = {
+        tensor.name: tensor.shape.num_elements() * tensor.dtype.size
+        for operation in operations[boundary:]
+        for tensor in operation.inputs
+        if index[tensor.op.name] < boundary
+        and tensor.op.type not in weights_and_inputs
+        and tensor.shape.num_elements() is not None
+        and tensor.dtype.is_floating
+    }
+    return sum(kept.values())
+
+
+def _compiled(network: Network, normalization: str) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    model = network.make(normalization)
+    if normalization == "agc":
+        tf_agc.calibrate(model, network.data()[0][:32])
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    return model
+
+
+def _peak_of_fresh_process(network: str, normalization: str) -> float:
+    command = [sys.executable, __file__, network, normalization]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+
+
+def _print_peak_memory(name: str, normalization: str) -> None:
+    network = NETWORKS[name]
+    images, labels = network.data()
+    model = _compiled(network, normalization)
+    for _ in range(_MEMORY_STEPS):
+        model.train_on_batch(images, labels)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+if __name__ == "__main__":
+    _print_peak_memory(*sys.argv[1:])

@@ -1,0 +1,73 @@
+"""The plot of `bench.py report`: the op and its fastest peers against the limit. Reads rows, measures nothing."""
+
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def draw(rows: list, meta: dict[str, str], path: pathlib.Path) -> None:
+    """Draws forward + backward of every channels_last float32 shape, and the series of sizes."""
+    rows = [row for row in rows if row.data_format == "channels_last" and row.dtype == "float32"]
+    compared = {row.shape for row in rows if row.role == "peer"}
+    shapes = sorted(compared, key=lambda shape: -_elements(shape))
+    series = sorted({row.shape for row in rows} - compared, key=_elements)
+    figure, axes = plt.subplots(1, 2 if series else 1, figsize=(13 if series else 8, 5), squeeze=False)
+    _draw_shapes(axes[0, 0], rows, shapes)
+    if series:
+        _draw_series(axes[0, 1], rows, series)
+    caption = (
+        f"{meta.get('cpu')}, {meta.get('threads')} threads, TensorFlow {meta.get('tensorflow')}, {meta.get('date')}"
+    )
+    figure.text(0.5, 0.005, caption, ha="center", fontsize=8, color="0.4")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_shapes(axes, rows, shapes) -> None:
+    peers = ["fused_batch_norm", "keras BatchNormalization", "keras GroupNormalization", "keras LayerNormalization"]
+    peers.append("composite of stock ops")
+    height = 0.8 / (len(peers) + 1)
+    for k, name in enumerate(["tf_agc", *peers]):
+        ratios = [_ratio(rows, shape, name) for shape in shapes]
+        label = name if name == "tf_agc" else f"{name} + relu, better of graph and XLA"
+        positions = [i + (k - len(peers) / 2) * height for i in range(len(shapes))]
+        axes.barh(positions, ratios, height, label=label, color="C3" if k == 0 else f"{0.35 + 0.1 * k:.2f}")
+    axes.axvline(1, color="black", linewidth=1, label="limit: copy of 5 tensor passes")
+    axes.set_yticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("time of forward + backward in a graph / time of the copy")
+    axes.set_title("float32, channels_last, relu")
+    axes.legend(fontsize=7)
+
+
+def _draw_series(axes, rows, series) -> None:
+    for passes, style in (("forward in place", "C0o-"), ("forward + backward", "C3o-")):
+        chosen = [row for shape in series for row in rows if (row.shape, row.passes) == (shape, passes)]
+        ours = [row for row in chosen if row.role == "ours"]
+        sizes = [_elements(row.shape) for row in ours]
+        axes.loglog(sizes, [row.ms for row in ours], style, label=passes)
+        axes.loglog(sizes, [row.limit_ms for row in ours], style[:2] + "--", linewidth=1, label=f"limit, {passes}")
+    axes.set_xlabel("elements")
+    axes.set_ylabel("milliseconds")
+    axes.set_title("cost against size, 32 channels, batch 16")
+    axes.legend(fontsize=8)
+
+
+def _ratio(rows, shape, name) -> float:
+    chosen = [
+        row
+        for row in rows
+        if row.shape == shape and row.passes == "forward + backward" and row.candidate.split(",")[0] == name
+    ]
+    return min((row.ms / row.limit_ms for row in chosen), default=float("nan"))
+
+
+def _elements(shape) -> int:
+    n, h, w, c = shape
+    return n * h * w * c
