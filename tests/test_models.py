@@ -19,9 +19,18 @@ NORMALIZED = (8 + 8) + (8 + 16) + 16
 BIASES = 8 + 8 + 8 + 16 + 16 + 16
 
 
+def _resnet_of_bottlenecks(*arguments):
+    return models.resnet(*arguments, blocks=(1, 1), bottleneck=True)
+
+
+def _resnet(*arguments):
+    return models.resnet(*arguments, blocks=(1, 1))
+
+
 @pytest.mark.parametrize("normalization", models.NORMALIZATIONS)
-def test_every_normalization_trains(fresh_keras, normalization):
-    model = models.residual_cnn((8, 8, 1), 3, normalization, FILTERS)
+@pytest.mark.parametrize("make", [models.residual_cnn, models.plain_cnn, _resnet, _resnet_of_bottlenecks])
+def test_every_normalization_trains(fresh_keras, make, normalization):
+    model = make((8, 8, 1), 3, normalization, FILTERS)
     if normalization == "agc":
         tf_agc.calibrate(model, IMAGES)
     model.compile(
@@ -55,6 +64,28 @@ def test_parameter_counts(normalization, trainable, averages):
         for variables in (model.trainable_variables, model.non_trainable_variables)
     ]
     assert counts == [CONVOLUTIONS + CLASSIFIER + trainable, averages]
+
+
+@pytest.mark.parametrize(
+    ("model", "convolutions"),
+    [
+        (models.plain_cnn((32, 32, 3), 10), 6),
+        # Two of each ResNet-20's convolutions are on shortcuts, and do not count among its layers.
+        (models.residual_cnn((32, 32, 3), 10, blocks=3), 19 + 2),
+        (models.resnet((32, 32, 3), 10), 19 + 2),
+        (models.resnet((64, 64, 3), 10, "agc", (64, 128, 256, 512), (3, 4, 6, 3), True, True), 49 + 4),
+    ],
+    ids=["plain", "pre-activation", "post-activation", "ResNet-50"],
+)
+def test_networks_have_the_depth_of_their_name(model, convolutions):
+    assert sum(isinstance(layer, keras.layers.Conv2D) for layer in model.layers) == convolutions
+
+
+def test_post_activation_branches_end_without_an_activation():
+    model = models.resnet((8, 8, 1), 3, "agc", FILTERS, blocks=(1, 1))
+    layers = [layer for layer in model.layers if isinstance(layer, tf_agc.AutomaticGainControl)]
+    linear = [layer for layer in layers if layer.activation is keras.activations.linear]
+    assert (len(layers), len(linear)) == (1 + 2 + 3, 1 + 2)  # of the branches, and of one shortcut
 
 
 def test_a_callable_makes_the_normalization():

@@ -1,0 +1,90 @@
+"""The benchmark's tools: what they count, what they write and read again, and that our op is what is timed."""
+
+import pathlib
+
+import pytest
+
+from tf_agc import native
+
+TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """Makes the modules of tools/ importable, as they are for each other."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+
+class _Copy:
+    """A limit of one second for every copy."""
+
+    def timers(self, size):
+        return [lambda: 1.0, lambda: 2.0]
+
+
+@pytest.mark.parametrize(
+    ("network", "at_most"),
+    [
+        ("plain CNN, 6 layers", 0.55),
+        ("ResNet-20, pre-activation", 0.55),
+        ("ResNet-20, post-activation", 0.76),
+        ("ResNet-50, 64x64", 0.84),
+    ],
+)
+def test_kept_activations_against_batch_normalization(tools, fresh_keras, native_required, network, at_most):
+    import bench_model
+
+    at_size = bench_model.NETWORKS[network]
+    images, labels = at_size.data()
+    agc, batch_norm, none = (
+        bench_model.kept_bytes(at_size.make(name), images, labels) for name in ("agc", "batch_norm", "none")
+    )
+    assert none < agc <= at_most * batch_norm
+
+
+def test_times_our_op(tools, native_required):
+    import bench_cpu
+
+    rows = list(bench_cpu.measure(_Copy(), (2, 5, 3, 7), "channels_first", "bfloat16", peers=False, quick=True))
+    ours = {row.passes for row in rows if row.candidate == "tf_agc"}
+    assert ours == set(bench_cpu.PASSES)
+    assert {row.role for row in rows} == {"ours", "floor", "limit"}
+    # Two, three or five passes over memory, of which the faster copy does two in one second.
+    limits = {row.passes: row.limit_ms for row in rows if row.role == "ours"}
+    assert limits["forward fresh"] == pytest.approx(1000)
+    assert limits["backward in place"] == pytest.approx(1500)
+    assert limits["forward + backward"] == pytest.approx(2500)
+
+
+def test_results_can_be_read_again(tools, tmp_path):
+    import bench
+    import bench_cpu
+
+    def row(candidate, role, ms):
+        return bench_cpu.Row(
+            (1, 2, 3, 4), "channels_last", "float32", "forward + backward", candidate, role, ms, 0.5, 2.0
+        )
+
+    rows = [row("tf_agc", "ours", 4.0), row("slow, XLA", "peer", 16.0), row("fast, graph", "peer", 8.0)]
+    path = tmp_path / "rows.csv"
+    bench.write_csv(path, rows, {"cpu": "some: thing", "commit": "abc"})
+    assert bench.read_csv(path) == (rows, {"cpu": "some: thing", "commit": "abc"})
+    line = bench.cpu_table(rows, {}).splitlines()[2]
+    assert line.split(" | ")[-4:] == ["2.00", "fast, graph", "8", "2.0 |"]
+
+
+def test_a_foreign_file_is_refused(tools, tmp_path):
+    import bench
+
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match="other.csv is not a result of `bench.py cpu` or `bench.py model`"):
+        bench.read_csv(path)
+
+
+def test_machine_names_what_results_depend_on(tools, native_required):
+    import machine
+
+    described = machine.describe()
+    assert described["instruction set"] == native.instruction_set()
+    assert all(described.values())
