@@ -205,7 +205,7 @@ def read_csv(path: pathlib.Path) -> tuple[list, dict[str, str]]:
     )
     if row_type is None:
         sys.exit(f"{path} is not a result of `bench.py cpu` or `bench.py model`")
-    read = {float: float, int: int, str: str}
+    read = {float: float, int: int, str: str, bool: "True".__eq__}
     rows = []
     for cells in reader:
         values = {
@@ -223,15 +223,21 @@ def _shapes_of(cell: str) -> tuple[int, ...]:
 def model_table(rows: list, meta: dict[str, str]) -> str:
     """Returns a Markdown table of networks; every figure also as a fraction of BatchNormalization's."""
     lines = [
-        "| network, batch | normalization | ms a step | ± | of BatchNorm | kept MiB | of BatchNorm | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network, batch | normalization | jit | ms a step | ± | of BatchNorm | kept MiB | of BatchNorm | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        other = next(r for r in rows if (r.network, r.normalization) == (row.network, "batch_norm"))
+        key = (row.network, "batch_norm", row.jit)
+        other = next(r for r in rows if (r.network, r.normalization, r.jit) == key)
         lines.append(
-            f"| {row.network}, {row.batch} | {row.normalization} | {row.step_ms:.4g} | {row.spread_ms:.2g} | "
-            f"{row.step_ms / other.step_ms:.2f} | {row.kept_mib:.4g} | {row.kept_mib / other.kept_mib:.2f} | "
-            f"{row.peak_mib:.4g} |"
+            f"| {row.network}, {row.batch} | {row.normalization} | {'yes' if row.jit else 'no'} | "
+            f"{row.step_ms:.4g} | {row.spread_ms:.2g} | "
+            f"{row.step_ms / other.step_ms:.2f} | "
+            + (
+                "| | |"
+                if row.jit
+                else f"{row.kept_mib:.4g} | {row.kept_mib / other.kept_mib:.2f} | {row.peak_mib:.4g} |"
+            )
         )
     return "\n".join([*lines, "", _footer(meta), ""])
 

@@ -5,8 +5,9 @@ fresh process in which peak memory is taken; it prints one number.
 """
 
 import dataclasses
+import math
 import os
-import resource
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import tf_agc  # noqa: E402
 from tf_agc import models  # noqa: E402
 
 NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "none")
+JIT_NORMALIZATIONS = ("agc", "batch_norm", "none")
 _STEPS = 15
 _QUICK_STEPS = 4
 _MEMORY_STEPS = 3
@@ -37,12 +39,18 @@ class Network:
         image: height, width and channels.
         batch: images in a step.
         classes: number of labels.
+        jit: whether it is also timed with jit_compile=True; XLA takes minutes for a deep network.
     """
 
     make: Callable[[str], keras.Model]
     image: tuple[int, int, int]
     batch: int
     classes: int = 10
+    jit: bool = True
+
+    def variants(self) -> list[tuple[str, bool]]:
+        """(normalization, jit) of every step that is timed."""
+        return [(norm, False) for norm in NORMALIZATIONS] + [(norm, True) for norm in JIT_NORMALIZATIONS if self.jit]
 
     def data(self) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.default_rng(0)
@@ -61,7 +69,7 @@ NETWORKS = {
     "plain CNN, 6 layers": Network(lambda norm: models.plain_cnn(_CIFAR, 10, norm), _CIFAR, 128),
     "ResNet-20, pre-activation": Network(lambda norm: models.residual_cnn(_CIFAR, 10, norm, blocks=3), _CIFAR, 128),
     "ResNet-20, post-activation": Network(lambda norm: models.resnet(_CIFAR, 10, norm), _CIFAR, 128),
-    "ResNet-50, 64x64": Network(_resnet50, (64, 64, 3), 32),
+    "ResNet-50, 64x64": Network(_resnet50, (64, 64, 3), 32, jit=False),
 }
 
 
@@ -70,6 +78,7 @@ class Row:
     """One network with one normalization.
 
     Attributes:
+        jit: whether the step was compiled by XLA.
         step_ms: median milliseconds of a training step.
         spread_ms: half the distance between the quartiles.
         kept_mib: forward tensors that the gradient's part of the graph reads, in MiB.
@@ -78,6 +87,7 @@ class Row:
 
     network: str
     normalization: str
+    jit: bool
     batch: int
     step_ms: float
     spread_ms: float
@@ -89,29 +99,23 @@ def measure(name: str, quick: bool) -> Iterator[Row]:
     """Times the steps of one network with every normalization, in turns."""
     network = NETWORKS[name]
     images, labels = network.data()
-    trained = {norm: _compiled(network, norm) for norm in NORMALIZATIONS}
+    trained = {variant: _compiled(network, *variant) for variant in network.variants()}
     for model in trained.values():
         for _ in range(2):
             model.train_on_batch(images, labels)
-    milliseconds = {norm: [] for norm in NORMALIZATIONS}
+    milliseconds = {variant: [] for variant in trained}
     for _ in range(_QUICK_STEPS if quick else _STEPS):
-        for norm, model in trained.items():
+        for variant, model in trained.items():
             start = time.perf_counter()
             model.train_on_batch(images, labels)
-            milliseconds[norm].append(1e3 * (time.perf_counter() - start))
-    kept = {norm: kept_bytes(model, images, labels) for norm, model in trained.items()}
+            milliseconds[variant].append(1e3 * (time.perf_counter() - start))
+    kept = {norm: kept_bytes(trained[norm, False], images, labels) / 2**20 for norm in NORMALIZATIONS}
     del trained, model
-    for norm, samples in milliseconds.items():
+    for (norm, jit), samples in milliseconds.items():
         lower, middle, upper = statistics.quantiles(samples, n=4)
-        yield Row(
-            name,
-            norm,
-            network.batch,
-            middle,
-            (upper - lower) / 2,
-            kept[norm] / 2**20,
-            _peak_of_fresh_process(name, norm),
-        )
+        # What XLA keeps, it decides for itself.
+        memory = (math.nan, math.nan) if jit else (kept[norm], _peak_of_fresh_process(name, norm))
+        yield Row(name, norm, jit, network.batch, middle, (upper - lower) / 2, *memory)
 
 
 def kept_bytes(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> int:
@@ -143,7 +147,7 @@ def kept_bytes(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> in
     return sum(kept.values())
 
 
-def _compiled(network: Network, normalization: str) -> keras.Model:
+def _compiled(network: Network, normalization: str, jit: bool = False) -> keras.Model:
     keras.utils.set_random_seed(0)
     model = network.make(normalization)
     if normalization == "agc":
@@ -151,7 +155,7 @@ def _compiled(network: Network, normalization: str) -> keras.Model:
     model.compile(
         keras.optimizers.SGD(0.01, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=False,
+        jit_compile=jit,
     )
     return model
 
@@ -167,7 +171,9 @@ def _print_peak_memory(name: str, normalization: str) -> None:
     model = _compiled(network, normalization)
     for _ in range(_MEMORY_STEPS):
         model.train_on_batch(images, labels)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage, whose maximum a process inherits from the one that started it.
+    status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 1024)
 
 
 if __name__ == "__main__":

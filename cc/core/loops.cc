@@ -11,6 +11,8 @@
 // - Sums sit in a small array in the first-level cache and not in registers: rows are then walked as memory lies,
 // whole,
 //   which the prefetchers follow, and the array costs one load and one store per eight rows.
+// - The second pass walks the chunks backwards: what the first one read last is still in the nearest cache (7 % at
+//   [16,112,112,64] on a core with 1 MiB of second-level cache, nothing where a sample fits it).
 // - The end of a row is one vector that overlaps its neighbour. It is loaded before and stored after the row, so that
 //   writing over the input is safe.
 
@@ -525,7 +527,7 @@ struct Passes {
     }
     Parameters<T, 2> parameters;
     ForwardParameters(args, sample, begin, end, totals, &parameters);
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+    for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
       ForwardWrite(args, plan, sample, begin, end, chunk, &parameters);
     }
   }
@@ -606,7 +608,7 @@ struct Passes {
     AddParameterGradients(args, sample, begin, end, totals, dgain_sum, dmean_scale_sum);
     Parameters<T, 3> parameters;
     BackwardParameters(args, sample, begin, end, totals, &parameters);
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+    for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
       BackwardWrite(args, plan, sample, begin, end, chunk, &parameters);
     }
   }
