@@ -97,6 +97,7 @@ def run_cpu(options: argparse.Namespace) -> None:
     if not options.shapes and not options.quick and "float32" in dtypes:
         jobs += [(shape, "channels_last", "float32", False) for shape in bench_cpu.SERIES]
 
+    meta = machine.describe() | {"threads": str(threads)}
     console = _console()
     rows = []
     with rich.progress.Progress(
@@ -116,7 +117,6 @@ def run_cpu(options: argparse.Namespace) -> None:
                 else:
                     rows.append(row)
             progress.advance(task)
-    meta = machine.describe() | {"threads": str(threads)}
     if options.csv:
         write_csv(options.csv, rows, meta)
     if options.json:
@@ -155,10 +155,10 @@ def run_model(options: argparse.Namespace) -> None:
     import tf_agc
 
     tf_agc.implementation("native")  # or an error that says why there is nothing to measure
+    meta = machine.describe()
     rows = []
     for name in rich.progress.track(bench_model.NETWORKS, description="networks", console=_console()):
         rows.extend(bench_model.measure(name, options.quick))
-    meta = machine.describe()
     if options.csv:
         write_csv(options.csv, rows, meta)
     print(model_table(rows, meta))

@@ -96,9 +96,11 @@ def run(options: argparse.Namespace, output_dir: pathlib.Path) -> None:
     import demo_report
     import demo_training
     import image_datasets
+    import machine
     import tf_agc
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # of TensorFlow Datasets and Keras
+    described = machine.describe()
     console = rich.console.Console()
     try:
         tf_agc.implementation("native")
@@ -127,7 +129,7 @@ def run(options: argparse.Namespace, output_dir: pathlib.Path) -> None:
     demo_report.draw_learning_curves(runs, dataset, recipe, output_dir / "learning_curves.png")
     logits = demo_training.predict(agc.model, dataset.test.images)
     demo_report.draw_predictions(dataset, logits.argmax(axis=-1), output_dir / "predictions.png")
-    demo_report.write_results(runs, dataset, recipe, output_dir / "results.json")
+    demo_report.write_results(runs, dataset, recipe, described, output_dir / "results.json")
     (output_dir / "calibration.txt").write_text(f"{agc.calibration}\n", encoding="utf-8")
 
     model, images, expected = (output_dir / name for name in ("model", "test_images.npy", "test_logits.npy"))

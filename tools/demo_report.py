@@ -13,7 +13,6 @@ import numpy as np
 import rich.table
 from matplotlib.figure import Figure
 
-import machine
 from demo_training import GRADIENT_NORM, Recipe, Run
 from image_datasets import ImageDataset
 
@@ -67,7 +66,10 @@ def draw_learning_curves(runs: list[Run], dataset: ImageDataset, recipe: Recipe,
             label=f"{TITLES[run.normalization]}, test {100 * run.test_accuracy:.1f} %",
             **style,
         )
-    loss_axes.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    loss_axes.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
+    losses = np.concatenate([run.history["loss"] for run in runs])
+    if np.nanmax(losses) > 10 * np.nanmin(losses):
+        loss_axes.set_yscale("log")
     accuracy_axes.set(title="Validation accuracy", xlabel="epoch", ylabel="%")
     accuracy_axes.legend(loc="lower right")
     for axes in (loss_axes, accuracy_axes):
@@ -115,15 +117,17 @@ def draw_predictions(dataset: ImageDataset, predicted: np.ndarray, path: pathlib
     figure.savefig(path)
 
 
-def write_results(runs: list[Run], dataset: ImageDataset, recipe: Recipe, path: pathlib.Path) -> None:
+def write_results(
+    runs: list[Run], dataset: ImageDataset, recipe: Recipe, described: dict[str, str], path: pathlib.Path
+) -> None:
+    """Writes results.json; `described` is the machine when the runs began, as `machine.describe` gives it."""
     results = {
         "dataset": dataset.name,
         "images": {split: len(getattr(dataset, split).images) for split in ("train", "validation", "test")},
         "recipe": dataclasses.asdict(recipe),
         "gradient_norm": GRADIENT_NORM,
         "jit_compile": False,
-        "machine": machine.describe()
-        | {name: importlib.metadata.version(name) for name in ("tensorflow-datasets", "numpy")},
+        "machine": described | {name: importlib.metadata.version(name) for name in ("tensorflow-datasets", "numpy")},
         "results": [
             {
                 "normalization": run.normalization,
