@@ -220,7 +220,8 @@ class AutomaticGainControl(keras.layers.Layer):
             return
         message = (
             "The inputs to AutomaticGainControl have one position for each map, and its mean is "
-            "the map itself: the outputs are {} 0 at a mean_scale of 1. "
+            "the map itself: the outputs are {} 0 at a mean_scale of 1. Leave the layer out here, or "
+            "start with mean_scale_initializer='zeros'. "
             f"Received: input_shape={input_shape}, train_mean_scale={self.train_mean_scale}"
         )
         if not self.train_mean_scale:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The one place of set-up, sourced by build.sh, test.sh and demo.sh: compiler, .venv with everything in requirements.lock,
+# The one place of set-up, sourced by build.sh, test.sh and bazel.sh: compiler, .venv with everything in requirements.lock,
 # Bazel, and .bazelrc.configured. A second run finds all of it and fetches nothing. Nothing is built here.
 #
 # PYTHON=/path/to/python3 chooses the interpreter that .venv is made from, BAZEL=/path/to/bazel the Bazel.
