@@ -200,7 +200,7 @@ class _Calibration:
 
 def _convert_batch(batch: Any) -> Any:
     if isinstance(batch, tf.data.Dataset):
-        raise TypeError("batch must be one batch of inputs, got a tf.data.Dataset: pass the inputs of one of its batches")
+        raise TypeError("batch must be one batch of inputs, got a tf.data.Dataset: pass one of its batches")
     batch = keras.tree.map_structure(tf.convert_to_tensor, batch)
     leaves = keras.tree.flatten(batch)
     if not leaves or any(tf.size(leaf) == 0 for leaf in leaves):
