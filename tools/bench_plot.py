@@ -15,7 +15,7 @@ def draw(rows: list, meta: dict[str, str], path: pathlib.Path) -> None:
     compared = {row.shape for row in rows if row.role == "peer"}
     shapes = sorted(compared, key=lambda shape: -_elements(shape))
     series = sorted({row.shape for row in rows} - compared, key=_elements)
-    figure, axes = plt.subplots(1, 2 if series else 1, figsize=(13 if series else 8, 5), squeeze=False)
+    figure, axes = plt.subplots(1, 2 if series else 1, figsize=(13 if series else 8, 6), squeeze=False)
     _draw_shapes(axes[0, 0], rows, shapes)
     if series:
         _draw_series(axes[0, 1], rows, series)
@@ -34,7 +34,7 @@ def _draw_shapes(axes, rows, shapes) -> None:
     height = 0.8 / (len(peers) + 1)
     for k, name in enumerate(["tf_agc", *peers]):
         ratios = [_ratio(rows, shape, name) for shape in shapes]
-        label = name if name == "tf_agc" else f"{name} + relu, better of graph and XLA"
+        label = f"{name} + relu, better of graph and XLA"
         positions = [i + (k - len(peers) / 2) * height for i in range(len(shapes))]
         axes.barh(positions, ratios, height, label=label, color="C3" if k == 0 else f"{0.35 + 0.1 * k:.2f}")
     axes.axvline(1, color="black", linewidth=1, label="limit: copy of 5 tensor passes")
@@ -43,13 +43,13 @@ def _draw_shapes(axes, rows, shapes) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("time of forward + backward in a graph / time of the copy")
     axes.set_title("float32, channels_last, relu")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.45, -0.13), ncols=2)
 
 
 def _draw_series(axes, rows, series) -> None:
     for passes, style in (("forward in place", "C0o-"), ("forward + backward", "C3o-")):
         chosen = [row for shape in series for row in rows if (row.shape, row.passes) == (shape, passes)]
-        ours = [row for row in chosen if row.role == "ours"]
+        ours = [row for row in chosen if row.candidate == "tf_agc"]
         sizes = [_elements(row.shape) for row in ours]
         axes.loglog(sizes, [row.ms for row in ours], style, label=passes)
         axes.loglog(sizes, [row.limit_ms for row in ours], style[:2] + "--", linewidth=1, label=f"limit, {passes}")
