@@ -116,7 +116,7 @@ void For(const Parallel& parallel, int64_t tasks, int64_t cycles, const Body& bo
   parallel.run(parallel.pool, tasks, cycles, task, &body);
 }
 
-// The sums of maps that threads share: kSums per channel for every chunk of every block of every sample.
+// The sums of maps that threads share: some per channel for every chunk of every block of every sample.
 class ChunkSums {
  public:
   ChunkSums(const Plan& plan, const Blocks& blocks, int64_t samples, int64_t sums_per_channel)

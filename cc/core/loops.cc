@@ -5,14 +5,12 @@
 //
 // Why the loops look as they do:
 // - Everything is bound by memory, so each pass touches each element once and does all it can with it.
-// - A column sum adds eight rows as a tree, then up to eight such sums in the compute type, then goes on in double: the
-// error
-//   of a mean stays at a few units in the last place for any number of positions, at one flush to double per 64 rows.
+// - A column sum adds eight rows as a tree, then up to eight such sums in the compute type, then goes on in double:
+//   the error of a mean stays at a few units in the last place for any number of positions, at one flush per 64 rows.
 // - Sums sit in a small array in the first-level cache and not in registers: rows are then walked as memory lies,
-// whole,
-//   which the prefetchers follow, and the array costs one load and one store per eight rows.
-// - The second pass walks the chunks backwards: what the first one read last is still in the nearest cache (7 % at
-//   [16,112,112,64] on a core with 1 MiB of second-level cache, nothing where a sample fits it).
+//   whole, which the prefetchers follow, and the array costs one load and one store per eight rows.
+// - The second pass walks the chunks backwards: what the first one read last is still in the nearest cache (about 7 %
+//   at [16,112,112,64] on a core with 1 MiB of second-level cache, nothing where a sample fits it).
 // - The end of a row is one vector that overlaps its neighbour. It is loaded before and stored after the row, so that
 //   writing over the input is safe.
 
