@@ -117,7 +117,8 @@ class _Unhashable:
         lambda x: x**2,
         _Unhashable(),
     ],
-    ids=str,
+    # No addresses: every process of pytest-xdist must find the same names.
+    ids=["tanh", "softmax", "function", "partial", "layer", "lambda", "unhashable"],
 )
 def test_other_activations(activation):
     linear, layer = AutomaticGainControl(), AutomaticGainControl(activation)
