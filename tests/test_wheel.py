@@ -1,4 +1,4 @@
-"""The wheel, installed in a venv of its own outside the source tree, and what is inside it. Nothing is built here."""
+"""The wheel, installed in a venv of its own outside the source tree, and what is inside it. Nothing is compiled."""
 
 import email
 import importlib.metadata
@@ -7,7 +7,9 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import sysconfig
 import venv
 import zipfile
@@ -152,6 +154,31 @@ def test_holds_the_package_and_nothing_else(content):
 def test_records_the_tensorflow_version(content):
     recorded = (content / OPS).with_name("tensorflow_version.txt").read_text(encoding="utf-8")
     assert recorded == importlib.metadata.version("tensorflow") + "\n"
+
+
+def test_same_inputs_give_the_same_bytes(wheel, tmp_path):
+    # Another directory, with other times and modes of the files, another order, umask and time zone than in Bazel.
+    package = [file for file in (ROOT / "tf_agc").iterdir() if file.suffix in (".py", ".typed")]
+    sources = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")] + sorted(package)[::-1]
+    sources = [source.relative_to(ROOT) for source in sources]
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "tf_agc").mkdir(parents=True)
+    for source in sources:
+        shutil.copyfile(ROOT / source, elsewhere / source)
+    libraries = [f"--library={ROOT / 'bazel-bin' / 'cc' / pathlib.Path(name).name}" for name in (XLA, OPS)]
+    version = f"--tensorflow_version={importlib.metadata.version('tensorflow')}"
+    command = [sys.executable, ROOT / "tools" / "make_wheel.py", *libraries, version, f"--output={tmp_path / 'made'}"]
+    subprocess.run([*command, *sources], check=True, cwd=elsewhere, env={"TZ": "Asia/Tokyo"}, umask=0o077)
+    (made,) = (tmp_path / "made").iterdir()
+    assert made.name == wheel.name
+    assert made.read_bytes() == wheel.read_bytes()
+
+
+@pytest.mark.parametrize("library", [OPS, XLA])
+def test_names_no_directory_of_the_build(content, library):
+    # A checkout elsewhere would give other bytes.
+    code = (content / library).read_bytes()
+    assert [name for name in (bytes(ROOT), b"execroot", b"/sandbox/", b"site-packages") if name in code] == []
 
 
 @pytest.mark.parametrize("library", [OPS, XLA])
