@@ -67,11 +67,11 @@ def test_missing_in_a_checkout(package):
 
 def test_another_version_is_not_opened(package):
     # Not a library at all: opening it would be another error.
-    _install(package, b"nothing", version="2.20.0")
+    _install(package, b"nothing", version="2.0.0")
     status = _status(package)
-    assert not status.available and status.built_for == "2.20.0"
+    assert not status.available and status.built_for == "2.0.0"
     assert status.reason == (
-        f"the native library was built for TensorFlow 2.20.0, this is TensorFlow {tf.__version__} "
+        f"the native library was built for TensorFlow 2.0.0, this is TensorFlow {tf.__version__} "
         "(install the tf-agc release for this TensorFlow)"
     )
     (package.parent / "WORKSPACE").touch()
