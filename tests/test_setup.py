@@ -1,5 +1,5 @@
 """tools/setup.sh on machines that lack something: one sentence, a non-zero status, and nothing else. What
-tools/build_wheel.sh does with the wheel that Bazel made.
+tools/build_wheel.sh does with the wheel that Bazel made, and tools/lock.sh with what uv found; the locks themselves.
 
 The machines are directories of stubs, the only PATH that the script sees. Nothing is installed, built or fetched.
 """
@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # What the script may take for granted on any machine.
-ORDINARY = "awk cat chmod cmp cp cut dirname mkdir mv rm sed sha256sum timeout".split()
+ORDINARY = "awk cat chmod cmp cp cut dirname mkdir mktemp mv rm sed sha256sum timeout".split()
 
 # An interpreter that knows the questions that the script asks. `-m venv` makes one more of the same.
 PYTHON = r"""#!/bin/sh
@@ -40,7 +40,7 @@ class Machine:
         self.environment = {}
         self.path.mkdir(parents=True)
         (self.checkout / "tools").mkdir(parents=True)
-        for name in ("setup.sh", "build_wheel.sh"):
+        for name in ("setup.sh", "build_wheel.sh", "lock.sh"):
             shutil.copy(ROOT / "tools" / name, self.checkout / "tools")
         shutil.copy(ROOT / ".bazelversion", self.checkout)
         (self.checkout / "requirements").mkdir()
@@ -74,13 +74,16 @@ class Machine:
 
     def lock(self, tensorflow):
         file = self.checkout / "requirements" / f"tensorflow-{tensorflow.rpartition('.')[0]}.lock"
-        file.write_text(f"tensorflow=={tensorflow}\n")
+        file.write_text(f"tensorflow=={tensorflow} \\\n    --hash=sha256:0\n")
+
+    def locks(self):
+        return {file.name: file.read_text() for file in (self.checkout / "requirements").iterdir()}
 
     def set_up(self, *arguments):
         return self.run("-c", f"source {self.checkout}/tools/setup.sh; echo $* finished", "bash", *arguments)
 
-    def build_wheel(self, *arguments):
-        return self.run(self.checkout / "tools" / "build_wheel.sh", *arguments)
+    def run_tool(self, name, *arguments):
+        return self.run(self.checkout / "tools" / name, *arguments)
 
     def run(self, *arguments):
         return subprocess.run(
@@ -300,7 +303,7 @@ mkdir -p bazel-bin/wheel; cat content > bazel-bin/wheel/tf_agc-0.21.0.whl; echo 
 
 def test_wheel_goes_into_dist(builder):
     for _ in range(2):  # The second time, the same wheel is there already.
-        result = builder.build_wheel("--tensorflow", "2.21")
+        result = builder.run_tool("build_wheel.sh", "--tensorflow", "2.21")
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.endswith(f"{hashlib.sha256(b'one').hexdigest()}  tf_agc-0.21.0.whl\n")
         (wheel,) = (builder.checkout / "dist").iterdir()
@@ -308,9 +311,9 @@ def test_wheel_goes_into_dist(builder):
 
 
 def test_other_wheel_in_dist_is_left_alone(builder):
-    assert builder.build_wheel().returncode == 0
+    assert builder.run_tool("build_wheel.sh").returncode == 0
     (builder.checkout / "content").write_text("two")
-    result = builder.build_wheel()
+    result = builder.run_tool("build_wheel.sh")
     (wheel,) = (builder.checkout / "dist").iterdir()
     assert result.returncode == 1
     assert result.stderr == (
@@ -322,7 +325,7 @@ def test_other_wheel_in_dist_is_left_alone(builder):
 
 @pytest.mark.parametrize("arguments", [["2.20"], ["--tensorflow", "2.20", "-k"], ["--release"]])
 def test_other_arguments_of_build_wheel(builder, arguments):
-    result = builder.build_wheel(*arguments)
+    result = builder.run_tool("build_wheel.sh", *arguments)
     assert result.returncode == 1
     assert result.stderr == (
         f"tf_agc: build_wheel.sh takes --tensorflow X and nothing else, got '{' '.join(arguments)}'.\n"
@@ -331,7 +334,67 @@ def test_other_arguments_of_build_wheel(builder, arguments):
 
 
 def test_help_of_build_wheel(builder):
-    result = builder.build_wheel("--help")
+    result = builder.run_tool("build_wheel.sh", "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert "tools/build_wheel.sh [--tensorflow X]" in result.stdout
     assert builder.calls() == []
+
+
+@pytest.fixture
+def locker(machine):
+    """A machine whose uv writes down what it is asked for, behind what was in the lock before."""
+    machine.add("uv", 'while [ "$1" != -o ]; do shift; done; read -r wanted; echo "+ $wanted" >> "$2"')
+    return machine
+
+
+def test_locks_are_made_anew(locker):
+    before = locker.locks()
+    result = locker.run_tool("lock.sh")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert locker.locks() == {
+        f"tensorflow-2.{minor}.lock": before[f"tensorflow-2.{minor}.lock"] + f"+ tensorflow==2.{minor}.0\n"
+        for minor in (20, 21)
+    }
+
+
+@pytest.mark.parametrize("version, file, start", [("2.22.0", "2.22", "2.21"), ("2.20.1", "2.20", "2.20")])
+def test_lock_of_one_release(locker, version, file, start):
+    before = locker.locks()
+    result = locker.run_tool("lock.sh", version)
+    assert (result.returncode, result.stderr) == (0, "")
+    changed = {f"tensorflow-{file}.lock": before[f"tensorflow-{start}.lock"] + f"+ tensorflow=={version}\n"}
+    assert locker.locks() == before | changed
+
+
+def test_failing_uv_leaves_the_locks_alone(locker):
+    locker.add("uv", "echo no such version >&2; exit 1")
+    before = locker.locks()
+    result = locker.run_tool("lock.sh", "2.99.0")
+    assert result.returncode == 1
+    assert "no such version\ntf_agc: uv could not make a lock for TensorFlow 2.99.0: " in result.stderr
+    assert locker.locks() == before
+
+
+@pytest.mark.parametrize("arguments", [["2.22"], ["new"], ["2.22.0", "2.23.0"]])
+def test_other_arguments_of_lock(locker, arguments):
+    before = locker.locks()
+    result = locker.run_tool("lock.sh", *arguments)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"tf_agc: lock.sh takes no argument or a whole version such as 2.22.0, got '{' '.join(arguments)}'.\n"
+    )
+    assert locker.locks() == before
+
+
+def test_no_uv(machine):
+    result = machine.run_tool("lock.sh")
+    assert result.returncode == 1
+    assert result.stderr == "tf_agc: there is no uv: run 'python3 -m pip install uv', then start again.\n"
+
+
+@pytest.mark.parametrize("lock", sorted((ROOT / "requirements").glob("*.lock")), ids=lambda lock: lock.stem)
+def test_lock_holds_what_is_required(lock):
+    required = re.findall(r"^[\w-]+", (ROOT / "requirements" / "requirements.in").read_text(), re.MULTILINE)
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(), re.MULTILINE))
+    assert {name.replace("_", "-") for name in required} <= pinned.keys()
+    assert f"tensorflow-{pinned['tensorflow'].rpartition('.')[0]}" == lock.stem

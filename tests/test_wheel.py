@@ -174,6 +174,17 @@ def test_same_inputs_give_the_same_bytes(wheel, tmp_path):
     assert made.read_bytes() == wheel.read_bytes()
 
 
+def test_setup_without_a_library(tmp_path):
+    (tmp_path / "tf_agc").mkdir()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    file = tmp_path / "tf_agc" / "native_library" / "tensorflow_version.txt"
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"there is no {file}: run ./tools/build.sh, which builds the native library and this file.\n"
+    )
+
+
 @pytest.mark.parametrize("library", [OPS, XLA])
 def test_names_no_directory_of_the_build(content, library):
     # A checkout elsewhere would give other bytes.

@@ -21,7 +21,7 @@ lock() {
   cp "${start}" "${scratch}/lock"
   (cd "${root}/requirements" && echo "tensorflow==${version}" | uv pip compile --quiet --universal --python-version 3.10 \
     --generate-hashes --custom-compile-command tools/lock.sh requirements.in - -o "${scratch}/lock" >/dev/null) ||
-    fail "uv found no versions for TensorFlow ${version}: ${target} is as it was."
+    fail "uv could not make a lock for TensorFlow ${version}: ${target} is as it was."
   mv "${scratch}/lock" "${target}"
   printf 'tf_agc: %s has TensorFlow %s\n' "${target#"${root}/"}" "${version}"
 }
