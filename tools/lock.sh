@@ -33,7 +33,7 @@ locks=("${root}"/requirements/tensorflow-*.lock)
 case $#:${1:-} in
   0:)
     for file in "${locks[@]}"; do
-      lock "$(sed -n 's/^tensorflow==\([0-9.]*\).*/\1/p' "${file}")" "${file}"
+      lock "$(sed -n 's/^tensorflow==\([^ ;]*\).*/\1/p' "${file}")" "${file}"
     done
     ;;
   1:[0-9]*.[0-9]*.[0-9]*)
