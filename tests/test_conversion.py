@@ -399,7 +399,11 @@ def test_structures_of_inputs_and_outputs(fresh):
     np.testing.assert_allclose(outputs["sum"][0], 3 * (_X - _X.mean((1, 2), keepdims=True)), atol=1e-5)
 
 
-def test_inputs_keep_dtype_and_batch_size(fresh):
+def test_inputs_keep_what_they_are(fresh):
+    optional = keras.Input((8, 9, 3), optional=True)
+    model = keras.Model([optional], _norm()(optional))
+    (layer,) = [layer for layer in convert(model).layers if isinstance(layer, layers.InputLayer)]
+    assert layer.optional and layer.name == optional.name
     inputs = keras.Input(batch_shape=(4, 8, 9, 3), dtype="uint8", name="pixels")
     model = keras.Model(inputs, _norm()(layers.Rescaling(1 / 255)(inputs)))
     sequential = keras.Sequential([inputs, layers.Rescaling(1 / 255), _norm()])

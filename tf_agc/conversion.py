@@ -76,7 +76,7 @@ def convert(model: keras.Model, calibrate_with: Any = None) -> keras.Model:
     Models may be nested, also in TimeDistributed. A BatchNormalization is left alone, with one warning
     that lists all of them and why, where its maps have one position (their mean is the map itself),
     where it has no spatial axes (behind a Dense layer), where its axis is not that of the channels,
-    where it is given a mask as an argument, where a subclass has a `call` of its own, and inside
+    where it is called with a mask, where a subclass has a `call` of its own, and inside
     custom layers and subclassed models, whose code `convert` does not rewrite. A model class whose
     constructor does not take (inputs, outputs, name) cannot be made again: such a model is copied as
     a plain functional or Sequential model, and listed too. `tf_agc.conversion_table(model)` tells all
@@ -353,7 +353,7 @@ def _fusible(operation: Any) -> tuple[str, float | None] | None:
     # By name, as Keras exports no classes of its operations. ReLU is a layer and an operation.
     match type(operation).__name__:
         case "Activation":
-            name = FUSED.get(operation.activation, "linear")
+            name = next((name for function, name in FUSED.items() if function is operation.activation), "linear")
         case "Relu":
             name = "relu"
         case "Relu6":
@@ -431,7 +431,8 @@ def _compute_dtype(operation: Any, default: keras.Layer) -> str:
 def _input_layer(tensor: keras.KerasTensor) -> keras.layers.InputLayer:
     """A copy of the input layer that made this input of a model."""
     original = tensor._keras_history.operation
-    return keras.layers.InputLayer.from_config(original.get_config())
+    # Some versions of Keras leave `optional` out of the configuration.
+    return keras.layers.InputLayer.from_config({**original.get_config(), "optional": original.optional})
 
 
 def _copy_layer(operation: Any) -> Any:
