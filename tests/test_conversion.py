@@ -403,7 +403,7 @@ def test_inputs_keep_what_they_are(fresh):
     optional = keras.Input((8, 9, 3), optional=True)
     model = keras.Model([optional], _norm()(optional))
     (layer,) = [layer for layer in convert(model).layers if isinstance(layer, layers.InputLayer)]
-    assert layer.optional and layer.name == optional.name
+    assert layer.optional and layer.name == model.layers[0].name
     inputs = keras.Input(batch_shape=(4, 8, 9, 3), dtype="uint8", name="pixels")
     model = keras.Model(inputs, _norm()(layers.Rescaling(1 / 255)(inputs)))
     sequential = keras.Sequential([inputs, layers.Rescaling(1 / 255), _norm()])
