@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from tf_agc import functional, reference
 from tf_agc import layer as agc_layer
+from tf_agc.table import format_table
 
 
 @dataclasses.dataclass
@@ -57,11 +58,7 @@ class CalibrationTable(list[CalibratedLayer]):
     """One row for each layer, in the order of execution; `print` shows it as a table."""
 
     def __str__(self) -> str:
-        rows = [["layer", "channels", "std before", "gain", ""], *(row._cells() for row in self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return format_table([["layer", "channels", "std before", "gain", ""], *(row._cells() for row in self)])
 
 
 def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> CalibrationTable:

@@ -17,7 +17,7 @@ from tf_agc.implementation import supports_jit
 
 # By identity: with their default arguments these are the fused activations, slopes included
 # (Keras's leaky_relu has 0.2, unlike its LeakyReLU layer).
-_FUSED = {
+FUSED = {
     keras.activations.linear: "linear",
     keras.activations.relu: "relu",
     keras.activations.relu6: "relu6",
@@ -134,7 +134,7 @@ class AutomaticGainControl(keras.layers.Layer):
     def _fused(self) -> str | None:
         """Name of the activation that is part of the op, None where it is applied afterwards."""
         try:
-            return _FUSED.get(self.activation)
+            return FUSED.get(self.activation)
         except TypeError:  # a callable that cannot be hashed
             return None
 
