@@ -36,12 +36,13 @@ if _keras.config.backend() != "tensorflow":  # chosen in ~/.keras/keras.json
 
 from tf_agc import native as _native  # noqa: E402
 from tf_agc.calibration import calibrate  # noqa: E402
+from tf_agc.export import export_saved_model  # noqa: E402
 from tf_agc.functional import agc  # noqa: E402
 from tf_agc.implementation import DEFAULT as _DEFAULT  # noqa: E402
 from tf_agc.implementation import implementation  # noqa: E402
 from tf_agc.layer import AutomaticGainControl  # noqa: E402
 
-__all__ = ["AutomaticGainControl", "__version__", "agc", "calibrate", "implementation"]
+__all__ = ["AutomaticGainControl", "__version__", "agc", "calibrate", "export_saved_model", "implementation"]
 
 # Whoever set TF_AGC_IMPLEMENTATION has chosen: "reference" misses nothing, "native" raises in use.
 if _DEFAULT == "auto" and not _native.STATUS.available:
