@@ -6,6 +6,7 @@ The order of things, the arguments' checks, and files and their names live here.
 
 import contextlib
 import fcntl
+import functools
 import os
 import pathlib
 import shutil
@@ -151,13 +152,14 @@ def _trace(model, signatures):
                 f"the inputs of model '{model.name}' are not known: call it on a batch, or pass a signature "
                 f"'serving_default'. {error}"
             ) from error
-        function = archive.add_endpoint("serving_default", model.__call__, specs)
-        endpoints["serving_default"] = Endpoint(
-            lambda *inputs: model(*inputs, training=False), function.input_signature, function.get_concrete_function()
-        )
+        signatures = {"serving_default": None, **signatures}
     for name, function in signatures.items():
-        endpoints[name] = Endpoint(function, function.input_signature, function.get_concrete_function())
-        archive.add_endpoint(name, function)
+        if function is None:
+            traced = archive.add_endpoint(name, model.__call__, specs)
+            function = functools.partial(model, training=False)
+        else:
+            traced = archive.add_endpoint(name, function, function.input_signature)
+        endpoints[name] = Endpoint(function, traced.input_signature, traced.get_concrete_function())
     return archive, endpoints
 
 
