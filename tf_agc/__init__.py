@@ -37,6 +37,7 @@ import tensorflow as _tf  # noqa: E402
 from tf_agc import native as _native  # noqa: E402
 from tf_agc.calibration import calibrate  # noqa: E402
 from tf_agc.conversion import conversion_table, convert  # noqa: E402
+from tf_agc.export import export_saved_model  # noqa: E402
 from tf_agc.functional import agc  # noqa: E402
 from tf_agc.implementation import DEFAULT as _DEFAULT  # noqa: E402
 from tf_agc.implementation import implementation  # noqa: E402
@@ -46,7 +47,16 @@ from tf_agc.version import version_for as _version_for  # noqa: E402
 # Nothing is built in a fresh checkout: its version is that of a build for the TensorFlow that runs.
 __version__ = _version_for(_native.STATUS.built_for or _tf.__version__)
 
-__all__ = ["AutomaticGainControl", "__version__", "agc", "calibrate", "conversion_table", "convert", "implementation"]
+__all__ = [
+    "AutomaticGainControl",
+    "__version__",
+    "agc",
+    "calibrate",
+    "conversion_table",
+    "convert",
+    "export_saved_model",
+    "implementation",
+]
 
 # Whoever set TF_AGC_IMPLEMENTATION has chosen: "reference" misses nothing, "native" raises in use.
 if _DEFAULT == "auto" and not _native.STATUS.available:
