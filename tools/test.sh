@@ -10,6 +10,8 @@ need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-
 
 "${ROOT}/tools/build.sh" --tensorflow "${RELEASE}"
 run_bazel test //cc/...
+# Programs that tests in Python start.
+run_bazel build //cc/serving:saved_model_runner //cc/serving:saved_model_runner_without_ops
 
 cd "${ROOT}"
 python=(setup.py tests tf_agc tools)
