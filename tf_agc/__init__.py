@@ -40,8 +40,9 @@ from tf_agc.functional import agc  # noqa: E402
 from tf_agc.implementation import DEFAULT as _DEFAULT  # noqa: E402
 from tf_agc.implementation import implementation  # noqa: E402
 from tf_agc.layer import AutomaticGainControl  # noqa: E402
+from tf_agc.monitor import GainMonitor, plot_gains  # noqa: E402
 
-__all__ = ["AutomaticGainControl", "__version__", "agc", "calibrate", "implementation"]
+__all__ = ["AutomaticGainControl", "GainMonitor", "__version__", "agc", "calibrate", "implementation", "plot_gains"]
 
 # Whoever set TF_AGC_IMPLEMENTATION has chosen: "reference" misses nothing, "native" raises in use.
 if _DEFAULT == "auto" and not _native.STATUS.available:
