@@ -16,7 +16,7 @@ import numpy as np
 import bench_model
 import tf_agc
 
-_EPOCHS = 9
+_EPOCHS = 5
 _QUICK_EPOCHS = 3
 _STEPS = 10
 _MONITORED = 32  # samples in GainMonitor's batch
