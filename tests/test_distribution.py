@@ -3,12 +3,14 @@
 Each run is a process of its own: logical devices and workers are chosen before TensorFlow starts.
 """
 
+import asyncio
 import csv
 import dataclasses
 import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -30,13 +32,13 @@ class Run:
     sums: list[int]  # numbers in each sum over all replicas, in one step
 
 
-def _run(*arguments, **environment):
+def _run(*arguments):
     inherited = {key: value for key, value in os.environ.items() if key != "TF_CONFIG"}
     package = str(pathlib.Path(tf_agc.__file__).parents[1])
     # A session of its own, so that workers do not outlive a parent that had to be killed.
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
-        env={**inherited, "PYTHONPATH": package, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        env={**inherited, "PYTHONPATH": package, "TF_CPP_MIN_LOG_LEVEL": "3"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -80,9 +82,19 @@ def test_losses_and_what_is_exchanged(where, one_process, native_required):
     assert len(two["synchronized_batch_norm"].sums) > 10
 
 
-def test_a_worker_that_fails_ends_the_others():
-    with pytest.raises(AssertionError, match="a worker failed: see its error above"):
-        _run("--workers", "2", KERAS_BACKEND="none_such")
+def test_a_worker_that_fails_ends_the_others(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(tf_agc.__file__).parents[1]))
+    import distributed_training
+
+    (free,) = distributed_training.free_ports(1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        # The second worker cannot listen there, and the first one would wait for it.
+        monkeypatch.setattr(distributed_training, "free_ports", lambda count: [free, taken.getsockname()[1]])
+        with pytest.raises(SystemExit, match="a worker failed: see its error above"):
+            asyncio.run(distributed_training.run_workers(2, "--normalization", "agc"))
+    children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not any("distributed_training" in pathlib.Path(f"/proc/{pid}/cmdline").read_text() for pid in children)
 
 
 _FIT = """
