@@ -50,10 +50,9 @@ class GainMonitor(keras.callbacks.Callback):
 
     Outputs are those of one fixed batch, in an eager forward pass as in inference (`training=False`) that leaves the
     model's state as it was: records can be compared with each other, and training goes on as it would without them. All
-    kinds of models are taken, and `jit_compile`, mixed precision, `steps_per_execution` and distribution strategies
-    (where the chief alone writes). Calls of a shared layer, or inside TimeDistributed, are counted together. Layers
-    that the pass does not reach, or only in traced code (tf.map_fn, tf.vectorized_map), come last and have no output
-    values.
+    kinds of models are taken, and `jit_compile`, mixed precision, `steps_per_execution` and `MirroredStrategy`. Calls
+    of a shared layer, or inside TimeDistributed, are counted together. Layers that the pass does not reach, or only in
+    traced code (tf.map_fn, tf.vectorized_map), come last and have no output values.
 
     A record costs one eager forward pass of the batch; 32 samples are plenty.
 
@@ -95,7 +94,7 @@ class GainMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._epoch_start = self._step
-        if self._started or not self._writes():
+        if self._started:
             return
         path = self.log_dir / CSV_NAME
         if _is_written(path):
@@ -126,19 +125,13 @@ class GainMonitor(keras.callbacks.Callback):
             self._writer.close()
             self._writer = None
 
-    def _writes(self) -> bool:
-        return self.model.distribute_strategy.extended.should_save_summary
-
     def _record(self) -> None:
         self._recorded_step = self._step
         outputs = _Outputs()
-        # On every worker: a model with states that live on several of them is read by all or by none.
         forward_pass.run(self.model, self._batch, agc_layer.output_observer, outputs.observe)
         layers = forward_pass.agc_layers(self.model)
         if not layers:
             raise ValueError(f"model '{self.model.name}' has no AutomaticGainControl layer to monitor")
-        if not self._writes():
-            return
         record: dict[str, dict[str, np.ndarray]] = {}
         for layer in outputs.in_order(layers):
             if layer.built:
