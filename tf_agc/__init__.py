@@ -42,6 +42,7 @@ from tf_agc.functional import agc  # noqa: E402
 from tf_agc.implementation import DEFAULT as _DEFAULT  # noqa: E402
 from tf_agc.implementation import implementation  # noqa: E402
 from tf_agc.layer import AutomaticGainControl  # noqa: E402
+from tf_agc.monitor import GainMonitor, plot_gains  # noqa: E402
 from tf_agc.version import version_for as _version_for  # noqa: E402
 
 # Nothing is built in a fresh checkout: its version is that of a build for the TensorFlow that runs.
@@ -49,6 +50,7 @@ __version__ = _version_for(_native.STATUS.built_for or _tf.__version__)
 
 __all__ = [
     "AutomaticGainControl",
+    "GainMonitor",
     "__version__",
     "agc",
     "calibrate",
@@ -56,6 +58,7 @@ __all__ = [
     "convert",
     "export_saved_model",
     "implementation",
+    "plot_gains",
 ]
 
 # Whoever set TF_AGC_IMPLEMENTATION has chosen: "reference" misses nothing, "native" raises in use.

@@ -25,10 +25,13 @@ FUSED = {
     keras.activations.elu: "elu",
 }
 
-# What `calibrate` wants to see before a layer computes: called with the layer and its input. A
-# context variable and no patched method, so that nothing stays behind in a model.
+# Who wants to see a layer's input before it computes (`calibrate`), and its output (`GainMonitor`): called with the
+# layer and the tensor. Context variables and no patched method, so that nothing stays behind in a model.
 observer: contextvars.ContextVar[Callable[["AutomaticGainControl", tf.Tensor], None] | None] = contextvars.ContextVar(
     "tf_agc_observer", default=None
+)
+output_observer: contextvars.ContextVar[Callable[["AutomaticGainControl", tf.Tensor], None] | None] = (
+    contextvars.ContextVar("tf_agc_output_observer", default=None)
 )
 
 
@@ -185,7 +188,11 @@ class AutomaticGainControl(keras.layers.Layer):
             alpha=self.alpha,
             data_format=self.data_format,
         )
-        return outputs if self._fused else self.activation(outputs)
+        outputs = outputs if self._fused else self.activation(outputs)
+        observe = output_observer.get()
+        if observe is not None:
+            observe(self, outputs)
+        return outputs
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
         self._check_rank(input_shape)

@@ -7,6 +7,7 @@ set -euo pipefail
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-dev
+need_file /usr/bin/dot "Graphviz, which keras.utils.plot_model calls" graphviz
 
 "${ROOT}/tools/build.sh" --tensorflow "${RELEASE}"
 run_bazel test //cc/...
