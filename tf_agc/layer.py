@@ -87,7 +87,7 @@ class AutomaticGainControl(keras.layers.Layer):
 
     def __init__(
         self,
-        activation: str | Callable | None = None,
+        activation: str | Callable[..., Any] | None = None,
         data_format: str | None = None,
         alpha: float | None = None,
         gain_initializer: Any = "ones",
@@ -141,7 +141,7 @@ class AutomaticGainControl(keras.layers.Layer):
         except TypeError:  # a callable that cannot be hashed
             return None
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         self._check_rank(input_shape)
         axis = functional.channel_axis(self.data_format)
         channels = input_shape[axis]
@@ -194,7 +194,7 @@ class AutomaticGainControl(keras.layers.Layer):
             observe(self, outputs)
         return outputs
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         self._check_rank(input_shape)
         return tuple(input_shape)
 
@@ -213,14 +213,14 @@ class AutomaticGainControl(keras.layers.Layer):
         }
         return {**super().get_config(), **config}
 
-    def _check_rank(self, input_shape: tuple) -> None:
+    def _check_rank(self, input_shape: tuple[int | None, ...]) -> None:
         if not 3 <= len(input_shape) <= 8:
             raise ValueError(
                 "AutomaticGainControl expects inputs of rank 3 to 8 (batch, 1 to 6 spatial axes, "
                 f"channels). Received: input_shape={input_shape}"
             )
 
-    def _check_positions(self, input_shape: tuple) -> None:
+    def _check_positions(self, input_shape: tuple[int | None, ...]) -> None:
         """A map of one position is its own mean: nothing is left of it at a mean scale of 1."""
         spatial = input_shape[1:-1] if self.data_format == "channels_last" else input_shape[2:]
         if set(spatial) != {1} or not _always_gives(self.mean_scale_initializer, 1):
@@ -236,7 +236,7 @@ class AutomaticGainControl(keras.layers.Layer):
         warnings.warn(message.format("at first"), stacklevel=2)
 
 
-def _always_gives(initializer: Any, value: float) -> bool:
+def _always_gives(initializer: Any, value: int) -> bool:
     constants = {0: keras.initializers.Zeros, 1: keras.initializers.Ones}
     if isinstance(initializer, keras.initializers.Constant):
         return initializer.value == value

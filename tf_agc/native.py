@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import re
 import struct
+from typing import Any
 
 import tensorflow as tf
 
@@ -119,7 +120,7 @@ def _is_truncated(library: pathlib.Path) -> bool:
     return False
 
 
-def _load():
+def _load() -> tuple[Status, Any]:
     """Returns the status and the module of generated op wrappers, None where there is none."""
     status = _find("libtf_agc.so")
     if not status.available:

@@ -19,6 +19,7 @@ python=(setup.py tests tf_agc tools)
 "${VENV}/bin/ruff" check --quiet "${python[@]}" || fail "ruff check found the errors above: correct them."
 "${VENV}/bin/ruff" format --quiet --check "${python[@]}" ||
   fail "the Python files are not formatted: run ${VENV}/bin/ruff format ${python[*]}."
+"${VENV}/bin/mypy" || fail "mypy found the errors above: correct the types."
 find cc \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 "${VENV}/bin/clang-format" --dry-run -Werror ||
   fail "the C++ files are not formatted: run ${VENV}/bin/clang-format -i on those above."
 
