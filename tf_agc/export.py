@@ -30,9 +30,9 @@ _RESERVED_NAMES = ("non_trainable_variables", "signatures", "trainable_variables
 
 def export_saved_model(
     model: keras.Model,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     portable: bool = True,
-    signatures: dict[str, Callable] | None = None,
+    signatures: dict[str, Callable[..., Any]] | None = None,
     warmup: Any = None,
     overwrite: bool = False,
 ) -> pathlib.Path:
@@ -106,7 +106,7 @@ def export_saved_model(
     return version
 
 
-def _check_path(path):
+def _check_path(path: Any) -> pathlib.Path:
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise TypeError(f"path must be a str or a pathlib.Path, got {type(path).__name__}")
     path = os.fspath(path)
@@ -119,7 +119,7 @@ def _check_path(path):
     return base
 
 
-def _check_arguments(model, signatures):
+def _check_arguments(model: Any, signatures: Any) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {type(model).__name__}")
     if not model.built:
@@ -139,7 +139,7 @@ def _check_arguments(model, signatures):
             raise ValueError(f"signatures['{name}'] must have an input_signature, got None: {cure}")
 
 
-def _trace(model, signatures):
+def _trace(model: keras.Model, signatures: dict[str, Any]) -> tuple[keras.export.ExportArchive, dict[str, Endpoint]]:
     """Keras's archive of all that is to be written, and the endpoints by signature."""
     archive = keras.export.ExportArchive()
     archive.track(model)
@@ -173,7 +173,7 @@ def _convert_warmup(warmup: Any, endpoints: dict[str, Endpoint]) -> dict[str, Te
     return {name: _convert_inputs(name, endpoint.inputs, warmup[name]) for name, endpoint in endpoints.items()}
 
 
-def _convert_inputs(signature, specs, values):
+def _convert_inputs(signature: str, specs: dict[str, tf.TensorSpec], values: Any) -> Tensors:
     """One signature's example inputs by name, as tensors of its dtypes and shapes."""
     what = f"warmup of '{signature}'"
     if not isinstance(values, dict):
@@ -199,7 +199,7 @@ def _convert_inputs(signature, specs, values):
     return tensors
 
 
-def _import_prediction_log():
+def _import_prediction_log() -> Any:
     try:
         from tensorflow_serving.apis import prediction_log_pb2
     except ImportError as error:
@@ -209,7 +209,7 @@ def _import_prediction_log():
     return prediction_log_pb2
 
 
-def _write_warmup(examples, model_name, staging):
+def _write_warmup(examples: dict[str, Tensors], model_name: str, staging: pathlib.Path) -> None:
     """The file that a model server looks for, one record for each signature."""
     prediction_log_pb2 = _import_prediction_log()
     file = staging / "assets.extra" / "tf_serving_warmup_requests"

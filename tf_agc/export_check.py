@@ -30,7 +30,7 @@ class Endpoint:
         concrete: its trace, which is written.
     """
 
-    function: Callable
+    function: Callable[..., Any]
     input_signature: Any
     concrete: Any
 
@@ -97,13 +97,13 @@ def check_answers(directory: pathlib.Path, endpoints: dict[str, Endpoint], examp
     return f"answers differ from the model's by at most {largest:.1g} of the largest{note}"
 
 
-def _tolerance_of(graph_def):
+def _tolerance_of(graph_def: Any) -> float:
     types = {value.type for node in saved_graph.nodes(graph_def) for value in node.attr.values()}
     found = [tolerance for dtype, tolerance in _TOLERANCES.items() if dtype.as_datatype_enum in types]
     return max(found, default=_TOLERANCES[tf.float32])
 
 
-def _ask(name, endpoint, example):
+def _ask(name: str, endpoint: Endpoint, example: Tensors | None) -> tuple[Tensors, Tensors]:
     """Inputs of an endpoint and its answer: random numbers of the first size that it takes, or the example."""
     error = None
     for inputs in _random_inputs(endpoint.inputs):
@@ -131,7 +131,7 @@ def _random_inputs(specs: dict[str, tf.TensorSpec]) -> Iterator[Tensors]:
         yield {name: _random(rng, spec, size) for name, spec in specs.items()}
 
 
-def _random(rng, spec, size):
+def _random(rng: np.random.Generator, spec: tf.TensorSpec, size: int) -> tf.Tensor:
     shape = [size if length is None else length for length in spec.shape]
     if shape and spec.shape[0] is None:
         shape[0] = 2
@@ -142,11 +142,11 @@ def _random(rng, spec, size):
     return tf.cast(rng.integers(0, 2, shape), spec.dtype)  # indices that any table has
 
 
-def _kinds(tensors):
+def _kinds(tensors: Tensors) -> dict[str, tuple[str, list[int]]]:
     return {key: (tensor.dtype.name, tensor.shape.as_list()) for key, tensor in tensors.items()}
 
 
-def _check_same(name, got, want):
+def _check_same(name: str, got: dict[str, Any], want: dict[str, Any]) -> None:
     if got != want:
         raise RuntimeError(f"the exported signature '{name}' answers with {got}, the model with {want}")
 

@@ -72,7 +72,7 @@ class GainMonitor(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, log_dir: str | os.PathLike, batch: Any, update_freq: str | int = "epoch", append: bool = False
+        self, log_dir: str | os.PathLike[str], batch: Any, update_freq: str | int = "epoch", append: bool = False
     ) -> None:
         super().__init__()
         is_steps = isinstance(update_freq, int) and not isinstance(update_freq, bool) and update_freq >= 1
@@ -143,7 +143,7 @@ class GainMonitor(keras.callbacks.Callback):
     def _write_csv(self, record: dict[str, dict[str, np.ndarray]]) -> None:
         path = self.log_dir / CSV_NAME
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        rows: list[list] = [] if _is_written(path) else [_COLUMNS]
+        rows: list[list[Any]] = [] if _is_written(path) else [_COLUMNS]
         for layer, values in record.items():
             cells = [
                 f"{over(values[name]):.6g}" if name in values else ""
@@ -158,7 +158,7 @@ class GainMonitor(keras.callbacks.Callback):
             file.write(text.getvalue())
 
     def _write_summaries(
-        self, record: dict[str, dict[str, np.ndarray]], scalar_pb: Callable, histogram_pb: Callable
+        self, record: dict[str, dict[str, np.ndarray]], scalar_pb: Callable[..., Any], histogram_pb: Callable[..., Any]
     ) -> None:
         summaries = []
         for layer, values in record.items():
@@ -209,7 +209,7 @@ class _Outputs:
         return known
 
 
-def _tensorboard_summaries() -> tuple[Callable, Callable] | None:
+def _tensorboard_summaries() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     try:
         # tf.summary.scalar and histogram are these functions, each behind an op of its own.
         from tensorboard.plugins.histogram.summary_v2 import histogram_pb
@@ -255,7 +255,7 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_gains(log: str | os.PathLike, path: str | os.PathLike | None = None) -> pathlib.Path:
+def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Draws what `GainMonitor` recorded: each quantity against depth, one line for each of up to 8 moments of training.
 
     The lines are means over the channels, from light (the first record) to dark (the last); the grey bars go from the
@@ -292,7 +292,7 @@ def plot_gains(log: str | os.PathLike, path: str | os.PathLike | None = None) ->
     last = records[max(records)]
     depth = np.arange(len(layers))
 
-    def values(record: dict[str, dict], column: str) -> list[float]:
+    def values(record: dict[str, dict[str, Any]], column: str) -> list[float]:
         return [record[layer][column] if layer in record else np.nan for layer in layers]
 
     figure = Figure(figsize=(14, 2 + 0.22 * max(len(layers), 8)), layout="constrained")

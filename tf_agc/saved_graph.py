@@ -46,12 +46,12 @@ def replace_native_ops(directory: pathlib.Path) -> None:
     saved_model = _read(directory)
     meta_graph_def = saved_model.meta_graphs[0]
     graph_def = meta_graph_def.graph_def
-    calls: dict[bytes, tuple] = {}
+    calls: dict[bytes, tuple[Any, Any]] = {}
     for node in graph_def.node:
         _replace(node, calls)
     for function in graph_def.library.function:
         # Inside a function, an output has the name that its op gives it.
-        renamed = {}
+        renamed: dict[str, str] = {}
         for node in function.node_def:
             if _replace(node, calls):
                 renamed |= {f"{node.name}:y:0": f"{node.name}:output:0", f"{node.name}:mean:0": f"{node.name}:output:1"}
@@ -99,11 +99,11 @@ def check_ops(graph_def: Any, portable: bool) -> None:
         )
 
 
-def _read(directory):
+def _read(directory: pathlib.Path) -> Any:
     return saved_model_pb2.SavedModel.FromString((directory / "saved_model.pb").read_bytes())
 
 
-def _replace(node: Any, calls: dict[bytes, tuple]) -> bool:
+def _replace(node: Any, calls: dict[bytes, tuple[Any, Any]]) -> bool:
     """Makes a node TfAgc>Agc a call of a function from `calls`, where equal nodes share one; False for other nodes."""
     if node.op != OP:
         return False
@@ -128,12 +128,11 @@ def _call_of_definition(attributes: Any) -> tuple[Any, Any]:
     activation, alpha = attributes["activation"].s.decode(), attributes["alpha"].f
     data_format = _DATA_FORMATS[attributes["data_format"].s]
 
-    @tf.function(autograph=False)
-    def agc(x, gain, mean_scale):
+    def agc(x: tf.Tensor, gain: tf.Tensor, mean_scale: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return reference.agc(x, gain, mean_scale, activation, alpha, data_format)
 
     with tf.Graph().as_default() as graph:
-        agc(*map(tf.compat.v1.placeholder, dtypes, [x_shape, [None], [None]]))
+        tf.function(agc, autograph=False)(*map(tf.compat.v1.placeholder, dtypes, [x_shape, [None], [None]]))
     graph_def = graph.as_graph_def()
     (call,) = (node for node in graph_def.node if node.op in ("PartitionedCall", "StatefulPartitionedCall"))
     return call, graph_def.library.function

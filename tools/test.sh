@@ -24,4 +24,5 @@ find cc \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 "${VENV}/bin/clang-
   fail "the C++ files are not formatted: run ${VENV}/bin/clang-format -i on those above."
 
 # The executable and not `python -m pytest`, which would put the checkout, and so the sources, before the installed wheel.
-exec "${VENV}/bin/pytest" "$@"
+# A file of tests stays in one process, so that what its tests share is made once.
+exec "${VENV}/bin/pytest" --numprocesses=2 --dist=loadfile "$@"
