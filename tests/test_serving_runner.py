@@ -20,6 +20,9 @@ pytestmark = pytest.mark.usefixtures("native_required")
 
 _BINARIES = pathlib.Path(__file__).resolve().parents[1] / "bazel-bin" / "cc" / "serving"
 
+# The log of TensorFlow 2.20, which the program cannot silence.
+_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3"} if tf.__version__.startswith("2.20.") else {}
+
 
 def _run(*arguments, binary="saved_model_runner", check=True):
     program = _BINARIES / binary
@@ -27,7 +30,7 @@ def _run(*arguments, binary="saved_model_runner", check=True):
         pytest.fail(f"this test needs {program}: run tools/bazel.sh build //cc/serving/...")
     done = subprocess.run(
         [str(program), *map(str, arguments)],
-        env={},
+        env=_ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,

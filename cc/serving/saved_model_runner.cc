@@ -296,8 +296,9 @@ void Main(int argc, char** argv) {
 }  // namespace tf_agc
 
 int main(int argc, char** argv) {
-  // What TensorFlow logs as an error also comes back as a status, and the rest is news of this machine.
-  if (!std::getenv("TF_CPP_MIN_LOG_LEVEL")) absl::SetMinLogLevel(absl::LogSeverityAtLeast::kFatal);
+  // What TensorFlow logs as an error also comes back as a status, and the rest is news of this machine. TensorFlow 2.20
+  // has a second log, whose level TF_CPP_MIN_LOG_LEVEL has set before this.
+  absl::SetMinLogLevel(absl::LogSeverityAtLeast::kFatal);
   tf_agc::serving::Main(argc, argv);
   return 0;
 }
