@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-# What the server reads from JSON; gRPC has float16 besides. NumPy has no bfloat16 of its own, and so neither have files.
+# What the server reads from JSON; gRPC has float16 besides. A .npy file holds no bfloat16.
 REST_DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float32", "float64"),
@@ -203,8 +203,8 @@ def predict_grpc(server: str, request: Any, timeout: float) -> dict[str, np.ndar
     for name in sorted(answer.outputs):
         try:
             value = tf.make_ndarray(answer.outputs[name])
-        except (TypeError, ValueError) as error:
-            raise ClientError(f"output {name!r} of the answer is malformed: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ClientError(f"output {name!r} of the answer is malformed: {type(error).__name__}: {error}") from error
         outputs[name] = value.astype(np.float32) if value.dtype == tf.bfloat16.as_numpy_dtype else value
     if not outputs:
         raise ClientError("the answer is malformed: it has no outputs")
