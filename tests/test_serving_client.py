@@ -489,7 +489,7 @@ def closed():
 
 def test_no_server(closed, files, capsys):
     got = _error(capsys, closed, files, *BOTH)
-    assert got.startswith(f"error: no gRPC server answers at {closed}: ")
+    assert got.startswith(f"error: {closed} is unavailable (no gRPC server, or overloaded): ")
     got = _error(capsys, closed, files, "--api", "rest", *BOTH)
     assert got == f"error: no REST server answers at {closed}: Connection refused"
 
@@ -509,7 +509,7 @@ def test_the_wrong_port(servers, files, capsys):
     got = _error(capsys, servers["grpc"], files, "--api", "rest", *BOTH)
     assert re.fullmatch(rf"error: {servers['grpc']} did not answer in HTTP \(\w+\): is this its REST port\?", got)
     got = _error(capsys, servers["rest"], files, *BOTH)
-    assert got.startswith(f"error: no gRPC server answers at {servers['rest']}: ")
+    assert got.startswith(f"error: {servers['rest']} is unavailable (no gRPC server, or overloaded): ")
 
 
 @pytest.mark.parametrize(

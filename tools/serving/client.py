@@ -191,7 +191,9 @@ def predict_grpc(server: str, request: Any, timeout: float) -> dict[str, np.ndar
         except grpc.RpcError as error:
             code, details = error.code(), error.details()
             if code == grpc.StatusCode.UNAVAILABLE:
-                raise ClientError(f"no gRPC server answers at {server}: {details}") from error
+                raise ClientError(
+                    f"{server} is unavailable (no gRPC server, or overloaded): {details}"
+                ) from error
             if code == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ClientError(f"{server} did not answer within {timeout:g} s") from error
             if code == grpc.StatusCode.NOT_FOUND:
