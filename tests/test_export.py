@@ -240,21 +240,25 @@ def test_one_line_says_what_was_exported(tmp_path, capsys):
     assert line.startswith(f"Exported 'functional' to {version}: serving_default; stock ops only; answers differ")
 
 
+@pytest.mark.parametrize("padding", ["copies", "zeros", "NaN"])
 @pytest.mark.parametrize("portable", [True, False])
 @pytest.mark.parametrize("alone", [True, False], ids=["op", "model"])
-def test_a_sample_is_answered_alike_in_every_batch(tmp_path, native_required, portable, alone):
+def test_a_sample_is_answered_alike_in_every_batch(tmp_path, native_required, portable, alone, padding):
     # A model server joins requests to batches and pads those to allowed sizes with copies of a sample.
-    model = keras.Sequential([keras.Input(X.shape[1:]), AutomaticGainControl("relu")]) if alone else _functional()
+    x = np.random.default_rng(1).standard_normal((3, 33, 31, 40)).astype(np.float32) if alone else X
+    model = keras.Sequential([keras.Input(x.shape[1:]), AutomaticGainControl("relu")]) if alone else _functional()
     version = tf_agc.export_saved_model(model, tmp_path / "net", portable=portable)
     signature = tf.saved_model.load(str(version)).signatures["serving_default"]
     (name,) = signature.structured_input_signature[1]
+    pad = {"copies": x[:1], "zeros": np.zeros_like(x[:1]), "NaN": np.full_like(x[:1], np.nan)}[padding]
 
     def answer(batch):
         return signature(**{name: tf.constant(batch)})["output_0"].numpy()
 
-    single = np.concatenate([answer(X[i : i + 1]) for i in range(3)])
+    single = np.concatenate([answer(x[i : i + 1]) for i in range(3)])
+    assert np.isfinite(single).all() and single.std() > 1e-3
     for size in (3, 4, 8, 33):
-        padded = np.concatenate([X, np.repeat(X[:1], size - 3, axis=0)])
+        padded = np.concatenate([x, np.repeat(pad, size - 3, axis=0)])
         if alone and not portable:
             np.testing.assert_array_equal(answer(padded)[:3], single)
         else:

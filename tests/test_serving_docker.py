@@ -1,5 +1,6 @@
-"""The Dockerfiles of tools/serving, as far as that goes without Docker: images, paths and users that they name, and their
-shell parts. The scripts that they copy run here; the server's configuration is read as protobufs.
+"""The Dockerfiles of tools/serving, as far as that goes without Docker: images, paths, users and shell parts.
+
+The scripts that they copy run here; the server's configuration is read as protobufs.
 """
 
 import http.server
