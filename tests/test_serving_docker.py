@@ -104,11 +104,13 @@ def test_ports_and_paths_are_the_stock_image_s(name, variant):
 
 
 @pytest.mark.parametrize("source", ["Dockerfile", "Dockerfile.cuda", "entrypoint.sh", "healthcheck.sh"])
-def test_bash_reads_the_shell_parts(source):
-    parts = _arguments(source, "RUN") if source.startswith("Docker") else [(SERVING / source).read_text()]
+def test_the_shell_parts_are_well_formed(source):
+    dockerfile = source.startswith("Dockerfile")
+    parts = _arguments(source, "RUN") if dockerfile else [(SERVING / source).read_text()]
     assert parts
     for part in parts:
-        done = subprocess.run(["bash", "-n"], input=part, capture_output=True, text=True, timeout=60)
+        shell = "sh" if dockerfile else "bash"
+        done = subprocess.run([shell, "-n"], input=part, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and not done.stderr, f"{part}: {done.stderr}"
 
 

@@ -67,7 +67,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--signature", default="serving_default", help="default: %(default)s")
     parser.add_argument("--version", type=_positive(int), help="version of the model; default: the server's newest")
-    parser.add_argument("--rows", action="store_true", help="REST: send samples one by one, not inputs one by one")
+    parser.add_argument(
+        "--rows", action="store_true", help='REST: the row format ("instances"), not columns ("inputs")'
+    )
     parser.add_argument(
         "--output_dir", type=pathlib.Path, help="new or empty directory, where outputs are written as NAME.npy"
     )
@@ -191,9 +193,7 @@ def predict_grpc(server: str, request: Any, timeout: float) -> dict[str, np.ndar
         except grpc.RpcError as error:
             code, details = error.code(), error.details()
             if code == grpc.StatusCode.UNAVAILABLE:
-                raise ClientError(
-                    f"{server} is unavailable (no gRPC server, or overloaded): {details}"
-                ) from error
+                raise ClientError(f"{server} is unavailable (no gRPC server, or overloaded): {details}") from error
             if code == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ClientError(f"{server} did not answer within {timeout:g} s") from error
             if code == grpc.StatusCode.NOT_FOUND:
