@@ -67,9 +67,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--signature", default="serving_default", help="default: %(default)s")
     parser.add_argument("--version", type=_positive(int), help="version of the model; default: the server's newest")
-    parser.add_argument(
-        "--rows", action="store_true", help='REST: the row format ("instances"), not columns ("inputs")'
-    )
+    parser.add_argument("--rows", action="store_true", help='REST: rows ("instances"), not columns ("inputs")')
     parser.add_argument(
         "--output_dir", type=pathlib.Path, help="new or empty directory, where outputs are written as NAME.npy"
     )
