@@ -218,6 +218,8 @@ def files(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}]))
     np.savez(tmp_path / "archive.npz", MAPS)
     (tmp_path / "cut.npy").write_bytes((tmp_path / "maps.npy").read_bytes()[:-1])
+    header = (tmp_path / "maps.npy").read_bytes().replace(b"(3, 6, 5, 4)", b"(3, 6, 5, 4 ")
+    (tmp_path / "header.npy").write_bytes(header)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "logits.npy").write_text("somebody's")
     return tmp_path
@@ -372,6 +374,7 @@ _BY_DTYPE = ", ".join(client.REST_DTYPES)
         (["--input", "x={dir}"], "--input 'x': {dir} cannot be read: Is a directory"),
         (["--input", "x={dir}/archive.npz"], "--input 'x': {dir}/archive.npz is not a whole .npy file of numbers: ..."),
         (["--input", "x={dir}/cut.npy"], "--input 'x': {dir}/cut.npy is not a whole .npy file of numbers: ..."),
+        (["--input", "x={dir}/header.npy"], "--input 'x': {dir}/header.npy is not a whole .npy file of numbers: ..."),
         (["--input", "x={dir}/objects.npy"], "--input 'x': {dir}/objects.npy is not a whole .npy file of numbers: ..."),
         (
             ["--input", "x={dir}/strings.npy"],
@@ -421,6 +424,7 @@ def test_an_input_that_no_request_holds():
     [
         (["--server", "localhost"], "argument --server: must be HOST:PORT, got 'localhost'"),
         (["--server", "http://localhost:8501"], "argument --server: must be HOST:PORT, got 'http://localhost:8501'"),
+        (["--server", "localhost:65536"], "argument --server: must be HOST:PORT, got 'localhost:65536'"),
         (["--timeout", "0"], "argument --timeout: must be a positive float, got '0'"),
         (["--timeout", "nan"], "argument --timeout: must be a positive float, got 'nan'"),
         (["--version", "new"], "argument --version: must be a positive int, got 'new'"),
@@ -510,6 +514,11 @@ def test_a_host_that_does_not_exist(files, capsys, monkeypatch):
     assert got == "error: no REST server answers at host.invalid:8501: Name or service not known"
 
 
+def test_a_host_that_cannot_exist(files, capsys):
+    got = _error(capsys, "two..dots:8501", files, "--api", "rest", *BOTH)
+    assert got.startswith("error: no REST server answers at two..dots:8501: ")
+
+
 @GRPC_AND_REST
 def test_a_server_that_does_not_answer(silent, files, capsys, api):
     got = _error(capsys, silent, files, "--api", api, *BOTH, "--timeout", "0.2")
@@ -555,6 +564,11 @@ def test_a_malformed_rest_answer(files, capsys, status, body, message):
         got = _error(capsys, server, files, "--api", "rest", *BOTH, "--output_dir", "{dir}/new")
     assert got == "error: " + message.replace("{server}", server)
     assert not (files / "new").exists()
+
+
+def test_an_answer_that_is_nested_too_deeply():
+    with pytest.raises(client.ClientError, match="the answer is malformed: expected JSON with arrays in 'outputs'"):
+        client.parse_rest_answer(b'{"outputs": ' + b"[" * 10**6)
 
 
 @pytest.mark.parametrize("body", [b'{"predictions": []}', b'{"predictions": [{"a": 1}, {"b": 1}]}'])

@@ -7,6 +7,7 @@ Connections are not encrypted.
 import argparse
 import http.client
 import json
+import os
 import pathlib
 import re
 import sys
@@ -81,7 +82,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _server(text: str) -> str:
-    if not re.fullmatch(r"[^\s/@]+:\d+", text):
+    if not re.fullmatch(r"[^\s/@]+:\d{1,5}", text) or int(text.rpartition(":")[2]) >= 2**16:
         raise argparse.ArgumentTypeError(f"must be HOST:PORT, got {text!r}")
     return text
 
@@ -117,7 +118,7 @@ def read_inputs(arguments: list[str]) -> dict[str, np.ndarray]:
                 inputs[name] = np.lib.format.read_array(stream, allow_pickle=False)
         except OSError as error:
             raise ClientError(f"--input {name!r}: {file} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except Exception as error:  # of NumPy's parser, many kinds where the header is damaged
             raise ClientError(f"--input {name!r}: {file} is not a whole .npy file of numbers: {error}") from error
     return inputs
 
@@ -180,9 +181,9 @@ def build_grpc_request(
 
 def predict_grpc(server: str, request: Any, timeout: float) -> dict[str, np.ndarray]:
     """The outputs by name. bfloat16, which no .npy file holds, becomes float32."""
+    tf, _, prediction_service_pb2_grpc = _import_serving_api()
     import grpc
 
-    tf, _, prediction_service_pb2_grpc = _import_serving_api()
     # By default an answer of more than 4 MB is an error.
     with grpc.insecure_channel(server, options=[("grpc.max_receive_message_length", -1)]) as channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
@@ -213,6 +214,7 @@ def predict_grpc(server: str, request: Any, timeout: float) -> dict[str, np.ndar
 
 def _import_serving_api() -> tuple[Any, Any, Any]:
     # Here and not above: REST does without, and TensorFlow takes seconds to import.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its hints about this machine are not news here
     try:
         import tensorflow as tf
         from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
@@ -261,14 +263,15 @@ def predict_rest(server: str, body: bytes, model: str, version: int | None, time
         ) from error
     except TimeoutError as error:
         raise ClientError(f"{server} did not answer within {timeout:g} s") from error
-    except OSError as error:
-        raise ClientError(f"no REST server answers at {server}: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host can have this name
+        reason = getattr(error, "strerror", None) or error
+        raise ClientError(f"no REST server answers at {server}: {reason}") from error
     finally:
         connection.close()
     if status != http.HTTPStatus.OK:
         try:
             details = json.loads(answer)["error"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             details = answer[:200].decode(errors="replace")
         if status == http.HTTPStatus.NOT_FOUND:
             raise ClientError(f"{server} does not serve the model {model!r}: {details}")
@@ -291,7 +294,7 @@ def parse_rest_answer(answer: bytes, rows: bool = False) -> dict[str, np.ndarray
         arrays = {name: np.asarray(value) for name, value in outputs.items()}
         if not arrays or any(value.dtype.kind not in "biufU" for value in arrays.values()):
             raise ValueError("no numbers")
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         got = answer[:100].decode(errors="replace")
         raise ClientError(f"the answer is malformed: expected JSON with arrays in {key!r}, got {got!r}") from error
     return arrays
