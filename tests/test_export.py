@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 import threading
+from concurrent import futures
 
 import keras
 import numpy as np
@@ -263,6 +264,34 @@ def test_a_sample_is_answered_alike_in_every_batch(tmp_path, native_required, po
             np.testing.assert_array_equal(answer(padded)[:3], single)
         else:
             np.testing.assert_allclose(answer(padded)[:3], single, rtol=1e-5, atol=1e-6)
+
+
+def test_tensorflow_s_batching_changes_no_bit(tmp_path, native_required):
+    # The scheduler that model servers have: it joins single requests, and pads to allowed sizes.
+    x = np.random.default_rng(1).standard_normal((7, 33, 31, 40)).astype(np.float32)
+    model = keras.Sequential([keras.Input(x.shape[1:]), AutomaticGainControl("elu")])
+    version = tf_agc.export_saved_model(model, tmp_path / "net", portable=False)
+    loaded = tf.saved_model.load(str(version))  # has the variables, which a traced call only refers to
+    signature = loaded.signatures["serving_default"]
+    (name,) = signature.structured_input_signature[1]
+    sizes = []
+
+    def noted(batch):
+        sizes.append(len(batch))
+        return batch
+
+    @tf.nondifferentiable_batch_function(
+        num_batch_threads=2, max_batch_size=8, batch_timeout_micros=50_000, allowed_batch_sizes=[4, 8]
+    )
+    def serve(batch):
+        batch = tf.ensure_shape(tf.numpy_function(noted, [batch], tf.float32), (None, *x.shape[1:]))
+        return signature(**{name: batch})["output_0"]
+
+    with futures.ThreadPoolExecutor(7) as pool:
+        batched = list(pool.map(lambda i: serve(tf.constant(x[i : i + 1])).numpy(), range(7)))
+    assert sizes and set(sizes) <= {4, 8}
+    for i, answer in enumerate(batched):
+        np.testing.assert_array_equal(answer, signature(**{name: tf.constant(x[i : i + 1])})["output_0"])
 
 
 # ---------------------------------------------------------------- signatures
