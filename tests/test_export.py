@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 import threading
+from concurrent import futures
 
 import keras
 import numpy as np
@@ -240,25 +241,57 @@ def test_one_line_says_what_was_exported(tmp_path, capsys):
     assert line.startswith(f"Exported 'functional' to {version}: serving_default; stock ops only; answers differ")
 
 
+@pytest.mark.parametrize("padding", ["copies", "zeros", "NaN"])
 @pytest.mark.parametrize("portable", [True, False])
 @pytest.mark.parametrize("alone", [True, False], ids=["op", "model"])
-def test_a_sample_is_answered_alike_in_every_batch(tmp_path, native_required, portable, alone):
+def test_a_sample_is_answered_alike_in_every_batch(tmp_path, native_required, portable, alone, padding):
     # A model server joins requests to batches and pads those to allowed sizes with copies of a sample.
-    model = keras.Sequential([keras.Input(X.shape[1:]), AutomaticGainControl("relu")]) if alone else _functional()
+    x = np.random.default_rng(1).standard_normal((3, 33, 31, 40)).astype(np.float32) if alone else X
+    model = keras.Sequential([keras.Input(x.shape[1:]), AutomaticGainControl("relu")]) if alone else _functional()
     version = tf_agc.export_saved_model(model, tmp_path / "net", portable=portable)
     signature = tf.saved_model.load(str(version)).signatures["serving_default"]
     (name,) = signature.structured_input_signature[1]
+    pad = {"copies": x[:1], "zeros": np.zeros_like(x[:1]), "NaN": np.full_like(x[:1], np.nan)}[padding]
 
     def answer(batch):
         return signature(**{name: tf.constant(batch)})["output_0"].numpy()
 
-    single = np.concatenate([answer(X[i : i + 1]) for i in range(3)])
+    single = np.concatenate([answer(x[i : i + 1]) for i in range(3)])
+    assert np.isfinite(single).all() and single.std() > 1e-3
     for size in (3, 4, 8, 33):
-        padded = np.concatenate([X, np.repeat(X[:1], size - 3, axis=0)])
+        padded = np.concatenate([x, np.repeat(pad, size - 3, axis=0)])
         if alone and not portable:
             np.testing.assert_array_equal(answer(padded)[:3], single)
         else:
             np.testing.assert_allclose(answer(padded)[:3], single, rtol=1e-5, atol=1e-6)
+
+
+def test_tensorflow_s_batching_changes_no_bit(tmp_path, native_required):
+    # The scheduler that model servers have: it joins single requests, and pads to allowed sizes.
+    x = np.random.default_rng(1).standard_normal((7, 33, 31, 40)).astype(np.float32)
+    model = keras.Sequential([keras.Input(x.shape[1:]), AutomaticGainControl("elu")])
+    version = tf_agc.export_saved_model(model, tmp_path / "net", portable=False)
+    loaded = tf.saved_model.load(str(version))  # has the variables, which a traced call only refers to
+    signature = loaded.signatures["serving_default"]
+    (name,) = signature.structured_input_signature[1]
+    sizes = []
+
+    def noted(batch):
+        sizes.append(len(batch))
+        return batch
+
+    @tf.nondifferentiable_batch_function(
+        num_batch_threads=2, max_batch_size=8, batch_timeout_micros=50_000, allowed_batch_sizes=[4, 8]
+    )
+    def serve(batch):
+        batch = tf.ensure_shape(tf.numpy_function(noted, [batch], tf.float32), (None, *x.shape[1:]))
+        return signature(**{name: batch})["output_0"]
+
+    with futures.ThreadPoolExecutor(7) as pool:
+        batched = list(pool.map(lambda i: serve(tf.constant(x[i : i + 1])).numpy(), range(7)))
+    assert sizes and set(sizes) <= {4, 8}
+    for i, answer in enumerate(batched):
+        np.testing.assert_array_equal(answer, signature(**{name: tf.constant(x[i : i + 1])})["output_0"])
 
 
 # ---------------------------------------------------------------- signatures

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import stat
 import subprocess
@@ -218,12 +219,24 @@ _BAZEL_TREE = {
 }
 
 
+def _copy_of_the_dockerfile(directory):
+    """What tools/serving/Dockerfile copies of this repository."""
+    dockerfile = (ROOT / "tools" / "serving" / "Dockerfile").read_text()
+    for source, target in re.findall(r"^COPY (\S+) /tf_agc/(\S+)$", dockerfile, re.M):
+        (directory / target).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+        copy(ROOT / source, directory / target)
+    return directory
+
+
 def test_bazel_finds_everything_that_the_op_needs(tmp_path):
     configured, stamp = ROOT / ".bazelrc.configured", ROOT / ".cache" / "bazel"
     if not configured.is_file() or not stamp.is_file():
         pytest.fail(f"this test needs a Bazel: run tools/setup.sh's scripts, such as tools/build.sh, in {ROOT}")
-    tree = _make_tree(tmp_path / "serving", **_BAZEL_TREE)
-    apply_overlay.apply(tree)
+    tree, checkout = _make_tree(tmp_path / "serving", **_BAZEL_TREE), _copy_of_the_dockerfile(tmp_path / "tf_agc")
+    script = checkout / "tools" / "serving" / "apply_overlay.py"
+    subprocess.run([sys.executable, script, tree], check=True)
+    assert f'path = "{checkout}"' in (tree / "WORKSPACE").read_text()
     _, bazel = stamp.read_text().split()
     # Both: what setup.sh writes may name a configuration that .bazelrc defines.
     ours = [f"--bazelrc={ROOT / '.bazelrc'}", f"--bazelrc={configured}"]

@@ -16,7 +16,9 @@
 // The AVX-512 headers of GCC 12 leave registers uninitialised on purpose, and warn about it where they are inlined.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)  // which does not know this one
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
