@@ -34,6 +34,9 @@ NETWORKS = {
     "resnet20_post": models.resnet,
     "resnet20_pre": functools.partial(models.residual_cnn, blocks=3),
 }
+# What the study compares; the first two are made of the same layers.
+NORMALIZATIONS = ("agc", "agc_uncalibrated", "batch_norm", "group_norm", "layer_norm", "none")
+AGC = NORMALIZATIONS[:2]
 RECORDS_PER_EPOCH = 4
 _MONITORED_IMAGES = 32
 # Between two looks at the clock. At batch 1 a step is much shorter than what Python needs for a look.
@@ -47,7 +50,7 @@ class Job:
 
     Attributes:
         network: a name in NETWORKS.
-        normalization: a name in tf_agc.models.NORMALIZATIONS, or "agc_uncalibrated".
+        normalization: one of NORMALIZATIONS.
         batch_size: images in a step.
         seed: of the initial weights, the order of the images and their augmentation.
         learning_rate: the schedule's peak.
@@ -56,7 +59,6 @@ class Job:
         splits: the files (`save_split`) of "train", "validation" and, only where it is the one to report on, "test".
         checkpoint: the file to go on from, if it exists, and to write.
         checkpoint_seconds: between two of them.
-        monitored: whether AGC layers are recorded on the way.
     """
 
     network: str
@@ -69,7 +71,6 @@ class Job:
     splits: dict[str, str]
     checkpoint: str
     checkpoint_seconds: float = 20.0
-    monitored: bool = False
 
 
 def save_split(split: Split, path: pathlib.Path) -> None:
@@ -131,13 +132,12 @@ def train(job: Job, report: Callable[[dict], None]) -> dict:
     keras.utils.set_random_seed(job.seed)
     splits = {name: load_split(path) for name, path in job.splits.items()}
     train_split = splits["train"]
-    calibrated = job.normalization == "agc"
     model = NETWORKS[job.network](
         train_split.images.shape[1:],
         int(train_split.labels.max()) + 1,
-        "agc" if job.normalization == "agc_uncalibrated" else job.normalization,
+        "agc" if job.normalization in AGC else job.normalization,
     )
-    if calibrated:
+    if job.normalization == "agc":
         tf_agc.calibrate(model, train_split.images[: training_recipe.CALIBRATION_IMAGES])
     steps_per_epoch = training_recipe.steps_per_epoch(train_split, job.batch_size)
     steps = job.epochs * steps_per_epoch
@@ -155,10 +155,10 @@ def train(job: Job, report: Callable[[dict], None]) -> dict:
         )
     )
     records = [steps_per_epoch * part // RECORDS_PER_EPOCH for part in range(RECORDS_PER_EPOCH * job.epochs + 1)]
-    monitored_images = tf.constant(train_split.images[:_MONITORED_IMAGES]) if job.monitored else None
+    monitored_images = tf.constant(train_split.images[:_MONITORED_IMAGES])
 
     def record_gains() -> None:
-        if monitored_images is not None:
+        if job.normalization in AGC:
             for layer, values in monitor.layer_statistics(model, monitored_images).items():
                 means = {name: float(np.mean(values[name])) for name in ("gain", "output_std", "sparsity")}
                 state.gains.append({"epoch": state.step / steps_per_epoch, "layer": layer} | means)
