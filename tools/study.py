@@ -1,8 +1,8 @@
 """The training study: `run` trains and evaluates, `table` and `plot` show it, `memory` finds the largest batches.
 
-Who calls whom: `run` here makes the plan and starts study_training.py, one fresh process for each run, which trains with
-the demo's recipe (training_recipe.py) on splits that it gets as files. study_results.py keeps what it found,
-study_report.py shows it. `memory` asks bench_model.py for the peak memory of one batch size after the other.
+Who calls whom: `run` makes the plan here and starts study_training.py, a fresh process for each run, which trains with
+the demo's recipe (training_recipe.py) on splits that it gets as files. study_results.py keeps what comes back,
+study_report.py shows it. `memory` is study_memory.py, which has bench_model.py measure batch after batch.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
+import result_files
 from study_results import Cell, CurvePoint, LayerRecord, Results, Run, StudyError
 
 # Read when TensorFlow is imported: of its log only errors are news here.
@@ -64,13 +65,13 @@ class Plan:
             for method in NORMALIZATIONS
         ]
 
-    def comparison(self, results: Results) -> list[Cell]:
+    def comparison(self, best_learning_rate: Callable[[str, str, str, int], float]) -> list[Cell]:
         """Every method at the learning rate that was best for it, every size once before second seeds."""
         cells = []
         for seed in range(max(self.seeds.values())):
             for network, batch in self.sizes:
                 for method in NORMALIZATIONS if seed < self.seeds[network] else ():
-                    best = results.best_learning_rate(self.dataset, network, method, self.search_epochs)
+                    best = best_learning_rate(self.dataset, network, method, self.search_epochs)
                     rate = scaled_learning_rate(best, batch)
                     cells.append(Cell(self.dataset, "test", network, method, batch, seed, rate, self.epochs))
         return cells
@@ -163,14 +164,16 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 def run_plan(options: argparse.Namespace) -> None:
     plan, results = plan_of(options), _results(options)
-    cells = plan.search() if options.search else plan.comparison(results)
+    # Hours can be told before the search.
+    best = (lambda *_: LEARNING_RATES[0]) if options.estimate else results.best_learning_rate
+    cells = plan.search() if options.search else plan.comparison(best)
     todo = [cell for cell in cells if cell not in results.finished()]
     seconds = {cell: estimated_seconds(cell, results) for cell in todo}
     print(f"{len(cells) - len(todo)} of {len(cells)} runs are finished; the others take about", end=" ")
     print(f"{sum(seconds.values()) / 3600:.1f} hours on two idle cores.", flush=True)
     if options.estimate:
         for cell, estimate in seconds.items():
-            print(f"{cell}, learning rate {cell.learning_rate:g}: {estimate / 60:.0f} min")
+            print(f"{cell}: {estimate / 60:.1f} min")
         return
     if not todo:
         return
@@ -322,10 +325,22 @@ def train_in_fresh_process(job: dict, log: pathlib.Path, lock: int, show: Callab
 
 
 def find_largest_batches(options: argparse.Namespace) -> None:
-    import study_report
+    import rich.console
+    import rich.progress
 
-    results = _results(options)
-    study_report.find_largest_batches(results.directory / "memory.csv", options.limit_mib)
+    import machine
+    import study_memory
+
+    directory = _results(options).directory
+    described = machine.describe()
+    console = rich.console.Console(stderr=True)
+    cases = [(network, method) for network in study_memory.NETWORKS for method in study_memory.NORMALIZATIONS]
+    rows = [
+        study_memory.largest_batch(*case, options.limit_mib)
+        for case in rich.progress.track(cases, description="networks", console=console)
+    ]
+    result_files.write_csv(directory / "memory.csv", rows, described)
+    print(study_memory.table(rows))
 
 
 def print_tables(options: argparse.Namespace) -> None:
@@ -344,7 +359,7 @@ def draw_plots(options: argparse.Namespace) -> None:
 def _some_results(options: argparse.Namespace) -> Results:
     results = _results(options)
     if not results.runs:
-        raise StudyError(f"{results.directory} has no results: pass another --results_dir, or `run` first")
+        raise StudyError(f"{results.directory} has no results: pass another --results_dir, or run the study first")
     return results
 
 

@@ -43,7 +43,7 @@ def tables(results: Results) -> str:
     parts = [_search_table([run for run in results.runs if run.split == "validation"])]
     for (dataset, epochs), runs in _comparisons(results).items():
         parts.append(f"### {dataset}, {epochs} epoch{'s' if epochs > 1 else ''}")
-        parts += [_accuracy_table(runs), _loss_table(runs), _difference_table(runs), _step_table(runs)]
+        parts += [_accuracy_table(runs), _difference_table(runs), _step_table(runs)]
     commits = sorted({run.commit for run in results.runs})
     versions = "; ".join(f"{key} {value}" for key, value in results.meta.items())
     return "\n\n".join([*filter(None, parts), f"{versions}; commits {', '.join(commits)}"])
@@ -57,11 +57,10 @@ def _comparisons(results: Results) -> dict[tuple[str, int], list[Run]]:
             found.setdefault((run.dataset, run.epochs), []).append(run)
     for runs in found.values():
         for cell, group in _grouped(runs).items():
-            rates = {run.learning_rate for run in group}
+            rates = sorted({run.learning_rate for run in group})
             if len(rates) > 1:
                 raise StudyError(
-                    f"{', '.join(map(str, cell))} has runs at the learning rates {' and '.join(map(str, sorted(rates)))}: "
-                    "remove those of one of them"
+                    f"{', '.join(map(str, cell))} has runs at the learning rates {rates}: remove those of all but one"
                 )
     return found
 
@@ -111,25 +110,16 @@ def _by_batch(runs: list[Run], cell: Callable[[list[Run]], str]) -> str:
     return _markdown(["network", "method", *(f"batch {batch}" for batch in batches)], rows)
 
 
-def _mean_and_margin(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return ""
-    margin = 2 * standard_error(values)
-    shown = "one seed" if math.isnan(margin) and len(values) == 1 else f"± {margin:.{digits}f}"
-    return (
-        f"{statistics.mean(values):.{digits}f} ({shown})"
-        if len(values) == 1
-        else f"{statistics.mean(values):.{digits}f} {shown}"
-    )
-
-
 def _accuracy_table(runs: list[Run]) -> str:
-    text = _by_batch(runs, lambda group: _mean_and_margin([100 * run.accuracy for run in group], 1))
-    return "Test accuracy %, mean over seeds ± twice its standard error:\n\n" + text
+    def cell(seeds: list[Run]) -> str:
+        values = [100 * run.accuracy for run in seeds]
+        if not values:
+            return ""
+        return f"{statistics.mean(values):.1f} " + (
+            f"± {2 * standard_error(values):.1f}" if values[1:] else "(one seed)"
+        )
 
-
-def _loss_table(runs: list[Run]) -> str:
-    return "Test loss:\n\n" + _by_batch(runs, lambda group: _mean_and_margin([run.loss for run in group], 3))
+    return "Test accuracy %, mean over seeds ± twice its standard error:\n\n" + _by_batch(runs, cell)
 
 
 def _difference_table(runs: list[Run]) -> str:
@@ -239,7 +229,7 @@ def _memory_figure(runs: list[Run]) -> Figure:
     for row, size in enumerate(sizes):
         for index, method in enumerate(TITLES):
             if (*size, method) in groups:
-                peak = statistics.median(run.peak_mib for run in groups[*size, method])
+                peak = statistics.median(run.peak_mib for run in groups[(*size, method)])
                 axes.barh(row + 0.13 * (index - 2.5), peak, 0.12, color=_COLORS[method], label=TITLES[method])
     axes.set_yticks(range(len(sizes)), [f"{network}, {batch}" for network, batch in sizes])
     axes.invert_yaxis()

@@ -9,10 +9,6 @@ import pathlib
 
 import result_files
 
-# Search and training: on "validation" learning rates are chosen, on "test" methods are compared.
-SPLITS = ("validation", "test")
-VERSIONS = ("tf_agc", "tensorflow", "keras", "python")
-
 
 class StudyError(Exception):
     """The study cannot go on; the message is one sentence that says what to do."""
@@ -24,7 +20,7 @@ class Cell:
 
     Attributes:
         dataset: as in image_datasets.load.
-        split: the one that the final accuracy is measured on, one of SPLITS.
+        split: of the final accuracy: "validation" in the search for learning rates, "test" in the comparison.
         network, normalization, batch_size, seed, learning_rate, epochs: as in study_training.Job.
     """
 
@@ -126,7 +122,7 @@ class Results:
         return {run.cell for run in self.runs}
 
     def add(self, run: Run, curve: list[CurvePoint], gains: list[LayerRecord], versions: dict[str, str]) -> None:
-        """Adds a finished run. Until the last file is written it counts as unfinished, and adding it again is harmless."""
+        """Adds a finished run, which is finished once the last file is written; adding it again is harmless."""
         self.meta = versions
         for name, rows in (("curves", curve), ("gains", gains), ("runs", [run])):
             kept = [row for row in getattr(self, name) if row.cell != run.cell]
