@@ -17,6 +17,7 @@ import pytest
 import sklearn.datasets
 
 import tf_agc
+from tf_agc import models
 
 TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
 VERSIONS = {"tf_agc": "0", "tensorflow": "2", "keras": "3", "python": "3.12"}
@@ -281,7 +282,11 @@ def test_killed_between_two_files(trainer, call, tmp_path, monkeypatch):
 
 def test_the_order_of_the_matrix(tools):
     import study
+    import study_report
+    import study_training
 
+    assert set(study.NETWORKS) == set(study_training.NETWORKS)
+    assert set(study.NORMALIZATIONS) == set(study_report.TITLES) >= {*study_training.AGC, *models.NORMALIZATIONS}
     cells = study.FULL.comparison(lambda *_: 0.128)
     assert len(cells) == 6 * (4 * 3 + 2 * 2)
     kinds = [(cell.network, cell.batch_size, cell.normalization) for cell in cells]

@@ -305,18 +305,19 @@ def run_cell(
 def train_in_fresh_process(job: dict, log: pathlib.Path, lock: int, show: Callable[[float], None]) -> dict:
     command = [sys.executable, str(TOOLS / "study_training.py"), json.dumps(job)]
     message: dict = {}
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=[lock])
-    try:
-        for line in process.stdout:
-            message = json.loads(line)
-            if "step" in message:
-                show(message["step"] / message["steps"])
-    finally:
-        process.stdout.close()
-        if sys.exc_info()[0] is not None:
+    with (
+        log.open("w", encoding="utf-8") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=[lock]) as process,
+    ):
+        try:
+            for line in process.stdout:
+                if line.endswith("\n"):  # and was not cut off with the process
+                    message = json.loads(line)
+                if "step" in message:
+                    show(message["step"] / message["steps"])
+        except BaseException:
             process.kill()
-        process.wait()
+            raise
     if "result" not in message:
         raise StudyError(
             f"a training process ended with exit code {process.returncode}: see {log}; the same command goes on"

@@ -34,9 +34,7 @@ NETWORKS = {
     "resnet20_post": models.resnet,
     "resnet20_pre": functools.partial(models.residual_cnn, blocks=3),
 }
-# What the study compares; the first two are made of the same layers.
-NORMALIZATIONS = ("agc", "agc_uncalibrated", "batch_norm", "group_norm", "layer_norm", "none")
-AGC = NORMALIZATIONS[:2]
+AGC = ("agc", "agc_uncalibrated")  # calibrated or not, the same layers
 RECORDS_PER_EPOCH = 4
 _MONITORED_IMAGES = 32
 # Between two looks at the clock. At batch 1 a step is much shorter than what Python needs for a look.
@@ -50,7 +48,7 @@ class Job:
 
     Attributes:
         network: a name in NETWORKS.
-        normalization: one of NORMALIZATIONS.
+        normalization: a name in tf_agc.models.NORMALIZATIONS, or one of AGC.
         batch_size: images in a step.
         seed: of the initial weights, the order of the images and their augmentation.
         learning_rate: the schedule's peak.
