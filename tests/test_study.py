@@ -91,6 +91,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(split_files, tmp_path, native_re
             np.testing.assert_array_equal(one[name], other[name])
 
 
+def test_a_diverged_run_ends_early(split_files, tmp_path, fresh_keras):
+    import study_training
+
+    job = study_training.Job(
+        network="plain", normalization="none", batch_size=10, seed=0, learning_rate=1e30, epochs=50, augment=False,
+        splits=split_files, checkpoint=str(tmp_path / "checkpoint.npz"),
+    )  # fmt: skip
+    result = study_training.train(job, lambda message: None)
+    assert np.isnan(result["loss"]) and 0 <= result["accuracy"] <= 0.3
+    assert 1 <= len(result["curve"]) <= study_training.RECORDS_PER_EPOCH and result["peak_mib"] > 100
+
+
+def test_the_peak_is_forgotten(tools):
+    import memory
+
+    block = np.ones(2**24)
+    before = memory.peak_mib()
+    del block
+    memory.forget_peak()
+    assert memory.peak_mib() <= before - 100  # of 128 MiB
+
+
 def test_a_checkpoint_of_other_code_is_not_continued(tools, tmp_path, monkeypatch):
     import study_training
 
