@@ -175,15 +175,15 @@ def draw(results: Results) -> list[pathlib.Path]:
     return paths
 
 
-def _panels(names: Sequence[str], rows: int = 1, height: float = 4.0) -> tuple[Figure, list]:
-    figure = Figure(figsize=(1 + 4.5 * len(names), height * rows), layout="constrained")
-    return figure, figure.subplots(rows, len(names), squeeze=False).tolist()
+def _panels(columns: int, rows: int = 1, height: float = 4.0) -> tuple[Figure, list]:
+    figure = Figure(figsize=(1 + 4.5 * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
 def _accuracy_figure(runs: list[Run]) -> Figure:
     groups = _grouped(runs)
     networks = list(dict.fromkeys(network for network, _, _ in groups))
-    figure, [panels] = _panels(networks)
+    figure, [panels] = _panels(len(networks))
     for axes, network in zip(panels, networks, strict=True):
         for method, title in TITLES.items():
             batches = [batch for name, batch, other in groups if (name, other) == (network, method)]
@@ -193,6 +193,9 @@ def _accuracy_figure(runs: list[Run]) -> Figure:
             if batches:
                 axes.errorbar(batches, means, margins, marker="o", capsize=3, color=_COLORS[method], label=title)
         axes.set(title=network, xlabel="batch size", xscale="log")
+        ticks = sorted({batch for name, batch, _ in groups if name == network})
+        axes.set_xticks(ticks, map(str, ticks), minor=False)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy %, bars: twice the standard error")
     panels[0].legend(fontsize=8)
@@ -201,7 +204,7 @@ def _accuracy_figure(runs: list[Run]) -> Figure:
 
 def _curves_figure(curves: list) -> Figure:
     sizes = sorted({(point.network, -point.batch_size) for point in curves})
-    figure, panels = _panels([f"{network}, batch {-batch}" for network, batch in sizes], rows=2, height=3.5)
+    figure, panels = _panels(len(sizes), rows=2, height=3.5)
     for column, (network, batch) in enumerate(sizes):
         for method, title in TITLES.items():
             points = [
@@ -225,7 +228,7 @@ def _curves_figure(curves: list) -> Figure:
 def _memory_figure(runs: list[Run]) -> Figure:
     groups = _grouped(runs)
     sizes = list(dict.fromkeys((network, batch) for network, batch, _ in groups))
-    figure, [[axes]] = _panels(["memory"], height=2 + len(sizes))
+    figure, [[axes]] = _panels(1, height=2 + len(sizes))
     for row, size in enumerate(sizes):
         for index, method in enumerate(TITLES):
             if (*size, method) in groups:
@@ -233,9 +236,9 @@ def _memory_figure(runs: list[Run]) -> Figure:
                 axes.barh(row + 0.13 * (index - 2.5), peak, 0.12, color=_COLORS[method], label=TITLES[method])
     axes.set_yticks(range(len(sizes)), [f"{network}, {batch}" for network, batch in sizes])
     axes.invert_yaxis()
-    axes.set_xlabel("peak resident memory in training, MiB, TensorFlow and the data set included")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), fontsize=8)
+    axes.set_xlabel("peak resident memory in training, MiB")
+    titles = {title: bar for bar, title in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(titles.values(), titles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -243,7 +246,7 @@ def _gains_figure(gains: list) -> Figure | None:
     sizes = sorted({(record.network, -record.batch_size) for record in gains})
     if not sizes:
         return None
-    figure, panels = _panels([network for network, _ in sizes], rows=2, height=3.5)
+    figure, panels = _panels(len(sizes), rows=2, height=3.5)
     for column, (network, batch) in enumerate(sizes):
         chosen = [record for record in gains if (record.network, -record.batch_size) == (network, batch)]
         epochs = sorted({record.epoch for record in chosen})
