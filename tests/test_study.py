@@ -266,6 +266,9 @@ def test_interrupted_and_continued(trainer, call, tmp_path, capsys):
     assert np.isnan(results.runs[19].mean_gain)
     assert len(results.curves) == 36 and len(results.gains) == 2 * 3 * 4
 
+    call("run", "--quick", "--estimate")
+    assert "18 of 18 runs are finished; the others take about 0.0 hours" in capsys.readouterr().out
+
     call("table")
     table = capsys.readouterr().out
     for text in (
@@ -416,12 +419,17 @@ def test_results_of_another_version_are_refused(trainer, call, tmp_path):
     assert_one_sentence(call, "run", "--quick", "--search", match=expected)
 
 
-def test_two_at_once_are_refused(trainer, call, tmp_path):
-    (tmp_path / "work").mkdir()
-    with (tmp_path / "work" / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        expected = "another run uses .*work: wait for it, or pass another --work_dir$"
+@pytest.mark.parametrize("used", ["work", "results"])
+def test_two_at_once_are_refused(trainer, call, tmp_path, used):
+    (tmp_path / used).mkdir()
+    other = os.open(tmp_path / used, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        expected = f"another run uses .*{used}: wait for it, or use another directory$"
         assert_one_sentence(call, "run", "--quick", "--search", match=expected)
+    finally:
+        os.close(other)
+    assert not trainer.jobs
 
 
 def test_other_sentences(trainer, call, capsys):

@@ -142,10 +142,9 @@ def _positive(text: str) -> int:
     return value
 
 
-def _results(options: argparse.Namespace) -> Results:
+def _results_dir(options: argparse.Namespace) -> pathlib.Path:
     quick = getattr(options, "quick", False)
-    default = CACHE / "study" / "quick" if quick else TOOLS / "results" / "study"
-    return Results(options.results_dir or default)
+    return options.results_dir or (CACHE / "study" / "quick" if quick else TOOLS / "results" / "study")
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -162,14 +161,27 @@ def plan_of(options: argparse.Namespace) -> Plan:
     )
 
 
-def run_plan(options: argparse.Namespace) -> None:
-    plan, results = plan_of(options), _results(options)
-    # Hours can be told before the search.
-    best = (lambda *_: LEARNING_RATES[0]) if options.estimate else results.best_learning_rate
-    cells = plan.search() if options.search else plan.comparison(best)
+def _unfinished(options: argparse.Namespace) -> tuple[Results, list[Cell], int]:
+    """The results so far, the runs still to do, and how many are finished."""
+    plan, results = plan_of(options), Results(_results_dir(options))
+
+    def best_learning_rate(*wanted) -> float:
+        try:
+            return results.best_learning_rate(*wanted)
+        except StudyError:
+            if options.estimate:  # the hours do not depend on it
+                return LEARNING_RATES[0]
+            raise
+
+    cells = plan.search() if options.search else plan.comparison(best_learning_rate)
     todo = [cell for cell in cells if cell not in results.finished()]
+    return results, todo, len(cells) - len(todo)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    results, todo, finished = _unfinished(options)
     seconds = {cell: estimated_seconds(cell, results) for cell in todo}
-    print(f"{len(cells) - len(todo)} of {len(cells)} runs are finished; the others take about", end=" ")
+    print(f"{finished} of {finished + len(todo)} runs are finished; the others take about", end=" ")
     print(f"{sum(seconds.values()) / 3600:.1f} hours on two idle cores.", flush=True)
     if options.estimate:
         for cell, estimate in seconds.items():
@@ -184,10 +196,9 @@ def run_plan(options: argparse.Namespace) -> None:
 
     import machine
 
-    described = machine.describe()
-    results.check_versions(described)
-    options.work_dir.mkdir(parents=True, exist_ok=True)
+    plan, described = plan_of(options), machine.describe()
     with (
+        _locked(results.directory),
         _locked(options.work_dir) as lock,
         rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
@@ -198,6 +209,9 @@ def run_plan(options: argparse.Namespace) -> None:
             console=rich.console.Console(stderr=True),
         ) as progress,
     ):
+        results, todo, _ = _unfinished(options)  # another process may have gone on before the lock
+        results.check_versions(described)
+        seconds = {cell: estimated_seconds(cell, results) for cell in todo}
         files = _split_files(plan.dataset, options.data_dir.expanduser(), options.work_dir)
         everything = progress.add_task("all runs", total=sum(seconds.values()))
         for number, cell in enumerate(todo, 1):
@@ -234,13 +248,16 @@ def estimated_seconds(cell: Cell, results: Results) -> float:
 
 @contextlib.contextmanager
 def _locked(directory: pathlib.Path) -> Iterator[int]:
-    """Yields the lock's file, which the processes that train inherit: the lock lasts as long as any of them."""
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StudyError(f"another run uses {directory}: wait for it, or pass another --work_dir") from None
-        yield file.fileno()
+    """Makes and locks it; yields the lock, which lasts as long as any process that inherits it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock
+    except BlockingIOError:
+        raise StudyError(f"another run uses {directory}: wait for it, or use another directory") from None
+    finally:
+        os.close(lock)
 
 
 def _split_files(dataset: str, data_dir: pathlib.Path, work_dir: pathlib.Path) -> dict[str, str]:
@@ -332,7 +349,7 @@ def find_largest_batches(options: argparse.Namespace) -> None:
     import machine
     import study_memory
 
-    directory = _results(options).directory
+    directory = _results_dir(options)
     described = machine.describe()
     console = rich.console.Console(stderr=True)
     cases = [(network, method) for network in study_memory.NETWORKS for method in study_memory.NORMALIZATIONS]
@@ -358,7 +375,7 @@ def draw_plots(options: argparse.Namespace) -> None:
 
 
 def _some_results(options: argparse.Namespace) -> Results:
-    results = _results(options)
+    results = Results(_results_dir(options))
     if not results.runs:
         raise StudyError(f"{results.directory} has no results: pass another --results_dir, or run the study first")
     return results
