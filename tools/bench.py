@@ -194,7 +194,7 @@ def _console():
 
 
 def read_csv(path: pathlib.Path) -> tuple[list, dict[str, str]]:
-    """Returns what `write_csv` wrote, of either benchmark."""
+    """Returns what `result_files.write_csv` wrote, of either benchmark."""
     import bench_cpu
     import bench_model
 
