@@ -60,6 +60,7 @@ def test_times_our_op(tools, native_required):
 def test_results_can_be_read_again(tools, tmp_path):
     import bench
     import bench_cpu
+    import result_files
 
     def row(candidate, role, ms):
         return bench_cpu.Row(
@@ -68,7 +69,7 @@ def test_results_can_be_read_again(tools, tmp_path):
 
     rows = [row("tf_agc", "ours", 4.0), row("slow, XLA", "peer", 16.0), row("fast, graph", "peer", 8.0)]
     path = tmp_path / "rows.csv"
-    bench.write_csv(path, rows, {"cpu": "some: thing", "commit": "abc"})
+    result_files.write_csv(path, rows, {"cpu": "some: thing", "commit": "abc"})
     assert bench.read_csv(path) == (rows, {"cpu": "some: thing", "commit": "abc"})
     line = bench.cpu_table(rows, {}).splitlines()[2]
     assert line.split(" | ")[-4:] == ["2.00", "fast, graph", "8", "2.0 |"]

@@ -127,15 +127,7 @@ class GainMonitor(keras.callbacks.Callback):
 
     def _record(self) -> None:
         self._recorded_step = self._step
-        outputs = _Outputs()
-        forward_pass.run(self.model, self._batch, agc_layer.output_observer, outputs.observe)
-        layers = forward_pass.agc_layers(self.model)
-        if not layers:
-            raise ValueError(f"model '{self.model.name}' has no AutomaticGainControl layer to monitor")
-        record: dict[str, dict[str, np.ndarray]] = {}
-        for layer in outputs.in_order(layers):
-            if layer.built:
-                record[_unique(layer.path or layer.name, record)] = outputs.values(layer)
+        record = layer_statistics(self.model, self._batch)
         self._write_csv(record)
         if self._tensorboard is not None:
             self._write_summaries(record, *self._tensorboard)
@@ -172,6 +164,32 @@ class GainMonitor(keras.callbacks.Callback):
         with self._writer.as_default():
             tf.summary.experimental.write_raw_pb(b"".join(pb.SerializeToString() for pb in summaries), self._step)
         self._writer.flush()
+
+
+def layer_statistics(model: keras.Model, batch: Any) -> dict[str, dict[str, np.ndarray]]:
+    """What `GainMonitor` records of a model at one moment.
+
+    Args:
+        model: a model with AutomaticGainControl layers.
+        batch: as in `GainMonitor`, its leaves tensors.
+
+    Returns:
+        For each layer, by its path and in the order of execution, "gain", "mean_scale" and, where the pass reached the
+        layer, "output_std" and "sparsity", each of shape [C].
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    outputs = _Outputs()
+    forward_pass.run(model, batch, agc_layer.output_observer, outputs.observe)
+    layers = forward_pass.agc_layers(model)
+    if not layers:
+        raise ValueError(f"model '{model.name}' has no AutomaticGainControl layer to monitor")
+    record: dict[str, dict[str, np.ndarray]] = {}
+    for layer in outputs.in_order(layers):
+        if layer.built:
+            record[_unique(layer.path or layer.name, record)] = outputs.values(layer)
+    return record
 
 
 class _Outputs:

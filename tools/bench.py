@@ -5,7 +5,6 @@ bench_plot.py.
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import os
@@ -13,6 +12,8 @@ import pathlib
 import re
 import subprocess
 import sys
+
+import result_files
 
 # Read when TensorFlow is imported: of its log only errors are news here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -123,7 +124,7 @@ def run_cpu(options: argparse.Namespace) -> None:
                     rows.append(row)
             progress.advance(task)
     if options.csv:
-        write_csv(options.csv, rows, meta)
+        result_files.write_csv(options.csv, rows, meta)
     if options.json:
         content = {"machine": meta, "rows": [dataclasses.asdict(row) for row in rows]}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -165,7 +166,7 @@ def run_model(options: argparse.Namespace) -> None:
     for name in rich.progress.track(bench_model.NETWORKS, description="networks", console=_console()):
         rows.extend(bench_model.measure(name, options.quick))
     if options.csv:
-        write_csv(options.csv, rows, meta)
+        result_files.write_csv(options.csv, rows, meta)
     print(model_table(rows, meta))
 
 
@@ -192,54 +193,15 @@ def _console():
     return rich.console.Console(stderr=True)
 
 
-def write_csv(path: pathlib.Path, rows: list, meta: dict[str, str]) -> None:
-    """Writes rows behind comment lines that say what they were measured on."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        for key, value in meta.items():
-            file.write(f"# {key}: {value}\n")
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in dataclasses.fields(rows[0])])
-        for row in rows:
-            writer.writerow(_cell(value) for value in dataclasses.astuple(row))
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "x".join(map(str, value)) if isinstance(value, tuple) else value
-
-
 def read_csv(path: pathlib.Path) -> tuple[list, dict[str, str]]:
-    """Returns what `write_csv` wrote, of either benchmark."""
+    """Returns what `result_files.write_csv` wrote, of either benchmark."""
     import bench_cpu
     import bench_model
 
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comments = [line[2:].split(": ", 1) for line in lines if line.startswith("# ")]
-    reader = csv.DictReader(line for line in lines if not line.startswith("# "))
-    row_type = next(
-        (
-            kind
-            for kind in (bench_cpu.Row, bench_model.Row)
-            if [field.name for field in dataclasses.fields(kind)] == reader.fieldnames
-        ),
-        None,
-    )
-    if row_type is None:
+    try:
+        return result_files.read_csv(path, bench_cpu.Row, bench_model.Row)
+    except result_files.ForeignFileError:
         sys.exit(f"{path} is not a result of `bench.py cpu` or `bench.py model`")
-    read = {float: float, int: int, str: str, bool: "True".__eq__}
-    rows = []
-    for cells in reader:
-        values = {
-            field.name: read[field.type](cells[field.name]) if field.type in read else _shapes_of(cells[field.name])
-            for field in dataclasses.fields(row_type)
-        }
-        rows.append(row_type(**values))
-    return rows, dict(comments)
-
-
-def _shapes_of(cell: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in cell.split("x"))
 
 
 def model_table(rows: list, meta: dict[str, str]) -> str:

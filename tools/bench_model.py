@@ -1,13 +1,12 @@
 """`bench.py model`: one training step of whole networks, their kept activations, and peak memory.
 
-What is measured and how; options, tables and files are bench.py's. `python bench_model.py NETWORK NORMALIZATION` is the
-fresh process in which peak memory is taken; it prints one number.
+What is measured and how; options, tables and files are bench.py's. `python bench_model.py NETWORK NORMALIZATION BATCH`
+is the fresh process in which peak memory is taken; it prints one number.
 """
 
 import dataclasses
 import math
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+import memory  # noqa: E402
 import tf_agc  # noqa: E402
 from tf_agc import models  # noqa: E402
 
@@ -114,7 +114,7 @@ def measure(name: str, quick: bool) -> Iterator[Row]:
     for (norm, jit), samples in milliseconds.items():
         lower, middle, upper = statistics.quantiles(samples, n=4)
         # What XLA keeps, it decides for itself.
-        memory = (math.nan, math.nan) if jit else (kept[norm], _peak_of_fresh_process(name, norm))
+        memory = (math.nan, math.nan) if jit else (kept[norm], peak_of_fresh_process(name, norm, network.batch))
         yield Row(name, norm, jit, network.batch, middle, (upper - lower) / 2, *memory)
 
 
@@ -161,20 +161,19 @@ def compiled(network: Network, normalization: str, jit: bool = False) -> keras.M
     return model
 
 
-def _peak_of_fresh_process(network: str, normalization: str) -> float:
-    command = [sys.executable, __file__, network, normalization]
+def peak_of_fresh_process(network: str, normalization: str, batch: int) -> float:
+    """Largest resident memory, in MiB, of a process that trains some steps."""
+    command = [sys.executable, __file__, network, normalization, str(batch)]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
-def _print_peak_memory(name: str, normalization: str) -> None:
-    network = NETWORKS[name]
+def _print_peak_memory(name: str, normalization: str, batch: str) -> None:
+    network = dataclasses.replace(NETWORKS[name], batch=int(batch))
     images, labels = network.data()
     model = compiled(network, normalization)
     for _ in range(_MEMORY_STEPS):
         model.train_on_batch(images, labels)
-    # Not getrusage, whose maximum a process inherits from the one that started it.
-    status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
-    print(int(status["VmHWM"].split()[0]) / 1024)
+    print(memory.peak_mib())
 
 
 if __name__ == "__main__":

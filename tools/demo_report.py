@@ -13,8 +13,9 @@ import numpy as np
 import rich.table
 from matplotlib.figure import Figure
 
-from demo_training import GRADIENT_NORM, Recipe, Run
+from demo_training import Recipe, Run
 from image_datasets import ImageDataset
+from training_recipe import GRADIENT_NORM
 
 TITLES = {
     "agc": "AutomaticGainControl",

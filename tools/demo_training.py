@@ -10,16 +10,13 @@ import time
 import keras
 import numpy as np
 import rich.progress
-import tensorflow as tf
 
 import tf_agc
-from image_datasets import ImageDataset, Split
+import training_recipe
+from image_datasets import ImageDataset
 from tf_agc.models import residual_cnn
 
 NORMALIZATIONS = ("agc", "batch_norm", "none")
-GRADIENT_NORM = 1.0
-CALIBRATION_IMAGES = 256
-EVALUATION_BATCH = 250
 # Buffers are allocated and caches are filled in the first steps.
 WARM_UP_STEPS = 10
 
@@ -98,16 +95,11 @@ def train(normalization: str, dataset: ImageDataset, recipe: Recipe, progress: r
     )
     calibration = None
     if normalization == "agc":
-        calibration = tf_agc.calibrate(model, dataset.train.images[:CALIBRATION_IMAGES])
+        calibration = tf_agc.calibrate(model, dataset.train.images[: training_recipe.CALIBRATION_IMAGES])
 
-    steps_per_epoch = -(-len(dataset.train.images) // recipe.batch_size)
+    steps_per_epoch = training_recipe.steps_per_epoch(dataset.train, recipe.batch_size)
     model.compile(
-        optimizer=keras.optimizers.SGD(
-            _learning_rate(recipe, steps_per_epoch),
-            momentum=0.9,
-            nesterov=True,
-            clipnorm=GRADIENT_NORM,  # weight by weight, not over all of them
-        ),
+        optimizer=training_recipe.optimizer(recipe.learning_rate, recipe.epochs * steps_per_epoch),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         # The native op and its peers are compared as TensorFlow runs them without XLA.
@@ -115,14 +107,15 @@ def train(normalization: str, dataset: ImageDataset, recipe: Recipe, progress: r
     )
     timer = StepTimer()
     history = model.fit(
-        training_batches(dataset.train, recipe),
-        validation_data=evaluation_batches(dataset.validation),
+        training_recipe.training_batches(dataset.train, recipe.batch_size, recipe.epochs, recipe.seed, recipe.augment),
+        steps_per_epoch=steps_per_epoch,
+        validation_data=training_recipe.evaluation_batches(dataset.validation),
         epochs=recipe.epochs,
         shuffle=False,  # training_batches does it
         callbacks=[timer, ProgressBar(progress, normalization, steps_per_epoch)],
         verbose=0,
     )
-    _, test_accuracy = model.evaluate(evaluation_batches(dataset.test), verbose=0)
+    _, test_accuracy = model.evaluate(training_recipe.evaluation_batches(dataset.test), verbose=0)
     return Run(
         normalization=normalization,
         model=model,
@@ -132,46 +125,6 @@ def train(normalization: str, dataset: ImageDataset, recipe: Recipe, progress: r
         parameters=model.count_params(),
         calibration=calibration,
     )
-
-
-def _learning_rate(recipe: Recipe, steps_per_epoch: int) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Linear warm-up over the first twentieth, then half a cosine down to 0."""
-    steps = recipe.epochs * steps_per_epoch
-    warm_up = max(1, steps // 20)
-    return keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0,
-        warmup_target=recipe.learning_rate,
-        warmup_steps=warm_up,
-        decay_steps=max(1, steps - warm_up),
-    )
-
-
-def training_batches(split: Split, recipe: Recipe) -> tf.data.Dataset:
-    """Shuffled, and where the recipe says so augmented, batches; the last one may be smaller."""
-    data = tf.data.Dataset.from_tensor_slices((split.images, split.labels))
-    data = data.shuffle(len(split.images), seed=recipe.seed)
-    if recipe.augment:
-        # A seed of its own for each image: the same images come out however many threads work.
-        seeds = tf.data.Dataset.random(seed=recipe.seed, rerandomize_each_iteration=True).batch(2)
-        data = tf.data.Dataset.zip(data, seeds).map(_augment, num_parallel_calls=tf.data.AUTOTUNE)
-    return data.batch(recipe.batch_size).map(_to_float).prefetch(tf.data.AUTOTUNE)
-
-
-def evaluation_batches(split: Split) -> tf.data.Dataset:
-    data = tf.data.Dataset.from_tensor_slices((split.images, split.labels))
-    return data.batch(EVALUATION_BATCH).map(_to_float).prefetch(tf.data.AUTOTUNE)
-
-
-def _augment(example: tuple[tf.Tensor, tf.Tensor], seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Shifts by up to 4 pixels in each direction, and mirrors one image in two."""
-    image, label = example
-    padded = tf.pad(image, [[4, 4], [4, 4], [0, 0]], mode="REFLECT")
-    image = tf.image.stateless_random_crop(padded, image.shape, seed)
-    return tf.image.stateless_random_flip_left_right(image, seed), label
-
-
-def _to_float(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    return tf.cast(images, tf.float32), labels
 
 
 class StepTimer(keras.callbacks.Callback):
@@ -215,4 +168,4 @@ class ProgressBar(keras.callbacks.Callback):
 
 def predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """Returns the logits of uint8 images."""
-    return model.predict(images.astype(np.float32), batch_size=EVALUATION_BATCH, verbose=0)
+    return model.predict(images.astype(np.float32), batch_size=training_recipe.EVALUATION_BATCH, verbose=0)

@@ -1,0 +1,458 @@
+"""The training study: killed runs go on to the same bits, no row is lost or repeated, the search sees no test split.
+
+Trained here are a few steps on the digits; what a study finds is not tested.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import sklearn.datasets
+
+import tf_agc
+from tf_agc import models
+
+TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
+VERSIONS = {"tf_agc": "0", "tensorflow": "2", "keras": "3", "python": "3.12"}
+MACHINE = VERSIONS | {"cpu": "some", "cores": "2", "instruction set": "none", "commit": "abc"}
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """Makes the modules of tools/ importable, as they are for each other."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+
+@pytest.fixture
+def split_files(tools, tmp_path):
+    """Files of three splits of the digits."""
+    import study_training
+    from image_datasets import Split
+
+    digits = sklearn.datasets.load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
+    files = {}
+    for name, part in (("train", slice(0, 130)), ("validation", slice(200, 300)), ("test", slice(300, 400))):
+        files[name] = str(tmp_path / f"{name}.npz")
+        study_training.save_split(Split(images[part], digits.target[part]), pathlib.Path(files[name]))
+    return files
+
+
+# ---- One run
+
+
+@pytest.mark.parametrize(("normalization", "killed"), [("agc", True), ("batch_norm", False)])
+def test_a_resumed_run_is_the_uninterrupted_one(split_files, tmp_path, native_required, normalization, killed):
+    """Killed, or left behind by the process that started it: weights, optimizer and results are the same bits."""
+    import study_training
+
+    job = study_training.Job(
+        network="plain", normalization=normalization, batch_size=4, seed=3, learning_rate=0.01, epochs=2,
+        augment=True, splits=split_files, checkpoint=str(tmp_path / "resumed.npz"), checkpoint_seconds=0.0,
+    )  # fmt: skip
+
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(tf_agc.__file__).parents[1])}
+    command = [sys.executable, str(TOOLS / "study_training.py"), json.dumps(dataclasses.asdict(job))]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        message = json.loads(process.stdout.readline() or "{}")
+        assert message.get("saved"), process.stderr.read()
+        if killed:
+            process.kill()
+        process.stdout.close()
+        process.stderr.read()
+    assert process.returncode == (-9 if killed else 1)
+
+    steps = []
+    results = []
+    for checkpoint in ("resumed.npz", "uninterrupted.npz"):
+        keras.backend.clear_session()  # layers are called as in a fresh process
+        changed = dataclasses.replace(job, checkpoint=str(tmp_path / checkpoint))
+        seen = []
+        result = study_training.train(changed, seen.append)
+        steps.append([message["step"] for message in seen])
+        results.append({key: value for key, value in result.items() if key not in ("seconds_per_step", "peak_mib")})
+    resumed, uninterrupted = steps
+    assert uninterrupted[-1] == 2 * 33  # 130 images are 32 batches of 4, and one of 2
+    assert 0 < len(resumed) < len(uninterrupted) and resumed == uninterrupted[-len(resumed) :]
+    assert results[0] == results[1]
+    assert len(results[0]["curve"]) == 2 * study_training.RECORDS_PER_EPOCH
+    assert len(results[0]["gains"]) == (9 * 6 if normalization == "agc" else 0)
+    with np.load(tmp_path / "resumed.npz") as one, np.load(tmp_path / "uninterrupted.npz") as other:
+        for name in set(one.files) - {"logs"}:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_diverged_run_ends_early(split_files, tmp_path, fresh_keras):
+    import study_training
+
+    job = study_training.Job(
+        network="plain", normalization="none", batch_size=10, seed=0, learning_rate=1e30, epochs=50, augment=False,
+        splits=split_files, checkpoint=str(tmp_path / "checkpoint.npz"),
+    )  # fmt: skip
+    result = study_training.train(job, lambda message: None)
+    assert np.isnan(result["loss"]) and 0 <= result["accuracy"] <= 0.3
+    assert 1 <= len(result["curve"]) <= study_training.RECORDS_PER_EPOCH and result["peak_mib"] > 100
+
+
+def test_the_peak_is_forgotten(tools):
+    import memory
+
+    block = np.ones(2**24)
+    before = memory.peak_mib()
+    del block
+    memory.forget_peak()
+    assert memory.peak_mib() <= before - 100  # of 128 MiB
+
+
+def test_a_checkpoint_of_other_code_is_not_continued(tools, tmp_path, monkeypatch):
+    import study_training
+
+    def state():
+        variable = keras.Variable(np.zeros(3))
+        return variable, study_training._State([variable], tmp_path / "checkpoint.npz")
+
+    monkeypatch.setattr(study_training.machine, "describe", lambda: MACHINE | {"date": "today"})
+    variable, saved = state()
+    variable.assign([1, 2, 3])
+    saved.step = 7
+    saved.save()
+
+    monkeypatch.setattr(study_training.machine, "describe", lambda: MACHINE | {"date": "tomorrow"})
+    variable, same = state()
+    same.restore()
+    assert (same.step, variable.numpy().tolist()) == (7, [1, 2, 3])
+
+    monkeypatch.setattr(study_training.machine, "describe", lambda: MACHINE | {"date": "today", "commit": "def"})
+    variable, other = state()
+    other.restore()
+    assert (other.step, variable.numpy().tolist()) == (0, [0, 0, 0])
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_batches(tools, augment):
+    """Every image once an epoch; shifted and mirrored as NumPy does; from any step on the same ones."""
+    import training_recipe
+    from image_datasets import Split
+
+    images = np.random.default_rng(0).integers(0, 256, (10, 6, 5, 2)).astype(np.uint8)
+    split = Split(images, np.arange(10))
+
+    def batches(**options):
+        return list(training_recipe.training_batches(split, 4, 2, 1, augment, **options).as_numpy_iterator())
+
+    everything = batches()
+    assert [len(labels) for _, labels in everything] == [4, 4, 2] * 2
+    orders = [np.concatenate([labels for _, labels in everything[part]]) for part in (slice(3), slice(3, 6))]
+    assert [sorted(order) for order in orders] == [list(range(10))] * 2 and list(orders[0]) != list(orders[1])
+    for expected, got in zip(everything[2:], batches(start=2), strict=True):
+        np.testing.assert_array_equal(expected[0], got[0])
+        np.testing.assert_array_equal(expected[1], got[1])
+
+    changes = set()
+    for image, label in ((image, label) for batch in everything for image, label in zip(*batch, strict=True)):
+        padded = np.pad(images[label], [(4, 4), (4, 4), (0, 0)], mode="reflect")
+        crops = {
+            (top, left, step): padded[top : top + 6, left : left + 5][:, ::step]
+            for top in range(9)
+            for left in range(9)
+            for step in (1, -1)
+        }
+        found = [change for change, crop in crops.items() if np.array_equal(crop, image)]
+        assert found
+        changes.add(found[0])
+    if augment:
+        tops, lefts, mirrored = map(set, zip(*changes, strict=True))
+        assert len(tops) > 4 and len(lefts) > 4 and mirrored == {1, -1}
+    else:
+        np.testing.assert_array_equal(everything[0][0], images[everything[0][1]])
+
+
+# ---- The matrix
+
+
+class Trainer:
+    """In place of training: invents results, notes its jobs, and is interrupted at the job that it is told."""
+
+    def __init__(self):
+        self.jobs = []
+        self.interrupted_at = None
+
+    def __call__(self, job, log, lock, show):
+        if len(self.jobs) == self.interrupted_at:
+            raise KeyboardInterrupt
+        self.jobs.append(job)
+        show(0.5)
+        layers = ["first", "second"] if job["normalization"].startswith("agc") else []
+        return {
+            "accuracy": 0.5 + 0.01 * len(self.jobs),
+            "loss": 1.0,
+            "seconds_per_step": 0.01,
+            "peak_mib": 500.0,
+            "curve": [{"epoch": 1.0, "loss": 1.5, "accuracy": 0.4, "validation_accuracy": 0.3}],
+            "gains": [
+                {"epoch": epoch, "layer": layer, "gain": epoch + 1, "output_std": 1.0, "sparsity": 0.5}
+                for epoch in (0.0, 1.0)
+                for layer in layers
+            ],
+        }
+
+
+@pytest.fixture
+def trainer(tools, monkeypatch):
+    import machine
+    import study
+
+    trainer = Trainer()
+    monkeypatch.setattr(study, "train_in_fresh_process", trainer)
+    monkeypatch.setattr(study, "_split_files", lambda *_: {name: name for name in ("train", "validation", "test")})
+    monkeypatch.setattr(machine, "describe", lambda: MACHINE)
+    return trainer
+
+
+@pytest.fixture
+def call(tools, tmp_path):
+    """Calls the tool in this process, with directories of this test's own."""
+    import study
+
+    def call(command, *arguments):
+        options = ["--results_dir", str(tmp_path / "results")]
+        if command == "run":
+            options += ["--work_dir", str(tmp_path / "work")]
+        study.main([command, *map(str, arguments), *options])
+
+    return call
+
+
+def read_results(tmp_path):
+    import study_results
+
+    return study_results.Results(tmp_path / "results")
+
+
+def test_interrupted_and_continued(trainer, call, tmp_path, capsys):
+    """No run is lost or done twice; searches are told of no test split, the comparison ends on it."""
+    trainer.interrupted_at = 5
+    with pytest.raises(SystemExit, match="130"):
+        call("run", "--quick", "--search")
+    assert "Interrupted: the same command goes on." in capsys.readouterr().err
+    assert len(read_results(tmp_path).runs) == 5
+    trainer.interrupted_at = None
+    call("run", "--quick", "--search")
+    call("run", "--quick", "--search")
+    assert len(trainer.jobs) == 18 == len({json.dumps(job) for job in trainer.jobs})
+    assert all(list(job["splits"]) == ["train", "validation"] for job in trainer.jobs)
+
+    call("run", "--quick")
+    results = read_results(tmp_path)
+    assert len(results.runs) == len(trainer.jobs) == 36 == len(results.finished())
+    assert all(list(job["splits"]) == ["train", "validation", "test"] for job in trainer.jobs[18:])
+    assert {run.split for run in results.runs[:18]} == {"validation"} and {run.split for run in results.runs[18:]} == {
+        "test"
+    }
+    # The later searches were better, and so the highest rate won; it is proportional to the batch.
+    rates = {run.batch_size: run.learning_rate for run in results.runs[18:]}
+    assert rates == {128: 0.45, 2: 0.00703125, 8: 0.028125}
+    agc = results.runs[18]
+    assert (agc.normalization, agc.mean_gain, agc.sparsity, agc.commit) == ("agc", 2.0, 0.5, "abc")
+    assert np.isnan(results.runs[19].mean_gain)
+    assert len(results.curves) == 36 and len(results.gains) == 2 * 3 * 4
+
+    call("run", "--quick", "--estimate")
+    assert "18 of 18 runs are finished; the others take about 0.0 hours" in capsys.readouterr().out
+
+    call("table")
+    table = capsys.readouterr().out
+    for text in (
+        "| digits, 4 | plain | AGC | ",
+        "### digits, 4 epochs",
+        "| plain | 128 | BatchNorm | -1.0 |  | one seed |",
+    ):
+        assert text in table
+    call("plot")
+    for path in capsys.readouterr().out.split():
+        assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (tmp_path / "results").glob("*.png")} == {
+        f"digits_4_{name}.png" for name in ("accuracy", "curves", "memory", "gains")
+    }
+
+
+def test_killed_between_two_files(trainer, call, tmp_path, monkeypatch):
+    """What was written of a run that counts as unfinished is replaced, not repeated."""
+    import result_files
+
+    write = result_files.write_csv
+
+    def die_at_runs(path, *arguments, **options):
+        if path.name == "runs.csv":
+            raise KeyboardInterrupt
+        write(path, *arguments, **options)
+
+    monkeypatch.setattr(result_files, "write_csv", die_at_runs)
+    with pytest.raises(SystemExit, match="130"):
+        call("run", "--quick", "--search")
+    assert (len(read_results(tmp_path).runs), len(read_results(tmp_path).curves)) == (0, 1)
+    monkeypatch.setattr(result_files, "write_csv", write)
+    call("run", "--quick", "--search")
+    assert (len(read_results(tmp_path).runs), len(read_results(tmp_path).curves)) == (18, 18)
+
+
+def test_the_order_of_the_matrix(tools):
+    import study
+    import study_report
+    import study_training
+
+    assert set(study.NETWORKS) == set(study_training.NETWORKS)
+    assert set(study.NORMALIZATIONS) == set(study_report.TITLES) >= {*study_training.AGC, *models.NORMALIZATIONS}
+    cells = study.FULL.comparison(lambda *_: 0.128)
+    assert len(cells) == 6 * (4 * 3 + 2 * 2)
+    kinds = [(cell.network, cell.batch_size, cell.normalization) for cell in cells]
+    first = 6 * len(study.FULL.sizes)
+    assert len(set(kinds[:first])) == first and set(kinds) == set(kinds[:first])
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert all(cell.learning_rate == cell.batch_size / 1000 for cell in cells)
+    searched = study.FULL.search()
+    assert len(searched) == 3 * 6 * 3
+    assert {cell.split for cell in searched} == {"validation"} and {cell.seed for cell in searched} == {1000}
+
+
+# ---- Choosing and comparing
+
+
+def run_row(**changes):
+    import study_results
+
+    values = dict(
+        dataset="digits", split="validation", network="plain", normalization="agc", batch_size=128, seed=0,
+        learning_rate=0.1, epochs=2, accuracy=0.5, loss=1.0, seconds_per_step=0.1, peak_mib=1.0, mean_gain=1.0,
+        sparsity=0.5, machine="one", commit="abc",
+    )  # fmt: skip
+    return study_results.Run(**values | changes)
+
+
+def test_the_best_learning_rate(tools, tmp_path):
+    import study_results
+
+    results = study_results.Results(tmp_path)
+    with pytest.raises(
+        study_results.StudyError,
+        match="^no learning rate was searched for plain with agc on digits: run the same command with --search first$",
+    ):
+        results.best_learning_rate("digits", "plain", "agc", 2)
+    results.runs = [
+        run_row(learning_rate=0.4, accuracy=0.7),
+        run_row(learning_rate=0.2, accuracy=0.7),
+        run_row(learning_rate=0.1, accuracy=0.6),
+        run_row(learning_rate=0.8, accuracy=0.9, loss=float("nan")),
+        run_row(learning_rate=0.3, accuracy=0.9, split="test"),
+        run_row(learning_rate=0.5, accuracy=0.9, normalization="none"),
+        run_row(learning_rate=0.6, accuracy=0.9, epochs=3),
+    ]
+    assert results.best_learning_rate("digits", "plain", "agc", 2) == 0.2
+
+
+def test_margins(tools):
+    import study_report
+
+    ours, theirs = np.random.default_rng(0).normal(70, 1, (2, 5))
+    value, margin = study_report.difference(ours.tolist(), theirs.tolist())
+    assert value == pytest.approx(ours.mean() - theirs.mean())
+    assert margin == pytest.approx(2 * np.sqrt(ours.var(ddof=1) / 5 + theirs.var(ddof=1) / 5))
+    assert study_report.verdict(1.0, 2.0) == "equal" and study_report.verdict(-1.0, 2.0) == "equal"
+    assert study_report.verdict(3.0, 2.0) == "better" and study_report.verdict(-3.0, 2.0) == "worse"
+    assert study_report.verdict(3.0, study_report.difference([1.0], [2.0, 3.0])[1]) == "one seed"
+
+
+def test_two_learning_rates_are_not_mixed(tools, tmp_path):
+    import study_report
+    import study_results
+
+    results = study_results.Results(tmp_path)
+    results.runs = [run_row(split="test"), run_row(split="test", seed=1, learning_rate=0.2)]
+    with pytest.raises(study_results.StudyError, match=r"plain, 128, agc has runs at the learning rates \[0.1, 0.2\]"):
+        study_report.tables(results)
+
+
+@pytest.mark.parametrize(("base", "expected"), [(300, 350), (998, 1), (1001, 0)])
+def test_the_largest_batch(tools, base, expected):
+    import study_memory
+
+    row = study_memory.largest_batch("some", "agc", 1000, lambda network, normalization, batch: base + 2 * batch)
+    assert expected * 0.98 <= row.largest_batch <= expected
+    assert expected == 0 or row.peak_mib == base + 2 * row.largest_batch
+    other = dataclasses.replace(row, normalization="batch_norm", largest_batch=10)
+    assert f"| some | 1000 | {row.largest_batch} | 10 | {row.largest_batch / 10:.2f} |" in study_memory.table(
+        [row, other]
+    )
+
+
+# ---- Sentences
+
+
+def assert_one_sentence(call, *arguments, match):
+    with pytest.raises(SystemExit, match=f"^error: {match}") as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_foreign_header_is_refused(trainer, call, tmp_path):
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "runs.csv"
+    path.write_text("# keras: 3\nnetwork,accuracy\nplain,1\n", encoding="utf-8")
+    expected = r".*runs.csv must have the columns dataset,split,.*, got network,accuracy: pass another --results_dir$"
+    assert_one_sentence(call, "run", "--quick", "--search", match=expected)
+    assert path.read_text(encoding="utf-8") == "# keras: 3\nnetwork,accuracy\nplain,1\n"
+    assert not trainer.jobs
+
+
+def test_results_of_another_version_are_refused(trainer, call, tmp_path):
+    read_results(tmp_path).add(run_row(), [], [], VERSIONS | {"keras": "2"})
+    expected = ".*results has results of keras 2, and this is 3: pass another --results_dir$"
+    assert_one_sentence(call, "run", "--quick", "--search", match=expected)
+
+
+@pytest.mark.parametrize("used", ["work", "results"])
+def test_two_at_once_are_refused(trainer, call, tmp_path, used):
+    (tmp_path / used).mkdir()
+    other = os.open(tmp_path / used, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        expected = f"another run uses .*{used}: wait for it, or use another directory$"
+        assert_one_sentence(call, "run", "--quick", "--search", match=expected)
+    finally:
+        os.close(other)
+    assert not trainer.jobs
+
+
+def test_other_sentences(trainer, call, capsys):
+    assert_one_sentence(call, "run", "--quick", match="no learning rate was searched for plain with agc on digits: ")
+    assert_one_sentence(
+        call, "run", "--quick", "--network", "resnet20_pre", match="--quick is the plain network on digits"
+    )
+    assert_one_sentence(call, "table", match=".*results has no results: pass another --results_dir, or run the study")
+    assert_one_sentence(call, "plot", match=".*results has no results: ")
+    with pytest.raises(SystemExit, match="2"):
+        call("run", "--epochs", 0)
+    assert "argument --epochs: must be >= 1, got 0" in capsys.readouterr().err
+    call("run", "--estimate")
+    assert "0 of 96 runs are finished; the others take about" in capsys.readouterr().out
+
+
+def test_a_training_process_that_fails(tools, tmp_path, monkeypatch):
+    import study
+    import study_results
+
+    monkeypatch.setattr(study, "TOOLS", tmp_path)
+    (tmp_path / "study_training.py").write_text("raise MemoryError('too large')", encoding="utf-8")
+    message = "^a training process ended with exit code 1: see .*log; the same command goes on$"
+    with (tmp_path / "lock").open("w") as lock, pytest.raises(study_results.StudyError, match=message):
+        study.train_in_fresh_process({}, tmp_path / "log", lock.fileno(), lambda done: None)
+    assert "too large" in (tmp_path / "log").read_text(encoding="utf-8")

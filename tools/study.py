@@ -1,0 +1,396 @@
+"""The training study: `run` trains and evaluates, `table` and `plot` show it, `memory` finds the largest batches.
+
+Who calls whom: `run` makes the plan here and starts study_training.py, a fresh process for each run, which trains with
+the demo's recipe (training_recipe.py) on splits that it gets as files. study_results.py keeps what comes back,
+study_report.py shows it. `memory` is study_memory.py, which has bench_model.py measure batch after batch.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import result_files
+from study_results import Cell, CurvePoint, LayerRecord, Results, Run, StudyError
+
+# Read when TensorFlow is imported: of its log only errors are news here.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+TOOLS = pathlib.Path(__file__).resolve().parent
+CACHE = TOOLS.parent / ".cache"
+NETWORKS = ("plain", "resnet20_pre", "resnet20_post")
+NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "layer_norm", "agc_uncalibrated", "none")  # the order of the runs
+SEARCHED_BATCH = 128
+SEARCH_SEED = 1000  # of no run that is reported
+LEARNING_RATES = (0.05, 0.15, 0.45)
+_STARTING_SECONDS = 12
+_EVALUATED_IN_STEPS = 0.35  # of an image's time in training
+# A step of AGC on two cores with AVX2: milliseconds for itself, and for each image of 32 x 32.
+_STEP_MS = {"plain": (1.5, 0.8), "resnet20_pre": (8.0, 2.8), "resnet20_post": (8.0, 3.5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A matrix of runs.
+
+    Attributes:
+        dataset: as in image_datasets.load.
+        sizes: (network, batch size), the most informative ones first.
+        seeds: how many for each network.
+        epochs: of every run.
+        search_epochs: of every run in the search for the learning rate.
+        augment: whether images are shifted and mirrored at random.
+    """
+
+    dataset: str
+    sizes: tuple[tuple[str, int], ...]
+    seeds: dict[str, int]
+    epochs: int
+    search_epochs: int
+    augment: bool
+
+    def search(self) -> list[Cell]:
+        """Every method with every learning rate, on the validation split."""
+        networks = dict.fromkeys(network for network, _ in self.sizes)
+        return [
+            Cell(self.dataset, "validation", network, method, SEARCHED_BATCH, SEARCH_SEED, rate, self.search_epochs)
+            for network in networks
+            for rate in LEARNING_RATES
+            for method in NORMALIZATIONS
+        ]
+
+    def comparison(self, best_learning_rate: Callable[[str, str, str, int], float]) -> list[Cell]:
+        """Every method at the learning rate that was best for it, every size once before second seeds."""
+        cells = []
+        for seed in range(max(self.seeds.values())):
+            for network, batch in self.sizes:
+                for method in NORMALIZATIONS if seed < self.seeds[network] else ():
+                    best = best_learning_rate(self.dataset, network, method, self.search_epochs)
+                    rate = scaled_learning_rate(best, batch)
+                    cells.append(Cell(self.dataset, "test", network, method, batch, seed, rate, self.epochs))
+        return cells
+
+
+FULL = Plan(
+    dataset="cifar10",
+    sizes=(
+        *(("plain", batch) for batch in (128, 2)),
+        *((network, 128) for network in ("resnet20_pre", "resnet20_post")),
+        *(("plain", batch) for batch in (1, 8)),
+        *((network, 2) for network in ("resnet20_pre", "resnet20_post")),
+    ),
+    seeds={"plain": 3, "resnet20_pre": 1, "resnet20_post": 1},
+    epochs=2,
+    search_epochs=1,
+    augment=True,
+)
+QUICK = Plan(
+    dataset="digits",
+    sizes=(("plain", 128), ("plain", 2), ("plain", 8)),
+    seeds={"plain": 1},
+    epochs=4,
+    search_epochs=4,
+    augment=False,
+)
+
+
+def scaled_learning_rate(rate: float, batch_size: int) -> float:
+    """The one rule: proportional to the batch size."""
+    return float(f"{rate * batch_size / SEARCHED_BATCH:.6g}")  # as the files have it
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+
+    run = commands.add_parser("run", help="train what is not trained yet; stop it whenever you like, and go on later")
+    run.add_argument("--search", action="store_true", help="search the learning rates, which the comparison needs")
+    run.add_argument("--quick", action="store_true", help="digits, the plain network, one seed")
+    run.add_argument("--estimate", action="store_true", help="print the plan and its hours, train nothing")
+    run.add_argument("--dataset", choices=["cifar10", "fashion_mnist"], help="(default: cifar10)")
+    run.add_argument("--network", choices=NETWORKS, help="only this one")
+    run.add_argument("--epochs", type=_positive, help="of the comparison (default: 2, quick 4)")
+    run.add_argument("--seeds", type=_positive, help="of every network (default: 3 of plain, 1 of the others)")
+    run.add_argument("--data_dir", type=pathlib.Path, default=CACHE / "tensorflow_datasets", help="as in demo.py")
+    run.add_argument("--work_dir", type=pathlib.Path, default=CACHE / "study", help="checkpoints and copies of splits")
+    run.set_defaults(call=run_plan)
+
+    table = commands.add_parser("table", help="Markdown tables of all results")
+    table.set_defaults(call=print_tables)
+    plot = commands.add_parser("plot", help="PNG files beside the results")
+    plot.set_defaults(call=draw_plots)
+    limit = commands.add_parser("memory", help="the largest batches whose training fits a limit, by bisection")
+    limit.add_argument("--limit_mib", type=_positive, default=2048, help="peak resident memory (default: 2048)")
+    limit.set_defaults(call=find_largest_batches)
+    for command in (run, table, plot, limit):
+        command.add_argument(
+            "--results_dir", type=pathlib.Path, help="(default: tools/results/study; of --quick, .cache/study/quick)"
+        )
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
+    return value
+
+
+def _results_dir(options: argparse.Namespace) -> pathlib.Path:
+    quick = getattr(options, "quick", False)
+    return options.results_dir or (CACHE / "study" / "quick" if quick else TOOLS / "results" / "study")
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    plan = QUICK if options.quick else FULL
+    if options.quick and (options.dataset or options.network not in (None, "plain")):
+        raise StudyError("--quick is the plain network on digits: leave --dataset and --network out")
+    sizes = tuple(size for size in plan.sizes if options.network in (None, size[0]))
+    return dataclasses.replace(
+        plan,
+        dataset=options.dataset or plan.dataset,
+        sizes=sizes,
+        seeds={network: options.seeds or plan.seeds[network] for network, _ in sizes},
+        epochs=options.epochs or plan.epochs,
+    )
+
+
+def _unfinished(options: argparse.Namespace) -> tuple[Results, list[Cell], int]:
+    """The results so far, the runs still to do, and how many are finished."""
+    plan, results = plan_of(options), Results(_results_dir(options))
+
+    def best_learning_rate(*wanted) -> float:
+        try:
+            return results.best_learning_rate(*wanted)
+        except StudyError:
+            if options.estimate:  # the hours do not depend on it
+                return LEARNING_RATES[0]
+            raise
+
+    cells = plan.search() if options.search else plan.comparison(best_learning_rate)
+    todo = [cell for cell in cells if cell not in results.finished()]
+    return results, todo, len(cells) - len(todo)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    results, todo, finished = _unfinished(options)
+    seconds = {cell: estimated_seconds(cell, results) for cell in todo}
+    print(f"{finished} of {finished + len(todo)} runs are finished; the others take about", end=" ")
+    print(f"{sum(seconds.values()) / 3600:.1f} hours on two idle cores.", flush=True)
+    if options.estimate:
+        for cell, estimate in seconds.items():
+            print(f"{cell}: {estimate / 60:.1f} min")
+        return
+    if not todo:
+        return
+
+    # Here and not above: TensorFlow takes seconds to import, --help and a wrong option must not.
+    import rich.console
+    import rich.progress
+
+    import machine
+
+    plan, described = plan_of(options), machine.describe()
+    with (
+        _locked(results.directory),
+        _locked(options.work_dir) as lock,
+        rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=rich.console.Console(stderr=True),
+        ) as progress,
+    ):
+        results, todo, _ = _unfinished(options)  # another process may have gone on before the lock
+        results.check_versions(described)
+        seconds = {cell: estimated_seconds(cell, results) for cell in todo}
+        files = _split_files(plan.dataset, options.data_dir.expanduser(), options.work_dir)
+        everything = progress.add_task("all runs", total=sum(seconds.values()))
+        for number, cell in enumerate(todo, 1):
+            one = progress.add_task(f"{number}/{len(todo)}: {cell}", total=seconds[cell])
+            before = progress.tasks[everything].completed
+
+            def show(done: float, one=one, cell=cell, before=before) -> None:
+                progress.update(one, completed=done * seconds[cell])
+                progress.update(everything, completed=before + done * seconds[cell])
+
+            run = run_cell(cell, plan.augment, files, options.work_dir, results, described, lock, show)
+            show(1.0)
+            progress.remove_task(one)
+            print(
+                f"{cell}, learning rate {cell.learning_rate:g}: {cell.split} accuracy {run.accuracy:.1%}, "
+                f"{1e3 * run.seconds_per_step:.1f} ms a step",
+                flush=True,
+            )
+
+
+def estimated_seconds(cell: Cell, results: Results) -> float:
+    """Of a whole run; steps take as long as in the last run of the same kind, or as _STEP_MS says."""
+    images, scale = {"digits": (1038, 1 / 16)}.get(cell.dataset, (40_000, 1.0))
+    fixed, per_image = _STEP_MS[cell.network]
+    step = (fixed + per_image * cell.batch_size * scale) / 1e3
+    for run in results.runs:
+        if (run.dataset, run.network, run.normalization, run.batch_size) == (
+            cell.dataset, cell.network, cell.normalization, cell.batch_size
+        ):  # fmt: skip
+            step = run.seconds_per_step
+    evaluated = images / 4 * _EVALUATED_IN_STEPS * per_image * scale / 1e3
+    return _STARTING_SECONDS + cell.epochs * (step * images / cell.batch_size + evaluated)
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[int]:
+    """Makes and locks it; yields the lock, which lasts as long as any process that inherits it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock
+    except BlockingIOError:
+        raise StudyError(f"another run uses {directory}: wait for it, or use another directory") from None
+    finally:
+        os.close(lock)
+
+
+def _split_files(dataset: str, data_dir: pathlib.Path, work_dir: pathlib.Path) -> dict[str, str]:
+    """Writes the splits where a process can read them in a moment; returns the path of each."""
+    paths = {name: work_dir / f"{dataset}-{name}.npz" for name in ("train", "validation", "test")}
+    if not all(path.exists() for path in paths.values()):
+        import image_datasets
+        import study_training
+
+        try:
+            loaded = image_datasets.load(dataset, data_dir)
+        except image_datasets.DatasetUnavailableError as error:
+            raise StudyError(str(error)) from error
+        for name, path in paths.items():
+            study_training.save_split(getattr(loaded, name), path)
+    return {name: str(path) for name, path in paths.items()}
+
+
+def job_of(cell: Cell, augment: bool, files: dict[str, str], checkpoint: pathlib.Path) -> dict:
+    """What study_training.Job is made of; the search is not told where the test split is."""
+    names = ("train", "validation", "test") if cell.split == "test" else ("train", "validation")
+    job = {key: value for key, value in dataclasses.asdict(cell).items() if key not in ("dataset", "split")}
+    return job | {"augment": augment, "splits": {name: files[name] for name in names}, "checkpoint": str(checkpoint)}
+
+
+def run_cell(
+    cell: Cell,
+    augment: bool,
+    files: dict[str, str],
+    work_dir: pathlib.Path,
+    results: Results,
+    described: dict[str, str],
+    lock: int,
+    show: Callable[[float], None],
+) -> Run:
+    """Trains in a fresh process and adds the result; only then the checkpoint goes."""
+    checkpoint = work_dir / f"{cell.file_name()}.npz"
+    trained = train_in_fresh_process(job_of(cell, augment, files, checkpoint), work_dir / "training.log", lock, show)
+    values = dataclasses.asdict(cell)
+    gains = [LayerRecord(**values, **record) for record in trained["gains"]]
+    curve = [CurvePoint(**values, **({"validation_accuracy": float("nan")} | point)) for point in trained["curve"]]
+    last = [record for record in gains if record.epoch == gains[-1].epoch]
+
+    def mean(name: str) -> float:
+        return sum(getattr(record, name) for record in last) / len(last) if last else float("nan")
+
+    run = Run(
+        **values,
+        **{name: trained[name] for name in ("accuracy", "loss", "seconds_per_step", "peak_mib")},
+        mean_gain=mean("gain"),
+        sparsity=mean("sparsity"),
+        machine=f"{described['cpu']}, {described['cores']} cores, {described['instruction set']}",
+        commit=described["commit"],
+    )
+    versions = {name: described[name] for name in ("tf_agc", "tensorflow", "keras", "python")}
+    # The gains of one seed make a picture, those of all of them a large file.
+    results.add(run, curve, gains if cell.split == "test" and cell.seed == 0 else [], versions)
+    checkpoint.unlink(missing_ok=True)
+    return run
+
+
+def train_in_fresh_process(job: dict, log: pathlib.Path, lock: int, show: Callable[[float], None]) -> dict:
+    command = [sys.executable, str(TOOLS / "study_training.py"), json.dumps(job)]
+    message: dict = {}
+    with (
+        log.open("w", encoding="utf-8") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=[lock]) as process,
+    ):
+        try:
+            for line in process.stdout:
+                if line.endswith("\n"):  # and was not cut off with the process
+                    message = json.loads(line)
+                if "step" in message:
+                    show(message["step"] / message["steps"])
+        except BaseException:
+            process.kill()
+            raise
+    if "result" not in message:
+        raise StudyError(
+            f"a training process ended with exit code {process.returncode}: see {log}; the same command goes on"
+        )
+    return message["result"]
+
+
+def find_largest_batches(options: argparse.Namespace) -> None:
+    import rich.console
+    import rich.progress
+
+    import machine
+    import study_memory
+
+    directory = _results_dir(options)
+    described = machine.describe()
+    console = rich.console.Console(stderr=True)
+    cases = [(network, method) for network in study_memory.NETWORKS for method in study_memory.NORMALIZATIONS]
+    rows = [
+        study_memory.largest_batch(*case, options.limit_mib)
+        for case in rich.progress.track(cases, description="networks", console=console)
+    ]
+    result_files.write_csv(directory / "memory.csv", rows, described)
+    print(study_memory.table(rows))
+
+
+def print_tables(options: argparse.Namespace) -> None:
+    import study_report
+
+    print(study_report.tables(_some_results(options)))
+
+
+def draw_plots(options: argparse.Namespace) -> None:
+    import study_report
+
+    for path in study_report.draw(_some_results(options)):
+        print(path)
+
+
+def _some_results(options: argparse.Namespace) -> Results:
+    results = Results(_results_dir(options))
+    if not results.runs:
+        raise StudyError(f"{results.directory} has no results: pass another --results_dir, or run the study first")
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    try:
+        options.call(options)
+    except KeyboardInterrupt:
+        print("Interrupted: the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    except (StudyError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

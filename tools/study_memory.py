@@ -1,0 +1,56 @@
+"""`study.py memory`: the largest batch whose training stays below a limit, by bisection on measured peaks.
+
+A limit that the system enforces would not do: TensorFlow reserves far more addresses than it uses. The measurement is
+bench_model.py's, in a fresh process each; options and files are study.py's.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import bench_model
+
+NETWORKS = ("plain CNN, 6 layers", "ResNet-20, pre-activation", "ResNet-20, post-activation")
+NORMALIZATIONS = ("agc", "batch_norm")
+_PRECISION = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestBatch:
+    """A network with a normalization; peak_mib is that of largest_batch, at most limit_mib."""
+
+    network: str
+    normalization: str
+    limit_mib: float
+    largest_batch: int
+    peak_mib: float
+
+
+def largest_batch(
+    network: str,
+    normalization: str,
+    limit_mib: float,
+    peak_mib: Callable[[str, str, int], float] = bench_model.peak_of_fresh_process,
+) -> LargestBatch:
+    """Doubles the batch until it is too large, then halves the interval down to 2 % of it; 0 where none fits."""
+    fits, too_large = (0, float("nan")), None
+    while too_large is None or too_large - fits[0] > max(1, _PRECISION * fits[0]):
+        batch = max(1, 2 * fits[0]) if too_large is None else (fits[0] + too_large) // 2
+        peak = peak_mib(network, normalization, batch)
+        if peak <= limit_mib:
+            fits = (batch, peak)
+        else:
+            too_large = batch
+    return LargestBatch(network, normalization, float(limit_mib), *fits)
+
+
+def table(rows: list[LargestBatch]) -> str:
+    """Returns a Markdown table, AGC against BatchNormalization."""
+    lines = ["| network | limit, MiB | largest batch: AGC | BatchNorm | ratio |", "|---|---|---|---|---|"]
+    for agc in rows:
+        if agc.normalization == "agc":
+            other = next(row for row in rows if (row.network, row.normalization) == (agc.network, "batch_norm"))
+            ratio = agc.largest_batch / other.largest_batch if other.largest_batch else float("nan")
+            lines.append(
+                f"| {agc.network} | {agc.limit_mib:g} | {agc.largest_batch} | {other.largest_batch} | {ratio:.2f} |"
+            )
+    return "\n".join(lines)

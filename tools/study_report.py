@@ -1,0 +1,263 @@
+"""What the study shows: Markdown tables and plots of finished runs. Nothing is trained here, and no row is left out."""
+
+import itertools
+import math
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from matplotlib.figure import Figure
+
+from study_results import Results, Run, StudyError
+
+TITLES = {
+    "agc": "AGC",
+    "agc_uncalibrated": "AGC, not calibrated",
+    "batch_norm": "BatchNorm",
+    "group_norm": "GroupNorm",
+    "layer_norm": "LayerNorm",
+    "none": "none",
+}
+_COLORS = dict(zip(TITLES, ("C3", "C1", "C0", "C2", "C4", "0.5"), strict=True))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of a mean over seeds; NaN where there is one seed."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """The difference of two means over seeds, and its margin: twice its standard error."""
+    margin = 2 * math.hypot(standard_error(ours), standard_error(theirs))
+    return statistics.mean(ours) - statistics.mean(theirs), margin
+
+
+def verdict(value: float, margin: float) -> str:
+    if math.isnan(margin):
+        return "one seed"
+    return "equal" if abs(value) <= margin else "better" if value > 0 else "worse"
+
+
+def tables(results: Results) -> str:
+    """Returns all tables in Markdown, one section for each data set and number of epochs."""
+    parts = [_search_table([run for run in results.runs if run.split == "validation"])]
+    for (dataset, epochs), runs in _comparisons(results).items():
+        parts.append(f"### {dataset}, {epochs} epoch{'s' if epochs > 1 else ''}")
+        parts += [_accuracy_table(runs), _difference_table(runs), _step_table(runs)]
+    commits = sorted({run.commit for run in results.runs})
+    versions = "; ".join(f"{key} {value}" for key, value in results.meta.items())
+    return "\n\n".join([*filter(None, parts), f"{versions}; commits {', '.join(commits)}"])
+
+
+def _comparisons(results: Results) -> dict[tuple[str, int], list[Run]]:
+    """The runs on the test split that may stand in one table."""
+    found: dict[tuple[str, int], list[Run]] = {}
+    for run in results.runs:
+        if run.split == "test":
+            found.setdefault((run.dataset, run.epochs), []).append(run)
+    for runs in found.values():
+        for cell, group in _grouped(runs).items():
+            rates = sorted({run.learning_rate for run in group})
+            if len(rates) > 1:
+                raise StudyError(
+                    f"{', '.join(map(str, cell))} has runs at the learning rates {rates}: remove those of all but one"
+                )
+    return found
+
+
+def _grouped(runs: Iterable[Run]) -> dict[tuple[str, int, str], list[Run]]:
+    """The seeds of every network, batch size and normalization."""
+    groups: dict[tuple[str, int, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.network, run.batch_size, run.normalization), []).append(run)
+    order = list(TITLES)
+    return {key: groups[key] for key in sorted(groups, key=lambda key: (key[0], -key[1], order.index(key[2])))}
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _search_table(runs: list[Run]) -> str:
+    if not runs:
+        return ""
+    rates = sorted({run.learning_rate for run in runs})
+    groups: dict[tuple[str, int, str, str], dict[float, Run]] = {}
+    for run in runs:
+        groups.setdefault((run.dataset, run.epochs, run.network, run.normalization), {})[run.learning_rate] = run
+    rows = [
+        [
+            f"{dataset}, {epochs}", network, TITLES[method],
+            *(f"{100 * found[rate].accuracy:.1f}" if rate in found else "" for rate in rates),
+        ]
+        for (dataset, epochs, network, method), found in groups.items()
+    ]  # fmt: skip
+    batches = ", ".join(str(batch) for batch in sorted({run.batch_size for run in runs}))
+    title = f"Validation accuracy %, batch {batches}, one seed, by learning rate; the best one is used:"
+    return title + "\n\n" + _markdown(["data set, epochs", "network", "method", *map(str, rates)], rows)
+
+
+def _by_batch(runs: list[Run], cell: Callable[[list[Run]], str]) -> str:
+    """One line for each network and method, one column for each batch size."""
+    groups = _grouped(runs)
+    batches = sorted({batch for _, batch, _ in groups})
+    lines = dict.fromkeys((network, method) for network, _, method in groups)
+    rows = [
+        [network, TITLES[method], *(cell(groups.get((network, batch, method), [])) for batch in batches)]
+        for network, method in sorted(lines, key=lambda line: (line[0], list(TITLES).index(line[1])))
+    ]
+    return _markdown(["network", "method", *(f"batch {batch}" for batch in batches)], rows)
+
+
+def _accuracy_table(runs: list[Run]) -> str:
+    def cell(seeds: list[Run]) -> str:
+        values = [100 * run.accuracy for run in seeds]
+        if not values:
+            return ""
+        return f"{statistics.mean(values):.1f} " + (
+            f"± {2 * standard_error(values):.1f}" if values[1:] else "(one seed)"
+        )
+
+    return "Test accuracy %, mean over seeds ± twice its standard error:\n\n" + _by_batch(runs, cell)
+
+
+def _difference_table(runs: list[Run]) -> str:
+    groups = _grouped(runs)
+    rows = []
+    for (network, batch, method), ours in groups.items():
+        others = ("batch_norm", "group_norm", "layer_norm", "agc_uncalibrated", "none") if method == "agc" else ()
+        for other in others:
+            theirs = groups.get((network, batch, other))
+            if theirs:
+                value, margin = difference([100 * run.accuracy for run in ours], [100 * run.accuracy for run in theirs])
+                shown = "" if math.isnan(margin) else f"{margin:.1f}"
+                rows.append([network, str(batch), TITLES[other], f"{value:+.1f}", shown, verdict(value, margin)])
+    title = "AGC against the others, in points of test accuracy; equal is within the margin, twice the standard error:"
+    return title + "\n\n" + _markdown(["network", "batch", "against", "difference", "margin", "AGC is"], rows)
+
+
+def _step_table(runs: list[Run]) -> str:
+    """Times and memory of one machine are compared with each other alone."""
+    texts = []
+    for machine, group in itertools.groupby(sorted(runs, key=lambda run: run.machine), key=lambda run: run.machine):
+        chosen = list(group)
+        steps = _by_batch(chosen, lambda seeds: _median(1e3 * run.seconds_per_step for run in seeds))
+        peaks = _by_batch(chosen, lambda seeds: _median(run.peak_mib for run in seeds))
+        texts.append(f"Milliseconds a step, median over seeds ({machine}):\n\n{steps}")
+        texts.append(f"Peak resident memory in training, MiB ({machine}):\n\n{peaks}")
+    return "\n\n".join(texts)
+
+
+def _median(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{statistics.median(values):.4g}" if values else ""
+
+
+def draw(results: Results) -> list[pathlib.Path]:
+    """Draws every comparison into PNG files beside the results; returns their paths."""
+    paths = []
+    for (dataset, epochs), runs in _comparisons(results).items():
+        cells = {run.cell for run in runs}
+        curves = [point for point in results.curves if point.cell in cells]
+        gains = [record for record in results.gains if record.cell in cells and record.normalization == "agc"]
+        figures = {
+            "accuracy": _accuracy_figure(runs),
+            "curves": _curves_figure(curves),
+            "memory": _memory_figure(runs),
+            "gains": _gains_figure(gains),
+        }
+        for name, figure in figures.items():
+            if figure is not None:
+                figure.suptitle(f"{dataset}, {epochs} epoch{'s' if epochs > 1 else ''}")
+                paths.append(results.directory / f"{dataset}_{epochs}_{name}.png")
+                figure.savefig(paths[-1], dpi=110)
+    return paths
+
+
+def _panels(columns: int, rows: int = 1, height: float = 4.0) -> tuple[Figure, list]:
+    figure = Figure(figsize=(1 + 4.5 * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+
+
+def _accuracy_figure(runs: list[Run]) -> Figure:
+    groups = _grouped(runs)
+    networks = list(dict.fromkeys(network for network, _, _ in groups))
+    figure, [panels] = _panels(len(networks))
+    for axes, network in zip(panels, networks, strict=True):
+        for method, title in TITLES.items():
+            batches = [batch for name, batch, other in groups if (name, other) == (network, method)]
+            values = [[100 * run.accuracy for run in groups[network, batch, method]] for batch in batches]
+            margins = [2 * standard_error(seeds) for seeds in values]
+            means = [statistics.mean(seeds) for seeds in values]
+            if batches:
+                axes.errorbar(batches, means, margins, marker="o", capsize=3, color=_COLORS[method], label=title)
+        axes.set(title=network, xlabel="batch size", xscale="log")
+        ticks = sorted({batch for name, batch, _ in groups if name == network})
+        axes.set_xticks(ticks, map(str, ticks), minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy %, bars: twice the standard error")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def _curves_figure(curves: list) -> Figure:
+    sizes = sorted({(point.network, -point.batch_size) for point in curves})
+    figure, panels = _panels(len(sizes), rows=2, height=3.5)
+    for column, (network, batch) in enumerate(sizes):
+        for method, title in TITLES.items():
+            points = [
+                point
+                for point in curves
+                if (point.network, -point.batch_size, point.normalization, point.seed) == (network, batch, method, 0)
+            ]
+            ends = [point for point in points if not math.isnan(point.validation_accuracy)]
+            style = {"marker": ".", "color": _COLORS[method]}
+            panels[0][column].plot([point.epoch for point in points], [point.loss for point in points], **style)
+            accuracies = [100 * point.validation_accuracy for point in ends]
+            panels[1][column].plot([point.epoch for point in ends], accuracies, label=title, **style)
+        panels[0][column].set_title(f"{network}, batch {-batch}", fontsize=9)
+        panels[1][column].set_xlabel("epoch, seed 0")
+    panels[0][0].set_ylabel("training loss")
+    panels[1][0].set_ylabel("validation accuracy %")
+    panels[1][0].legend(fontsize=7)
+    return figure
+
+
+def _memory_figure(runs: list[Run]) -> Figure:
+    groups = _grouped(runs)
+    sizes = list(dict.fromkeys((network, batch) for network, batch, _ in groups))
+    figure, [[axes]] = _panels(1, height=2 + len(sizes))
+    for row, size in enumerate(sizes):
+        for index, method in enumerate(TITLES):
+            if (*size, method) in groups:
+                peak = statistics.median(run.peak_mib for run in groups[(*size, method)])
+                axes.barh(row + 0.13 * (index - 2.5), peak, 0.12, color=_COLORS[method], label=TITLES[method])
+    axes.set_yticks(range(len(sizes)), [f"{network}, {batch}" for network, batch in sizes])
+    axes.invert_yaxis()
+    axes.set_xlabel("peak resident memory in training, MiB")
+    titles = {title: bar for bar, title in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(titles.values(), titles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def _gains_figure(gains: list) -> Figure | None:
+    sizes = sorted({(record.network, -record.batch_size) for record in gains})
+    if not sizes:
+        return None
+    figure, panels = _panels(len(sizes), rows=2, height=3.5)
+    for column, (network, batch) in enumerate(sizes):
+        chosen = [record for record in gains if (record.network, -record.batch_size) == (network, batch)]
+        epochs = sorted({record.epoch for record in chosen})
+        for index, epoch in enumerate(epochs):
+            color = str(0.85 * (1 - index / max(1, len(epochs) - 1)))
+            layers = [record for record in chosen if record.epoch == epoch]
+            for row, quantity in enumerate(("gain", "sparsity")):
+                values = [getattr(record, quantity) for record in layers]
+                panels[row][column].plot(range(1, len(values) + 1), values, ".-", color=color)
+        panels[0][column].set_title(f"{network}, batch {-batch}", fontsize=9)
+        panels[1][column].set(xlabel="AGC layer, in the order of execution", ylim=(0, 1))
+    panels[0][0].set_ylabel("mean gain, light: before training")
+    panels[1][0].set_ylabel("sparsity")
+    return figure
