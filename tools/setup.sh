@@ -2,7 +2,8 @@
 # The one place of set-up, sourced by build.sh, test.sh and bazel.sh: compiler, .venv with everything in requirements.lock,
 # Bazel, and .bazelrc.configured. A second run finds all of it and fetches nothing. Nothing is built here.
 #
-# PYTHON=/path/to/python3 chooses the interpreter that .venv is made from, BAZEL=/path/to/bazel the Bazel.
+# PYTHON=/path/to/python3 chooses the interpreter that .venv is made from, BAZEL=/path/to/bazel the Bazel. TF_AGC_CUDA=1
+# builds with CUDA (docs/cuda.md).
 # Afterwards: ${ROOT}, ${VENV}, run_bazel, need_file. Every failure is one sentence on stderr; logs are in .cache.
 
 set -euo pipefail
@@ -192,6 +193,7 @@ common --repo_env=TF_AGC_ENVIRONMENT=${environment}"
     lines+=$'\n'"common --noenable_bzlmod"
   fi
   [[ -z ${CI:-} ]] || lines+=$'\n'"build --config=dev"
+  [[ ${TF_AGC_CUDA:-} != 1 ]] || lines+=$'\n'"build --config=cuda"
   [[ -f ${file} && $(<"${file}") == "${lines}" ]] || echo "${lines}" >"${file}"
 }
 

@@ -9,6 +9,12 @@ need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-
 
 "${ROOT}/tools/build.sh"
 run_bazel test //cc/...
+if command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
+  # For one architecture: this is about whether everything compiles and links.
+  run_bazel test --config=cuda --repo_env=TF_AGC_CUDA_ARCHITECTURES=90 //cc:cuda_symbols_test //cc/core/cuda:libtf_agc_cuda.so
+else
+  say "there is no nvcc: what only CUDA's compiler takes is not compiled"
+fi
 
 cd "${ROOT}"
 python=(setup.py tests tf_agc tools)
