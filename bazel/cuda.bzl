@@ -109,7 +109,7 @@ def _cuda_objects_impl(ctx):
         object = ctx.actions.declare_file("%s/%s.pic.o" % (ctx.label.name, source.basename))
         arguments = ctx.actions.args()
         arguments.add_all(toolkit.flags)
-        arguments.add_all(["-std=c++17", "-O3", "-I."])
+        arguments.add_all(["-std=c++17", "-O3", "-I.", "-Xfatbin=-compress-all"])
         arguments.add("-Xcompiler=" + ",".join(["-fPIC"] + COPTS))
         arguments.add_all(["-c", source, "-o", object])
         ctx.actions.run(
@@ -161,6 +161,8 @@ def cuda_library(name, srcs, hdrs, textual_hdrs = [], deps = [], **kwargs):
         hdrs = hdrs,
         linkstatic = True,
         tags = ["manual"],
+        # libtf_agc_cuda.so refers to nothing of it.
+        alwayslink = True,
         # The runtime comes before TensorFlow's framework library on the linker's line, which answers for CUDA's functions
         # with stubs of its own: no_cuda_symbols_test.sh.
         deps = deps + ["@local_cuda//:runtime"],

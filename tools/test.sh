@@ -11,7 +11,8 @@ need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-
 run_bazel test //cc/...
 if command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
   # For one architecture: this is about whether everything compiles and links.
-  run_bazel test --config=cuda --repo_env=TF_AGC_CUDA_ARCHITECTURES=90 //cc:cuda_symbols_test //cc/core/cuda:libtf_agc_cuda.so
+  run_bazel test --config=cuda --repo_env=TF_AGC_CUDA_ARCHITECTURES=90 \
+    //cc:cuda_symbols_test //cc/core/cuda:cuda_symbols_test
 else
   say "there is no nvcc: what only CUDA's compiler takes is not compiled"
 fi
