@@ -22,6 +22,7 @@ absl::Status Launch(tensorflow::OpKernelContext* context, const char* pass, cons
   if (stream == nullptr) return absl::InternalError(absl::StrCat("the ", pass, " pass has no GPU stream to run on"));
 
   // Given back when this returns, before the launch has run: TensorFlow hands it out again on the same stream only.
+  // Where its size cannot be told (-1), the launch says why.
   tensorflow::Tensor workspace;
   const int64_t bytes = workspace_bytes(&args);
   if (bytes > 0) TF_RETURN_IF_ERROR(context->allocate_temp(tensorflow::DT_UINT8, {bytes}, &workspace));
