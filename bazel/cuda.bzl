@@ -15,7 +15,7 @@ _DEFAULT_ARCHITECTURES = "75 80 86 89 90"
 CudaToolkitInfo = provider(
     doc = "An installed CUDA compiler.",
     fields = {
-        "flags": "list of options that choose the architectures.",
+        "flags": "list of options: the architectures, the release.",
         "nvcc": "absolute path.",
     },
 )
@@ -76,6 +76,9 @@ def _cuda_repository_impl(repository_ctx):
     architectures = _architectures(repository_ctx)
     flags = ["-gencode=arch=compute_%s,code=sm_%s" % (name, name) for name in architectures]
     flags.append("-gencode=arch=compute_%s,code=compute_%s" % (architectures[-1], architectures[-1]))
+
+    # Another release in the same place compiles again.
+    flags.append("-DTF_AGC_CUDA_RELEASE=" + release)
     repository_ctx.file("cuda_build.h", "#define TF_AGC_CUDA_BUILD \"%s, %s, PTX %s\"\n" % (
         release,
         " ".join(["sm_" + name for name in architectures]),
