@@ -1,8 +1,15 @@
-# Only what pyproject.toml cannot say: the wheel holds a native library, which is the same for every Python version.
+# Only what pyproject.toml cannot say: the wheel holds a native library, which is the same for every Python version, and
+# version and dependencies follow from the TensorFlow that it was built for.
+
+import pathlib
+import runpy
+import sys
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.dist import Distribution
+
+PACKAGE = pathlib.Path(__file__).resolve().parent / "tf_agc"
 
 
 class BinaryDistribution(Distribution):
@@ -16,4 +23,18 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-setup(distclass=BinaryDistribution, cmdclass={"bdist_wheel": PlatformWheel})
+built_for = PACKAGE / "native_library" / "tensorflow_version.txt"
+if not built_for.is_file():
+    sys.exit(f"there is no {built_for}: run ./tools/build.sh, which builds the native library and this file.")
+tensorflow = built_for.read_text(encoding="utf-8").strip()
+major, minor = map(int, tensorflow.split(".")[:2])
+
+setup(
+    distclass=BinaryDistribution,
+    cmdclass={"bdist_wheel": PlatformWheel},
+    version=runpy.run_path(str(PACKAGE / "version.py"))["version_for"](tensorflow),
+    install_requires=[
+        f"tensorflow>={major}.{minor},<{major}.{minor + 1}",
+        "keras>=3.12",  # the lowest version tested: the newest that Python 3.10 gets
+    ],
+)

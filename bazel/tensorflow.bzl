@@ -50,7 +50,7 @@ python_environment = repository_rule(
     local = True,
 )
 
-_ROOT_BUILD = """# TensorFlow's headers and libraries; named in //tensorflow/core and //tensorflow/compiler/tf2xla.
+_ROOT_BUILD = """# TensorFlow's headers and libraries; named in //tensorflow/core, //tensorflow/cc and //tensorflow/compiler/tf2xla.
 
 cc_library(
     name = "headers",
@@ -100,6 +100,24 @@ alias(
     name = "lib",
     actual = ":framework",
 )
+
+# With every kernel: for programs.
+cc_library(
+    name = "tensorflow",
+    deps = [
+        ":framework",
+        "//:cc_library",
+    ],
+)
+"""
+
+_SAVED_MODEL_BUILD = """# The target of TensorFlow's own //tensorflow/cc/saved_model that this project uses.
+
+alias(
+    name = "loader",
+    actual = "//tensorflow/core:tensorflow",
+    visibility = ["//visibility:public"],
+)
 """
 
 _TF2XLA_BUILD = """# The targets of TensorFlow's own //tensorflow/compiler/tf2xla that this project uses.
@@ -143,6 +161,7 @@ def _tensorflow_repository_impl(repository_ctx):
     defines = [flag[len("-D"):] for flag in flags.split(" ") if flag.startswith("-D")]
     repository_ctx.file("BUILD", _ROOT_BUILD.format(defines = repr(defines)))
     repository_ctx.file("tensorflow/core/BUILD", _CORE_BUILD)
+    repository_ctx.file("tensorflow/cc/saved_model/BUILD", _SAVED_MODEL_BUILD)
     repository_ctx.file("tensorflow/compiler/tf2xla/BUILD", _TF2XLA_BUILD)
 
 tensorflow_repository = repository_rule(

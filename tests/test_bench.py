@@ -1,5 +1,6 @@
 """The benchmark's tools: what they count, what they write and read again, and that our op is what is timed."""
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -71,6 +72,21 @@ def test_results_can_be_read_again(tools, tmp_path):
     assert bench.read_csv(path) == (rows, {"cpu": "some: thing", "commit": "abc"})
     line = bench.cpu_table(rows, {}).splitlines()[2]
     assert line.split(" | ")[-4:] == ["2.00", "fast, graph", "8", "2.0 |"]
+
+
+def test_monitor_counts_the_records_against_the_steps(tools, fresh_keras, native_required, monkeypatch):
+    import bench
+    import bench_model
+    import bench_monitor
+    from tf_agc import models
+
+    tiny = bench_model.Network(lambda norm: models.plain_cnn((8, 8, 3), 10, norm, filters=(4,)), (8, 8, 3), 4)
+    monkeypatch.setitem(bench_model.NETWORKS, "tiny", tiny)
+    row = bench_monitor.measure("tiny", quick=True)
+    assert row.layers == 2 and row.record_ms > 0 and row.step_ms > 0
+    half = dataclasses.replace(row, record_cpu_in_steps=10.0)
+    assert half.share(10) == 0.5 and half.steps_for(0.02) == 490
+    assert "| tiny, 4 | 2 |" in bench.monitor_table([half], {}) and "| 2.5 | 490 |" in bench.monitor_table([half], {})
 
 
 def test_a_foreign_file_is_refused(tools, tmp_path):

@@ -234,16 +234,19 @@ def test_nothing_else_changes():
     x = keras.layers.BatchNormalization()(_conv()(x))
     x = keras.layers.Dropout(0.5, seed=1)(AutomaticGainControl("relu")(x))
     x = keras.layers.Reshape((9, 50))(x)
-    outputs = keras.layers.GRU(2, stateful=True)(x)
-    model = keras.Model(inputs, outputs)
+    gru = keras.layers.GRU(2, stateful=True)
+    model = keras.Model(inputs, gru(x))
     model.compile("adam", "mse")
     model(_X)
+    state = gru.states[0].numpy()
     (layer,) = [layer for layer in model.layers if isinstance(layer, AutomaticGainControl)]
     before = {v.path: v.numpy().copy() for v in model.variables + model.optimizer.variables}
     calibrate(model, _X)
     after = {v.path: v.numpy() for v in model.variables + model.optimizer.variables}
     changed = {path for path, value in before.items() if not np.array_equal(value, after[path])}
     assert changed == {layer.gain.path}
+    assert state.any()
+    np.testing.assert_array_equal(gru.states[0], state)  # which is none of the model's variables
     assert agc_layer.observer.get() is None and not tf.config.functions_run_eagerly()
 
 

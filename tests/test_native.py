@@ -12,6 +12,7 @@ from agc_testing import python
 
 import tf_agc
 from tf_agc import __main__, native
+from tf_agc.version import PATCH, version_for
 
 _PACKAGE = pathlib.Path(native.__file__).parent
 
@@ -71,11 +72,11 @@ def test_missing_in_a_checkout(package):
 
 def test_another_version_is_not_opened(package):
     # Not a library at all: opening it would be another error.
-    _install(package, b"nothing", version="2.20.0")
+    _install(package, b"nothing", version="2.0.0")
     status = _status(package)
-    assert not status.available and status.built_for == "2.20.0"
+    assert not status.available and status.built_for == "2.0.0"
     assert status.reason == (
-        f"the native library was built for TensorFlow 2.20.0, this is TensorFlow {tf.__version__} "
+        f"the native library was built for TensorFlow 2.0.0, this is TensorFlow {tf.__version__} "
         "(install the tf-agc release for this TensorFlow)"
     )
     (package.parent / "WORKSPACE").touch()
@@ -86,6 +87,15 @@ def test_no_version(package):
     library = _install(package, b"nothing")
     library.with_name("tensorflow_version.txt").unlink()
     assert "tensorflow_version.txt is not readable" in _status(package).reason
+
+
+@pytest.mark.parametrize("version", ["", "two", "2.20"])
+def test_no_such_version(package, version):
+    library = _install(package, b"nothing", version=version)
+    status = _status(package)
+    assert not status.available and status.built_for is None
+    version_file = library.with_name("tensorflow_version.txt")
+    assert status.reason == f"{version_file} must hold a TensorFlow version, got {version!r} (reinstall tf-agc)"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"no library\n" * 100])
@@ -170,6 +180,7 @@ def test_main(native_required, capsys):
 
 def test_main_without_a_library(package):
     done = python("-m", "tf_agc", path=package.parent)
+    assert f"tf_agc:          {version_for(tf.__version__)}\n" in done.stdout
     assert "implementation:  reference (there is no native library at" in done.stdout
     assert "instruction set: unknown" in done.stdout
     assert "CUDA:            unknown" in done.stdout
@@ -205,8 +216,18 @@ def test_backend_of_the_configuration_file(tmp_path):
     assert "keras.json" in done.stderr or "configuration file" in done.stderr
 
 
+def test_version_is_that_of_the_build(package):
+    _install(package, b"nothing", version="2.20.0")
+    done = python("-c", "import tf_agc; print(tf_agc.__version__)", path=package.parent)
+    assert done.stdout == f"0.20.{PATCH}\n"
+
+
+@pytest.mark.parametrize("tensorflow, minor", [("2.21.0", 21), ("2.9.3", 9), ("2.122.0-rc1", 122)])
+def test_version_for(tensorflow, minor):
+    assert version_for(tensorflow) == f"0.{minor}.{PATCH}"
+
+
 def test_public_names():
     assert set(tf_agc.__all__) >= {*("AutomaticGainControl", "__version__", "agc", "calibrate", "implementation")}
     assert all(hasattr(tf_agc, name) for name in tf_agc.__all__)
-    assert tf_agc.__version__ == "0.21.0"
     assert (_PACKAGE / "py.typed").is_file()

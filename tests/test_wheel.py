@@ -1,4 +1,4 @@
-"""The wheel, installed in a venv of its own outside the source tree, and what is inside it. Nothing is built here."""
+"""The wheel, installed in a venv of its own outside the source tree, and what is inside it. Nothing is compiled."""
 
 import email
 import importlib.metadata
@@ -7,7 +7,9 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import sysconfig
 import venv
 import zipfile
@@ -138,7 +140,9 @@ def test_metadata(dist_info):
     assert fields["Version"] == tf_agc.__version__
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == "<3.14,>=3.10"
-    assert fields.get_all("Requires-Dist") == ["tensorflow<2.22,>=2.21", "keras>=3.12"]
+    # The native library is built for this minor version of TensorFlow.
+    major, minor = map(int, importlib.metadata.version("tensorflow").split(".")[:2])
+    assert fields.get_all("Requires-Dist") == [f"tensorflow<{major}.{minor + 1},>={major}.{minor}", "keras>=3.12"]
     assert fields["Description-Content-Type"] == "text/markdown"
     assert fields.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert (dist_info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
@@ -154,6 +158,42 @@ def test_holds_the_package_and_nothing_else(content):
 def test_records_the_tensorflow_version(content):
     recorded = (content / OPS).with_name("tensorflow_version.txt").read_text(encoding="utf-8")
     assert recorded == importlib.metadata.version("tensorflow") + "\n"
+
+
+def test_same_inputs_give_the_same_bytes(wheel, tmp_path):
+    # Another directory, with other times and modes of the files, another order, umask and time zone than in Bazel.
+    package = [file for file in (ROOT / "tf_agc").iterdir() if file.suffix in (".py", ".typed")]
+    sources = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")] + sorted(package)[::-1]
+    sources = [source.relative_to(ROOT) for source in sources]
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "tf_agc").mkdir(parents=True)
+    for source in sources:
+        shutil.copyfile(ROOT / source, elsewhere / source)
+    libraries = [f"--library={ROOT / 'bazel-bin' / 'cc' / pathlib.Path(name).name}" for name in (XLA, OPS)]
+    version = f"--tensorflow_version={importlib.metadata.version('tensorflow')}"
+    command = [sys.executable, ROOT / "tools" / "make_wheel.py", *libraries, version, f"--output={tmp_path / 'made'}"]
+    subprocess.run([*command, *sources], check=True, cwd=elsewhere, env={"TZ": "Asia/Tokyo"}, umask=0o077)
+    (made,) = (tmp_path / "made").iterdir()
+    assert made.name == wheel.name
+    assert made.read_bytes() == wheel.read_bytes()
+
+
+def test_setup_without_a_library(tmp_path):
+    (tmp_path / "tf_agc").mkdir()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    file = tmp_path / "tf_agc" / "native_library" / "tensorflow_version.txt"
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"there is no {file}: run ./tools/build.sh, which builds the native library and this file.\n"
+    )
+
+
+@pytest.mark.parametrize("library", [OPS, XLA])
+def test_names_no_directory_of_the_build(content, library):
+    # A checkout elsewhere would give other bytes.
+    code = (content / library).read_bytes()
+    assert [name for name in (bytes(ROOT), b"execroot", b"/sandbox/", b"site-packages") if name in code] == []
 
 
 @pytest.mark.parametrize("library", [OPS, XLA])

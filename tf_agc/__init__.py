@@ -6,8 +6,6 @@ The public names, and the check that this process runs Keras 3 on TensorFlow. No
 import os as _os
 import warnings as _warnings
 
-__version__ = "0.21.0"
-
 # Before anything imports Keras: on another backend that import may fail with an error of its own.
 if _os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
     raise ImportError(
@@ -34,14 +32,34 @@ if _keras.config.backend() != "tensorflow":  # chosen in ~/.keras/keras.json
         f"got the backend {_keras.config.backend()!r} from Keras's configuration file."
     )
 
+import tensorflow as _tf  # noqa: E402
+
 from tf_agc import native as _native  # noqa: E402
 from tf_agc.calibration import calibrate  # noqa: E402
+from tf_agc.conversion import conversion_table, convert  # noqa: E402
+from tf_agc.export import export_saved_model  # noqa: E402
 from tf_agc.functional import agc  # noqa: E402
 from tf_agc.implementation import DEFAULT as _DEFAULT  # noqa: E402
 from tf_agc.implementation import implementation  # noqa: E402
 from tf_agc.layer import AutomaticGainControl  # noqa: E402
+from tf_agc.monitor import GainMonitor, plot_gains  # noqa: E402
+from tf_agc.version import version_for as _version_for  # noqa: E402
 
-__all__ = ["AutomaticGainControl", "__version__", "agc", "calibrate", "implementation"]
+# Nothing is built in a fresh checkout: its version is that of a build for the TensorFlow that runs.
+__version__ = _version_for(_native.STATUS.built_for or _tf.__version__)
+
+__all__ = [
+    "AutomaticGainControl",
+    "GainMonitor",
+    "__version__",
+    "agc",
+    "calibrate",
+    "conversion_table",
+    "convert",
+    "export_saved_model",
+    "implementation",
+    "plot_gains",
+]
 
 # Whoever set TF_AGC_IMPLEMENTATION has chosen: "reference" misses nothing, "native" raises in use.
 if _DEFAULT == "auto" and not _native.STATUS.available:

@@ -37,17 +37,17 @@ def register(ops: Any) -> None:
     pfor.RegisterPFor("TfAgc>AgcGrad")(functools.partial(_convert_agc_grad, ops.tf_agc_agc_grad))
 
 
-def _convert_agc(agc, loop):
+def _convert_agc(agc: Callable[..., Any], loop: Any) -> list[Any]:
     into = _into_channels(loop) if _parameters_are_mapped(loop, _AGC_INPUTS) else _INTO_BATCH
     outputs = _folded(agc, loop, into, _AGC_INPUTS, _AGC_OUTPUTS)
     return [pfor.wrap(output) for output in outputs]
 
 
-def _convert_agc_grad(agc_grad, loop):
+def _convert_agc_grad(agc_grad: Callable[..., Any], loop: Any) -> list[Any]:
     # Asked first, since folding into the channels stacks the parameters.
     parameters_are_mapped = _parameters_are_mapped(loop, _AGC_GRAD_INPUTS)
 
-    def folded(into):
+    def folded(into: dict[str, int]) -> list[tf.Tensor]:
         return _folded(agc_grad, loop, into, _AGC_GRAD_INPUTS, _AGC_GRAD_OUTPUTS)
 
     if parameters_are_mapped:
@@ -60,15 +60,17 @@ def _convert_agc_grad(agc_grad, loop):
     return [pfor.wrap(output) for output in (dx, dgain, dmean_scale)]
 
 
-def _parameters_are_mapped(loop, kinds):
+def _parameters_are_mapped(loop: Any, kinds: tuple[str, ...]) -> bool:
     return any(value.is_stacked for value, kind in zip(loop.inputs, kinds, strict=True) if kind == "channels")
 
 
-def _into_channels(loop):
+def _into_channels(loop: Any) -> dict[str, int]:
     return _INTO_CHANNELS[loop.get_attr("data_format")]
 
 
-def _folded(op: Callable, loop: Any, into: dict[str, int], inputs: tuple, outputs: tuple) -> list[tf.Tensor]:
+def _folded(
+    op: Callable[..., Any], loop: Any, into: dict[str, int], inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> list[tf.Tensor]:
     """Runs an op once for all elements, with the mapped axis folded away around it."""
     loop.stack_inputs([index for index, kind in enumerate(inputs) if kind in into])
     values = [value.t for value in loop.inputs]

@@ -1,7 +1,7 @@
 """`tf_agc.calibrate`: sets the initial gains of a model from one batch.
 
-Only what happens around one forward pass lives here; layers report through `tf_agc.layer.observer`,
-and the map means are the reference's.
+Only what is done with the layers' inputs lives here; the pass that shows them is `tf_agc.forward_pass`'s, and the map
+means are the reference's.
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ import ml_dtypes  # a dependency of TensorFlow and Keras; NumPy's finfo knows no
 import numpy as np
 import tensorflow as tf
 
-from tf_agc import functional, reference
+from tf_agc import forward_pass, functional, reference
 from tf_agc import layer as agc_layer
+from tf_agc.table import format_table
 
 
 @dataclasses.dataclass
@@ -57,11 +58,7 @@ class CalibrationTable(list[CalibratedLayer]):
     """One row for each layer, in the order of execution; `print` shows it as a table."""
 
     def __str__(self) -> str:
-        rows = [["layer", "channels", "std before", "gain", ""], *(row._cells() for row in self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return format_table([["layer", "channels", "std before", "gain", ""], *(row._cells() for row in self)])
 
 
 def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> CalibrationTable:
@@ -105,31 +102,18 @@ def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> Calibr
             f"model '{model.name}' is not built: call it on a batch, or call its build() with an "
             "input shape, before calibrating it"
         )
-    # Private, as Keras has no public way to list layers inside custom layers and nested models.
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, agc_layer.AutomaticGainControl)]
+    layers = forward_pass.agc_layers(model)
     if not layers:
         raise ValueError(f"model '{model.name}' has no AutomaticGainControl layer to calibrate")
-    batch = _convert_batch(batch)
+    batch = forward_pass.convert_batch(batch)
 
     calibration = _Calibration(target_std)
-    state = [(variable, variable.numpy()) for variable in model.non_trainable_variables]
-    # A call() that its author wrapped in a tf.function would show its layers no values.
-    ran_eagerly = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    token = agc_layer.observer.set(calibration.observe)
     try:
-        model(batch, training=False)
+        forward_pass.run(model, batch, agc_layer.observer, calibration.observe)
         calibration.check_all_eager()
     except BaseException:
         calibration.undo()
         raise
-    finally:
-        agc_layer.observer.reset(token)
-        tf.config.run_functions_eagerly(ran_eagerly)
-        gains = {id(layer.gain) for layer in layers if layer.built}
-        for variable, value in state:
-            if id(variable) not in gains:  # of a frozen layer
-                variable.assign(value)
     return calibration.table(layers)
 
 
@@ -196,17 +180,3 @@ class _Calibration:
     def table(self, layers: list[agc_layer.AutomaticGainControl]) -> CalibrationTable:
         missed = [CalibratedLayer(layer.path or layer.name) for layer in layers if id(layer) not in self._rows]
         return CalibrationTable([*self._rows.values(), *missed])
-
-
-def _convert_batch(batch: Any) -> Any:
-    if isinstance(batch, tf.data.Dataset):
-        raise TypeError("batch must be one batch of inputs, got a tf.data.Dataset: pass one of its batches")
-    batch = keras.tree.map_structure(tf.convert_to_tensor, batch)
-    leaves = keras.tree.flatten(batch)
-    if not leaves or any(tf.size(leaf) == 0 for leaf in leaves):
-        shapes = [leaf.shape.as_list() for leaf in leaves]
-        raise ValueError(f"batch must have at least one sample, got shapes {shapes}")
-    for leaf in leaves:
-        if leaf.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(leaf))):
-            raise ValueError("batch must be finite, got NaN or Inf")
-    return batch

@@ -5,7 +5,8 @@ The sentences of the errors are the kernel's own, wherever Python can already kn
 
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -19,8 +20,13 @@ DATA_FORMATS = ("channels_last", "channels_first")
 _DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+# TensorFlow has no types: without this one, `agc` would have none either.
+_do_not_convert: Callable[[_Function], _Function] = tf.autograph.experimental.do_not_convert
+
+
 # AutoGraph has nothing to convert here, and would slow every trace down and lengthen tracebacks.
-@tf.autograph.experimental.do_not_convert
+@_do_not_convert
 def agc(
     x: Any,
     gain: Any,

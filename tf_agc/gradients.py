@@ -5,6 +5,7 @@ gradient computes is in the kernels, not here; loading the library is `native`'s
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def register(ops: Any) -> None:
     tf.RegisterGradient("TfAgc>AgcGrad")(functools.partial(_agc_grad_gradient, ops))
 
 
-def _agc_gradient(ops, op, dy, dmean):
+def _agc_gradient(ops: Any, op: tf.Operation, dy: tf.Tensor, dmean: tf.Tensor) -> Sequence[tf.Tensor]:
     x, gain, mean_scale = op.inputs
     y, mean = op.outputs
     kept = y
@@ -43,7 +44,7 @@ def _agc_gradient(ops, op, dy, dmean):
     )
 
 
-def _agc_grad_gradient(ops, op, ddx, ddgain, ddmean_scale):
+def _agc_grad_gradient(ops: Any, op: tf.Operation, ddx: Any, ddgain: Any, ddmean_scale: Any) -> Sequence[tf.Tensor]:
     """The gradients of AgcGrad's six inputs, from those of its outputs (ddx, ddgain, ddmean_scale).
 
     With L(v) = gain * (v - mean_scale * mean_p(v)), which is its own adjoint, AgcGrad computes
@@ -70,13 +71,13 @@ def _agc_grad_gradient(ops, op, ddx, ddgain, ddmean_scale):
     flat_shape = tf.concat(parts, axis=0)
     positions = 1 if channels_last else -1  # the axis
 
-    def flat(maps):
+    def flat(maps: tf.Tensor) -> tf.Tensor:
         return tf.reshape(tf.cast(maps, gain.dtype), flat_shape)
 
-    def unflat(maps):
+    def unflat(maps: tf.Tensor) -> tf.Tensor:
         return tf.reshape(tf.cast(maps, kept.dtype), maps_shape)
 
-    def along_maps(values):  # of [N, C], or of [1, C] for every sample
+    def along_maps(values: tf.Tensor) -> tf.Tensor:  # of [N, C], or of [1, C] for every sample
         return tf.expand_dims(values, positions)
 
     ddx, dy, k = flat(ddx), flat(dy), flat(kept)

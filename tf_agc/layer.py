@@ -17,7 +17,7 @@ from tf_agc.implementation import supports_jit
 
 # By identity: with their default arguments these are the fused activations, slopes included
 # (Keras's leaky_relu has 0.2, unlike its LeakyReLU layer).
-_FUSED = {
+FUSED = {
     keras.activations.linear: "linear",
     keras.activations.relu: "relu",
     keras.activations.relu6: "relu6",
@@ -25,10 +25,13 @@ _FUSED = {
     keras.activations.elu: "elu",
 }
 
-# What `calibrate` wants to see before a layer computes: called with the layer and its input. A
-# context variable and no patched method, so that nothing stays behind in a model.
+# Who wants to see a layer's input before it computes (`calibrate`), and its output (`GainMonitor`): called with the
+# layer and the tensor. Context variables and no patched method, so that nothing stays behind in a model.
 observer: contextvars.ContextVar[Callable[["AutomaticGainControl", tf.Tensor], None] | None] = contextvars.ContextVar(
     "tf_agc_observer", default=None
+)
+output_observer: contextvars.ContextVar[Callable[["AutomaticGainControl", tf.Tensor], None] | None] = (
+    contextvars.ContextVar("tf_agc_output_observer", default=None)
 )
 
 
@@ -84,7 +87,7 @@ class AutomaticGainControl(keras.layers.Layer):
 
     def __init__(
         self,
-        activation: str | Callable | None = None,
+        activation: str | Callable[..., Any] | None = None,
         data_format: str | None = None,
         alpha: float | None = None,
         gain_initializer: Any = "ones",
@@ -134,11 +137,11 @@ class AutomaticGainControl(keras.layers.Layer):
     def _fused(self) -> str | None:
         """Name of the activation that is part of the op, None where it is applied afterwards."""
         try:
-            return _FUSED.get(self.activation)
+            return FUSED.get(self.activation)
         except TypeError:  # a callable that cannot be hashed
             return None
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         self._check_rank(input_shape)
         axis = functional.channel_axis(self.data_format)
         channels = input_shape[axis]
@@ -185,9 +188,13 @@ class AutomaticGainControl(keras.layers.Layer):
             alpha=self.alpha,
             data_format=self.data_format,
         )
-        return outputs if self._fused else self.activation(outputs)
+        outputs = outputs if self._fused else self.activation(outputs)
+        observe = output_observer.get()
+        if observe is not None:
+            observe(self, outputs)
+        return outputs
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         self._check_rank(input_shape)
         return tuple(input_shape)
 
@@ -206,14 +213,14 @@ class AutomaticGainControl(keras.layers.Layer):
         }
         return {**super().get_config(), **config}
 
-    def _check_rank(self, input_shape: tuple) -> None:
+    def _check_rank(self, input_shape: tuple[int | None, ...]) -> None:
         if not 3 <= len(input_shape) <= 8:
             raise ValueError(
                 "AutomaticGainControl expects inputs of rank 3 to 8 (batch, 1 to 6 spatial axes, "
                 f"channels). Received: input_shape={input_shape}"
             )
 
-    def _check_positions(self, input_shape: tuple) -> None:
+    def _check_positions(self, input_shape: tuple[int | None, ...]) -> None:
         """A map of one position is its own mean: nothing is left of it at a mean scale of 1."""
         spatial = input_shape[1:-1] if self.data_format == "channels_last" else input_shape[2:]
         if set(spatial) != {1} or not _always_gives(self.mean_scale_initializer, 1):
@@ -229,7 +236,7 @@ class AutomaticGainControl(keras.layers.Layer):
         warnings.warn(message.format("at first"), stacklevel=2)
 
 
-def _always_gives(initializer: Any, value: float) -> bool:
+def _always_gives(initializer: Any, value: int) -> bool:
     constants = {0: keras.initializers.Zeros, 1: keras.initializers.Ones}
     if isinstance(initializer, keras.initializers.Constant):
         return initializer.value == value

@@ -163,11 +163,11 @@ class _Parts:
     def __init__(self, normalization: str | Normalization) -> None:
         self._normalization = _normalization(normalization)
 
-    def start(self, input_shape: Sequence[int]):
+    def start(self, input_shape: Sequence[int]) -> tuple[keras.KerasTensor, keras.KerasTensor]:
         inputs = keras.Input(tuple(input_shape), name="image")
         return inputs, keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
 
-    def conv(self, x, channels: int, kernel_size: int = 3, strides: int = 1):
+    def conv(self, x: keras.KerasTensor, channels: int, kernel_size: int = 3, strides: int = 1) -> keras.KerasTensor:
         return keras.layers.Conv2D(
             channels,
             kernel_size,
@@ -178,12 +178,12 @@ class _Parts:
             kernel_initializer="he_normal",
         )(x)
 
-    def normalize(self, x, activation: str | None):
+    def normalize(self, x: keras.KerasTensor, activation: str | None) -> keras.KerasTensor:
         for layer in self._normalization(activation):
             x = layer(x)
         return x
 
-    def finish(self, inputs, x, classes: int, name: str) -> keras.Model:
+    def finish(self, inputs: keras.KerasTensor, x: keras.KerasTensor, classes: int, name: str) -> keras.Model:
         x = keras.layers.GlobalAveragePooling2D()(x)
         return keras.Model(inputs, keras.layers.Dense(classes, name="logits")(x), name=name)
 

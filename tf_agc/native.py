@@ -7,7 +7,9 @@ Nothing here decides which implementation runs, and nothing computes.
 import ctypes
 import dataclasses
 import pathlib
+import re
 import struct
+from typing import Any
 
 import tensorflow as tf
 
@@ -86,6 +88,9 @@ def _find(name: str) -> Status:
         built_for = version_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         return Status(False, f"{version_file} is not readable: {error} ({cure})", library, None)
+    if not re.match(r"\d+\.\d+\.\d", built_for):
+        reason = f"{version_file} must hold a TensorFlow version, got {built_for[:80]!r} ({cure})"
+        return Status(False, reason, library, None)
     if built_for != tf.__version__:
         # C++ has no stable ABI between TensorFlow's versions: opening it could crash the process.
         if not checkout:
@@ -122,7 +127,7 @@ def _is_truncated(library: pathlib.Path) -> bool:
     return False
 
 
-def _load():
+def _load() -> tuple[Status, Any]:
     """Returns the status and the module of generated op wrappers, None where there is none."""
     status = _find("libtf_agc.so")
     if not status.available:

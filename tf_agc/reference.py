@@ -47,7 +47,7 @@ def agc(
     batch, channels = shape[:1], shape[-1:] if channels_last else shape[1:2]
     ones = tf.ones([rank - 2], tf.int32)
 
-    def along_map(values, first):
+    def along_map(values: tf.Tensor, first: tf.Tensor | list[int]) -> tf.Tensor:
         # An explicit shape and no broadcasting, so that a parameter of another length is an error.
         parts = [first, ones, channels] if channels_last else [first, channels, ones]
         return tf.reshape(values, tf.concat(parts, axis=0))
@@ -60,7 +60,7 @@ def agc(
     return y, mean
 
 
-def _activate(z, activation, alpha):
+def _activate(z: tf.Tensor, activation: str, alpha: float) -> tf.Tensor:
     # The op's attribute is a float32: the same value here, or float64 results differ by 1e-9.
     alpha = float(np.float32(alpha))
     if activation in ("leaky_relu", "elu") and alpha == 0:
@@ -78,12 +78,12 @@ def _activate(z, activation, alpha):
     raise ValueError(f"unknown activation {activation!r}")
 
 
-def _spatial_axes(rank, channels_last):
+def _spatial_axes(rank: int | tf.Tensor, channels_last: bool) -> list[int] | tf.Tensor:
     first, last = (1, rank - 1) if channels_last else (2, rank)
     return list(range(first, last)) if isinstance(rank, int) else tf.range(first, last)
 
 
-def _require_positions(x, data_format):
+def _require_positions(x: tf.Tensor, data_format: str) -> tf.Tensor:
     """Returns x, after an op that fails where x has samples but a spatial size of 0."""
     spatial = slice(1, -1) if data_format == "channels_last" else slice(2, None)
     if x.shape.rank is not None and all(size for size in x.shape[spatial]):

@@ -1,6 +1,7 @@
-"""Benchmarks whose results are committed: `cpu` (the op), `model` (whole networks), `report` (the tables and the plot).
+"""Benchmarks: `cpu` (the op), `model` (whole networks), `monitor` (GainMonitor), `report` (the tables and the plot).
 
-Options, files and tables; what is measured and how is in bench_cpu.py and bench_model.py, the plot in bench_plot.py.
+Options, files and tables; what is measured and how is in bench_cpu.py, bench_model.py and bench_monitor.py, the plot in
+bench_plot.py.
 """
 
 import argparse
@@ -41,6 +42,10 @@ def parse_options() -> argparse.Namespace:
     model.add_argument("--quick", action="store_true", help="four timed steps")
     model.add_argument("--csv", type=pathlib.Path, help="write the results here")
     model.set_defaults(run=run_model)
+
+    monitor = commands.add_parser("monitor", help="what GainMonitor costs in training")
+    monitor.add_argument("--quick", action="store_true", help="one network, three epochs")
+    monitor.set_defaults(run=run_monitor)
 
     report = commands.add_parser("report", help="table and plot out of a CSV file of either benchmark")
     report.add_argument("csv", type=pathlib.Path)
@@ -166,6 +171,23 @@ def run_model(options: argparse.Namespace) -> None:
     print(model_table(rows, meta))
 
 
+def run_monitor(options: argparse.Namespace) -> None:
+    import rich.progress
+
+    import bench_model
+    import bench_monitor
+    import machine
+    import tf_agc
+
+    tf_agc.implementation("native")  # or an error that says why there is nothing to measure
+    networks = list(bench_model.NETWORKS)[: 1 if options.quick else None]
+    rows = [
+        bench_monitor.measure(name, options.quick)
+        for name in rich.progress.track(networks, description="networks", console=_console())
+    ]
+    print(monitor_table(rows, machine.describe()))
+
+
 def _console():
     import rich.console
 
@@ -240,6 +262,22 @@ def model_table(rows: list, meta: dict[str, str]) -> str:
                 if row.jit
                 else f"{row.kept_mib:.4g} | {row.kept_mib / other.kept_mib:.2f} | {row.peak_mib:.4g} |"
             )
+        )
+    return "\n".join([*lines, "", _footer(meta), ""])
+
+
+def monitor_table(rows: list, meta: dict[str, str]) -> str:
+    """Returns a Markdown table of networks; shares are of CPU time, at one record an epoch."""
+    lines = [
+        "| network, batch | AGC layers | ms a step | ± | in epochs with a record | ms a record | ± | "
+        "% of an epoch of 391 steps | steps for 2 % |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.network}, {row.batch} | {row.layers} | {row.step_ms:.4g} | {row.step_spread_ms:.2g} | "
+            f"{row.monitored_step_ms:.4g} | {row.record_ms:.4g} | {row.record_spread_ms:.2g} | "
+            f"{100 * row.share(391):.2g} | {row.steps_for(0.02)} |"
         )
     return "\n".join([*lines, "", _footer(meta), ""])
 

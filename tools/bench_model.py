@@ -99,7 +99,7 @@ def measure(name: str, quick: bool) -> Iterator[Row]:
     """Times the steps of one network with every normalization, in turns."""
     network = NETWORKS[name]
     images, labels = network.data()
-    trained = {variant: _compiled(network, *variant) for variant in network.variants()}
+    trained = {variant: compiled(network, *variant) for variant in network.variants()}
     for model in trained.values():
         for _ in range(2):
             model.train_on_batch(images, labels)
@@ -147,7 +147,8 @@ def kept_bytes(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> in
     return sum(kept.values())
 
 
-def _compiled(network: Network, normalization: str, jit: bool = False) -> keras.Model:
+def compiled(network: Network, normalization: str, jit: bool = False) -> keras.Model:
+    """The network ready to train, calibrated where it is AGC's."""
     keras.utils.set_random_seed(0)
     model = network.make(normalization)
     if normalization == "agc":
@@ -168,7 +169,7 @@ def _peak_of_fresh_process(network: str, normalization: str) -> float:
 def _print_peak_memory(name: str, normalization: str) -> None:
     network = NETWORKS[name]
     images, labels = network.data()
-    model = _compiled(network, normalization)
+    model = compiled(network, normalization)
     for _ in range(_MEMORY_STEPS):
         model.train_on_batch(images, labels)
     # Not getrusage, whose maximum a process inherits from the one that started it.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the wheel with Bazel and installs it into .venv. The libraries also go beside the sources, so that a Python started
-# in the checkout finds them. A second run without changes builds and installs nothing.
+# Builds the wheel with Bazel and installs it into the venv of its TensorFlow (the newest, or --tensorflow X). The libraries
+# also go beside the sources, so that a Python started in the checkout finds them. A second run without changes builds and
+# installs nothing.
 
 set -euo pipefail
 # shellcheck source=tools/setup.sh

@@ -1,15 +1,16 @@
 # shellcheck shell=bash
-# The one place of set-up, sourced by build.sh, test.sh and bazel.sh: compiler, .venv with everything in requirements.lock,
-# Bazel, and .bazelrc.configured. A second run finds all of it and fetches nothing. Nothing is built here.
+# The one place of set-up, sourced by build.sh, build_wheel.sh, test.sh and bazel.sh: compiler, a venv with everything in
+# the lock, Bazel, and .bazelrc.configured. A second run finds all of it and fetches nothing. Nothing is built here.
 #
-# PYTHON=/path/to/python3 chooses the interpreter that .venv is made from, BAZEL=/path/to/bazel the Bazel. TF_AGC_CUDA=1
+# --tensorflow X, as the first argument of any of these scripts, chooses a TensorFlow release that has a lock in
+# requirements/, and is taken off the arguments here. Without it: the newest, in .venv. Others are in .cache/venv-X.
+# PYTHON=/path/to/python3 chooses the interpreter that the venv is made from, BAZEL=/path/to/bazel the Bazel. TF_AGC_CUDA=1
 # builds with CUDA (docs/cuda.md).
-# Afterwards: ${ROOT}, ${VENV}, run_bazel, need_file. Every failure is one sentence on stderr; logs are in .cache.
+# Afterwards: ${ROOT}, ${RELEASE}, ${VENV}, run_bazel, need_file. Every failure is one sentence on stderr; logs are in .cache.
 
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-VENV=${ROOT}/.venv
 CACHE=${ROOT}/.cache
 
 # A venv takes 2.7 GB, what Bazel keeps and pip's downloads the rest.
@@ -26,6 +27,20 @@ fail() {
 
 say() {
   printf 'tf_agc: %s\n' "$*"
+}
+
+# choose_tensorflow [RELEASE]: sets RELEASE, LOCK and VENV.
+choose_tensorflow() {
+  local locks=("${ROOT}"/requirements/tensorflow-*.lock) releases newest
+  releases=("${locks[@]##*/tensorflow-}")
+  releases=("${releases[@]%.lock}")
+  newest=${releases[-1]}
+  RELEASE=${1-${newest}}
+  LOCK=${ROOT}/requirements/tensorflow-${RELEASE}.lock
+  [[ -f ${LOCK} ]] ||
+    fail "--tensorflow must be one of ${releases[*]} (those with a lock in requirements), got '${RELEASE}'."
+  VENV=${ROOT}/.venv
+  [[ ${RELEASE} == "${newest}" ]] || VENV=${CACHE}/venv-${RELEASE}
 }
 
 # install WHAT PACKAGE...: installs Debian packages, for want of WHAT.
@@ -68,7 +83,7 @@ python_version() {
 }
 
 lock_hash() {
-  sha256sum <"${ROOT}/requirements.lock" | cut -c1-16
+  sha256sum <"${LOCK}" | cut -c1-16
 }
 
 # The venv is whole when pip has finished with this lock file, in this place.
@@ -107,8 +122,8 @@ make_venv() {
     fail "${python} could not make ${VENV}: see ${CACHE}/pip.log."
   # --no-deps: the lock is complete, and older pips stumble over extras when they resolve it once more.
   "${VENV}/bin/python" -m pip install --disable-pip-version-check --no-input --no-deps --require-hashes \
-    -r "${ROOT}/requirements.lock" >>"${CACHE}/pip.log" 2>&1 </dev/null ||
-    fail "pip could not install requirements.lock: see the end of ${CACHE}/pip.log, then start again."
+    -r "${LOCK}" >>"${CACHE}/pip.log" 2>&1 </dev/null ||
+    fail "pip could not install ${LOCK#"${ROOT}/"}: see the end of ${CACHE}/pip.log, then start again."
   venv_stamp >"${VENV}/tf_agc_stamp"
 }
 
@@ -117,8 +132,8 @@ check_tensorflow() {
 import importlib.metadata
 print(importlib.metadata.version("tensorflow"))' 2>/dev/null) ||
     fail "there is no TensorFlow in ${VENV}: remove that directory, then start again."
-  [[ ${TENSORFLOW_VERSION} == 2.21.* ]] ||
-    fail "${VENV} has TensorFlow ${TENSORFLOW_VERSION} where 2.21 is needed: remove that directory, then start again."
+  [[ ${TENSORFLOW_VERSION} == "${RELEASE}".* ]] ||
+    fail "${VENV} has TensorFlow ${TENSORFLOW_VERSION} where ${RELEASE} is needed: remove that directory, then start again."
 }
 
 # Prints "GENERATION PATH" if the command is a Bazel that runs here and that WORKSPACE is written for.
@@ -201,6 +216,18 @@ run_bazel() {
   (cd "${ROOT}" && "${BAZEL_PATH}" "$@")
 }
 
+# The script's own arguments: sourced without arguments, this file shares them.
+case ${1:-} in
+  --tensorflow)
+    choose_tensorflow "${2:-}"
+    shift 2
+    ;;
+  --tensorflow=*)
+    choose_tensorflow "${1#*=}"
+    shift
+    ;;
+  *) choose_tensorflow ;;
+esac
 mkdir -p "${CACHE}" 2>/dev/null && [[ -w ${ROOT} ]] ||
   fail "${ROOT} cannot be written by $(id -un): take a checkout of your own."
 check_compiler

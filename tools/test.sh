@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # Every test: C++, formatting, Python. Arguments go to pytest, for example: tools/test.sh -k layer
+# With another TensorFlow than the newest: tools/test.sh --tensorflow 2.20 -k layer
 # pytest runs last, against the installed wheel, and its summary is the last line.
 
 set -euo pipefail
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-dev
+need_file /usr/bin/dot "Graphviz, which keras.utils.plot_model calls" graphviz
 
-"${ROOT}/tools/build.sh"
+"${ROOT}/tools/build.sh" --tensorflow "${RELEASE}"
 run_bazel test //cc/...
+# Programs that tests in Python start.
+run_bazel build //cc/serving:saved_model_runner //cc/serving:saved_model_runner_without_ops
 if command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
   # For one architecture: this is about whether everything compiles and links.
   run_bazel test --config=cuda --repo_env=TF_AGC_CUDA_ARCHITECTURES=90 \
@@ -21,9 +25,11 @@ cd "${ROOT}"
 python=(setup.py tests tf_agc tools)
 "${VENV}/bin/ruff" check --quiet "${python[@]}" || fail "ruff check found the errors above: correct them."
 "${VENV}/bin/ruff" format --quiet --check "${python[@]}" ||
-  fail "the Python files are not formatted: run .venv/bin/ruff format ${python[*]}."
+  fail "the Python files are not formatted: run ${VENV}/bin/ruff format ${python[*]}."
+"${VENV}/bin/mypy" || fail "mypy found the errors above: correct the types."
 find cc \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 "${VENV}/bin/clang-format" --dry-run -Werror ||
-  fail "the C++ files are not formatted: run .venv/bin/clang-format -i on those above."
+  fail "the C++ files are not formatted: run ${VENV}/bin/clang-format -i on those above."
 
 # The executable and not `python -m pytest`, which would put the checkout, and so the sources, before the installed wheel.
-exec "${VENV}/bin/pytest" "$@"
+# A file of tests stays in one process, so that what its tests share is made once.
+exec "${VENV}/bin/pytest" --numprocesses=2 --dist=loadfile "$@"

@@ -80,7 +80,8 @@ XlaOp Activate(const Attributes& attributes, const Maps& maps, XlaOp z) {
     case core::Activation::kRelu:
       return xla::Max(z, zero);
     case core::Activation::kRelu6:
-      return xla::Min(xla::Max(z, zero), maps.Constant(6));
+      // Not Min(Max(z, 0), 6): where TensorFlow 2.20's XLA compiles that for the CPU, NaN becomes 0.
+      return xla::Select(xla::Gt(z, maps.Constant(6)), xla::FullLike(z, 6), xla::Max(z, zero));
     case core::Activation::kLeakyRelu:
       return xla::Select(xla::Gt(z, zero), z, xla::Mul(z, alpha));
     case core::Activation::kElu:

@@ -1,0 +1,676 @@
+"""`tf_agc.export_saved_model`: models of all kinds, answered for by a process that has no tf_agc; what it refuses."""
+
+import dataclasses
+import errno
+import pathlib
+import resource
+import shutil
+import sys
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from agc_testing import EPSILON, python
+from tensorflow.python.framework import op_def_library  # stands for the wrapper of a custom op's library
+
+import tf_agc
+from tf_agc import AutomaticGainControl, export, native, reference, saved_graph
+
+pytestmark = pytest.mark.usefixtures("fresh_keras")
+
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "saved_model"
+X = np.random.default_rng(0).standard_normal((3, 6, 5, 4)).astype(np.float32)
+
+
+def _layers(dtype=None):
+    """Gains that let a wrong map show, and channels that differ."""
+    return [
+        keras.layers.Conv2D(5, 3, use_bias=False, dtype=dtype),
+        AutomaticGainControl("relu", gain_initializer=keras.initializers.RandomNormal(1.5, 0.5), dtype=dtype),
+        keras.layers.Conv2D(3, 1, use_bias=False, dtype=dtype),
+        AutomaticGainControl("elu", alpha=0.5, gain_initializer="random_normal", dtype=dtype),
+        keras.layers.GlobalMaxPooling2D(dtype=dtype),
+    ]
+
+
+def _functional(dtype=None):
+    outputs = inputs = keras.Input(X.shape[1:], name="image")
+    for layer in _layers(dtype):
+        outputs = layer(outputs)
+    return keras.Model(inputs, outputs)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.steps = _layers()
+
+    def call(self, x, training=False):
+        for layer in self.steps:
+            x = layer(x)
+        return x
+
+
+class Wrapped(keras.layers.Layer):
+    """A layer whose author wrapped call() in a tf.function, with control flow for AutoGraph."""
+
+    def __init__(self):
+        super().__init__()
+        self.agc = AutomaticGainControl("leaky_relu")
+
+    def build(self, input_shape):
+        self.agc.build(input_shape)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    @tf.function
+    def call(self, x):
+        if tf.reduce_max(x) > 1:
+            x = x + 1
+        return self.agc(x)
+
+
+class Jit(Wrapped):
+    @tf.function(jit_compile=True)
+    def call(self, x):
+        return self.agc(x)
+
+
+def _subclassed():
+    model = Subclassed()
+    model(X)
+    return model
+
+
+def _nested():
+    inputs = keras.Input(X.shape[1:])
+    block = keras.Sequential([keras.layers.Conv2D(4, 3, padding="same"), AutomaticGainControl("relu")])
+    return keras.Model(inputs, [_functional()(block(inputs)), Subclassed()(inputs)])
+
+
+def _several_inputs():
+    left, right = keras.Input(X.shape[1:], name="left"), keras.Input(X.shape[1:], name="right")
+    left_agc, right_agc = AutomaticGainControl("relu")(left), AutomaticGainControl("relu6")(right)
+    outputs = {"sum": left_agc + right_agc, "difference": left_agc - right_agc}
+    return keras.Model({"left": left, "right": right}, outputs)
+
+
+def _compiled(jit_compile):
+    model = _functional()
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    model.fit(X, np.zeros((3, 3)), verbose=0)
+    model.predict(X, verbose=0)
+    return model
+
+
+def _with(layer):
+    """Called, and so traced with the native op, before it is exported."""
+    model = keras.Sequential([keras.Input(X.shape[1:]), layer, keras.layers.GlobalAveragePooling2D()])
+    model(X)
+    return model
+
+
+def _time_distributed():
+    per_step = keras.Sequential([keras.layers.Conv1D(3, 2), AutomaticGainControl("relu")])
+    return keras.Sequential([keras.Input(X.shape[1:]), keras.layers.TimeDistributed(per_step)])
+
+
+def _free_size():
+    inputs = keras.Input((None, None, 4))
+    outputs = AutomaticGainControl("relu6", alpha=None)(keras.layers.Conv2D(3, 3)(inputs))
+    return keras.Model(inputs, outputs)
+
+
+MODELS = {
+    "functional": _functional,
+    "sequential": lambda: keras.Sequential([keras.Input(X.shape[1:]), *_layers()]),
+    "subclassed": _subclassed,
+    "nested": _nested,
+    "several_inputs": _several_inputs,
+    "compiled": lambda: _compiled(False),
+    "jit_compiled": lambda: _compiled(True),
+    "traced": lambda: _with(Wrapped()),
+    "traced_for_xla": lambda: _with(Jit()),
+    "time_distributed": _time_distributed,
+    "free_size": _free_size,
+    "mixed_float16": lambda: _functional("mixed_float16"),
+    "mixed_bfloat16": lambda: _functional("mixed_bfloat16"),
+    "float64": lambda: _functional("float64"),
+}
+
+_ANSWER = """
+import pathlib, sys
+sys.modules["tf_agc"] = None  # an import of it would fail
+import numpy as np, tensorflow as tf
+where = pathlib.Path(sys.argv[1])
+for model in where.iterdir():
+    signature = tf.saved_model.load(str(model / "1")).signatures["serving_default"]
+    inputs = np.load(model / "inputs.npz")
+    answers = signature(**{name: tf.constant(value) for name, value in inputs.items()})
+    np.savez(model / "answers.npz", **{name: tf.cast(value, tf.float64) for name, value in answers.items()})
+"""
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """The models, their answers here, and those of their portable exports in one process without tf_agc."""
+    if not native.STATUS.available:
+        pytest.fail(f"this test needs the native library: {native.STATUS.reason}")
+    where, models = tmp_path_factory.mktemp("models"), {}
+    for name, make in MODELS.items():
+        keras.utils.set_random_seed(1)
+        model = make()
+        version = tf_agc.export_saved_model(model, where / name)
+        assert version == where / name / "1"
+        arguments = {"left": X, "right": 2 * X} if name == "several_inputs" else X
+        signature = tf.saved_model.load(str(version)).signatures["serving_default"]
+        inputs = arguments if isinstance(arguments, dict) else dict.fromkeys(signature.structured_input_signature[1], X)
+        dtypes = {key: spec.dtype for key, spec in signature.structured_input_signature[1].items()}
+        np.savez(version.parent / "inputs.npz", **{key: tf.cast(v, dtypes[key]) for key, v in inputs.items()})
+        models[name] = model, model(arguments)
+    script = where.parent / "answer.py"
+    script.write_text(_ANSWER)
+    python(script, where)
+    return {name: (model, want, np.load(where / name / "answers.npz")) for name, (model, want) in models.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_portable_model_answers_without_tf_agc(answered, name):
+    _, want, got = answered[name]
+    want = want if isinstance(want, dict) else {f"output_{i}": y for i, y in enumerate(tf.nest.flatten(want))}
+    assert set(got) == set(want)
+    epsilon = EPSILON[name.removeprefix("mixed_") if name.startswith("mixed") or name == "float64" else "float32"]
+    for key, value in want.items():
+        value = tf.cast(value, tf.float64).numpy()
+        assert np.abs(value).max() > 1e-3
+        # Two layers of each kind: a handful of roundings each.
+        np.testing.assert_allclose(got[key], value, rtol=0, atol=16 * epsilon * np.abs(value).max())
+
+
+def _ops(version):
+    return [node.op for node in saved_graph.nodes(saved_graph.read(version))]
+
+
+def test_the_model_is_left_as_it_was(tmp_path, counters):
+    model = _compiled(False)
+    model.add_metric = None  # of the user's own
+    wrapped = Wrapped()
+    wrapping = _with(wrapped)
+    assert not wrapping.jit_compile  # Keras decides at the first reading
+    layers = [*model._flatten_layers(), *wrapping._flatten_layers()]
+    before = [dict(vars(layer)) for layer in layers]
+    weights = model.get_weights()
+
+    tf_agc.export_saved_model(model, tmp_path / "model")
+    tf_agc.export_saved_model(wrapping, tmp_path / "wrapping")
+
+    for layer, attributes in zip(layers, before, strict=True):
+        # Keras itself leaves these behind, empty, where it writes a SavedModel.
+        functions = {"train_function", "test_function", "predict_function"}
+        added = vars(layer).keys() - attributes.keys()
+        assert added <= functions and all(vars(layer)[name] is None for name in added)
+        assert all(vars(layer)[name] is value for name, value in attributes.items()), layer
+    for weight, value in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(weight, value)
+    # What was traced in the export, and what is traced now, is the native op as ever.
+    counters.reset()
+    model.predict(X, verbose=0)
+    wrapping.predict(X[:, :5], verbose=0)
+    assert counters.read()["forward"] == 3
+
+
+def test_native_keeps_the_op_and_every_bit(tmp_path, capsys, native_required):
+    model = _functional()
+    version = tf_agc.export_saved_model(model, tmp_path / "net", portable=False)
+    assert _ops(version).count("TfAgc>Agc") == 2
+    assert capsys.readouterr().out == (
+        f"Exported '{model.name}' to {version}: serving_default; 2 x TfAgc>Agc; "
+        "answers differ from the model's by at most 0 of the largest.\n"
+    )
+    answers = tf.saved_model.load(str(version)).signatures["serving_default"](image=X)
+    np.testing.assert_array_equal(answers["output_0"], tf.function(model)(X))
+
+
+def test_one_line_says_what_was_exported(tmp_path, capsys):
+    version = tf_agc.export_saved_model(_functional(), str(tmp_path / "net"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"Exported 'functional' to {version}: serving_default; stock ops only; answers differ")
+
+
+@pytest.mark.parametrize("portable", [True, False])
+@pytest.mark.parametrize("alone", [True, False], ids=["op", "model"])
+def test_a_sample_is_answered_alike_in_every_batch(tmp_path, native_required, portable, alone):
+    # A model server joins requests to batches and pads those to allowed sizes with copies of a sample.
+    model = keras.Sequential([keras.Input(X.shape[1:]), AutomaticGainControl("relu")]) if alone else _functional()
+    version = tf_agc.export_saved_model(model, tmp_path / "net", portable=portable)
+    signature = tf.saved_model.load(str(version)).signatures["serving_default"]
+    (name,) = signature.structured_input_signature[1]
+
+    def answer(batch):
+        return signature(**{name: tf.constant(batch)})["output_0"].numpy()
+
+    single = np.concatenate([answer(X[i : i + 1]) for i in range(3)])
+    for size in (3, 4, 8, 33):
+        padded = np.concatenate([X, np.repeat(X[:1], size - 3, axis=0)])
+        if alone and not portable:
+            np.testing.assert_array_equal(answer(padded)[:3], single)
+        else:
+            np.testing.assert_allclose(answer(padded)[:3], single, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- signatures
+
+
+def test_signatures_beside_the_model_s_own(tmp_path, native_required):
+    model = _functional()
+    features = keras.Model(model.input, model.layers[2].output)
+    calls = tf.Variable(0.0, trainable=False)
+
+    @tf.function(input_signature=[{"a": tf.TensorSpec([None, 6, 5, 4]), "b": tf.TensorSpec([None], tf.int64)}])
+    def embed(inputs):
+        calls.assign_add(1.0)
+        return {"features": features(inputs["a"]), "b": inputs["b"], "calls": calls.read_value()}
+
+    embed({"a": X, "b": tf.range(3, dtype=tf.int64)})  # a trace with the native op
+    version = tf_agc.export_saved_model(model, tmp_path / "net", signatures={"embed": embed})
+    assert not any(op.startswith("TfAgc") for op in _ops(version))
+    assert calls.numpy() == 1  # the check puts back what it changes
+
+    loaded = tf.saved_model.load(str(version))
+    assert set(loaded.signatures) == {"serving_default", "embed"}
+    names = list(loaded.signatures["embed"].structured_input_signature[1])
+    inputs = dict(zip(sorted(names), [tf.constant(X), tf.range(3, dtype=tf.int64)], strict=True))
+    got = loaded.signatures["embed"](**inputs)
+    np.testing.assert_allclose(got["features"], features(X), rtol=1e-5, atol=1e-5)
+    assert got["calls"].numpy() == 2 and got["b"].numpy().tolist() == [0, 1, 2]
+
+
+def test_a_signature_in_place_of_the_model_s_own(tmp_path):
+    model = Subclassed()
+    model.build((None, *X.shape[1:]))  # never called, so its inputs are not known to Keras
+    with pytest.raises(ValueError, match="the inputs of model '.*' are not known: call it on a batch, or pass a sign"):
+        tf_agc.export_saved_model(model, tmp_path / "net")
+    function = tf.function(lambda image: tf.nn.softmax(model(image)), input_signature=[tf.TensorSpec([None, 6, 5, 4])])
+    version = tf_agc.export_saved_model(model, tmp_path / "net", signatures={"serving_default": function})
+    signatures = tf.saved_model.load(str(version)).signatures
+    assert set(signatures) == {"serving_default"}
+    got = signatures["serving_default"](image=X)["output_0"]
+    np.testing.assert_allclose(got, tf.nn.softmax(model(X)), rtol=1e-5)
+
+
+def test_gradients_in_a_signature(tmp_path, native_required):
+    def saliency_of(model):
+        def saliency(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = model(x)
+            return tape.gradient(y, x)
+
+        return tf.function(saliency, input_signature=[tf.TensorSpec([None, 6, 5, 4])])
+
+    model = _functional()
+    want = saliency_of(model)(X)
+    with pytest.raises(ValueError, match="with the custom op TfAgc>AgcGrad: build the .*implementation..reference.."):
+        tf_agc.export_saved_model(model, tmp_path / "net", signatures={"saliency": saliency_of(model)})
+    assert not (tmp_path / "net").exists()
+    with tf_agc.implementation("reference"):
+        version = tf_agc.export_saved_model(model, tmp_path / "net", signatures={"saliency": saliency_of(model)})
+    got = tf.saved_model.load(str(version)).signatures["saliency"](tf.constant(X))["output_0"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_that_varies_is_not_compared(tmp_path, capsys):
+    noise = tf.function(lambda x: x + tf.random.normal([3]), input_signature=[tf.TensorSpec([None, 3])])
+    tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures={"noise": noise})
+    assert "(not compared, since they vary from call to call: noise)" in capsys.readouterr().out
+
+
+_SPEC = [tf.TensorSpec([None, 6, 5, 4])]
+
+
+@pytest.mark.parametrize(
+    "signatures, error, message",
+    [
+        ([lambda x: x], TypeError, "signatures must be a dict of tf.functions, got list"),
+        ({"a": lambda x: x}, TypeError, r"signatures\['a'\] must be a tf.function, got function: make it with"),
+        ({"a": tf.function(lambda x: x)}, ValueError, r"signatures\['a'\] must have an input_signature, got None"),
+        ({3: tf.function(abs, input_signature=_SPEC)}, ValueError, "a name in signatures must be a str .*, got 3"),
+        ({"variables": tf.function(abs, input_signature=_SPEC)}, ValueError, "is none of .*, got 'variables'"),
+        ({"_a": tf.function(abs, input_signature=_SPEC)}, ValueError, "does not start with '_' .*, got '_a'"),
+        (
+            {"a": tf.function(lambda x: tf.reshape(x, [-1, 7]), input_signature=[tf.TensorSpec([None, None])])},
+            ValueError,
+            r"signature 'a' takes no random inputs .*\(x \(None, None\)\): pass example inputs as warmup. .* multiple",
+        ),
+        (
+            {"a": tf.function(lambda x: tf.py_function(abs, [x], tf.float32), input_signature=_SPEC)},
+            ValueError,
+            "the model calls Python .* its graph has the ops EagerPyFunc",
+        ),
+    ],
+)
+def test_bad_signatures(tmp_path, signatures, error, message):
+    with pytest.raises(error, match=message):
+        tf_agc.export_saved_model(_functional(), tmp_path / "new" / "net", signatures=signatures)
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- versions
+
+
+def _names(directory):
+    return sorted(entry.name for entry in directory.iterdir())
+
+
+def test_versions_count_up_and_are_replaced_when_told_to(tmp_path):
+    base = tmp_path / "net"
+    for name in ("notes", "7", "-3", "1.5"):
+        (base / name).mkdir(parents=True)
+    (base / "7" / "saved_model.pb").write_text("an older one")
+    model = _functional()
+    assert tf_agc.export_saved_model(model, base).name == "8"
+    (base / "8" / "mark").touch()
+    assert tf_agc.export_saved_model(model, base, overwrite=True).name == "8"
+    assert not (base / "8" / "mark").exists()
+    assert (base / "7" / "saved_model.pb").read_text() == "an older one"
+    assert _names(base) == ["-3", "1.5", "7", "8", "notes"]
+
+
+def test_overwrite_replaces_nothing_but_a_saved_model(tmp_path):
+    base = tmp_path / "photos"
+    (base / "2024").mkdir(parents=True)
+    (base / "2024" / "cat.jpg").touch()
+    with pytest.raises(FileExistsError, match="overwrite replaces the directory of a SavedModel and nothing else, got"):
+        tf_agc.export_saved_model(_functional(), base, overwrite=True)
+    assert _names(base) == ["2024"] and _names(base / "2024") == ["cat.jpg"]
+
+
+def test_the_old_version_returns_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    base = tmp_path / "net"
+    version = tf_agc.export_saved_model(_functional(), base)
+    rename, content = pathlib.Path.rename, (version / "saved_model.pb").read_bytes()
+
+    def fails_once(source, target):
+        if source.name.startswith(".export") and not source.name.endswith("replaced"):
+            raise OSError(errno.EIO, "broken")
+        return rename(source, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fails_once)
+    with pytest.raises(OSError, match="broken"):
+        tf_agc.export_saved_model(_functional(), base, overwrite=True)
+    assert _names(base) == ["1"] and (version / "saved_model.pb").read_bytes() == content
+
+
+def test_a_version_appears_complete(tmp_path, monkeypatch):
+    # What a server that polls could see, at the moment before the last.
+    seen = []
+    check = export.check_answers
+
+    def look_and_check(directory, *arguments):
+        seen.extend(_names(directory.parent))
+        return check(directory, *arguments)
+
+    monkeypatch.setattr(export, "check_answers", look_and_check)
+    version = tf_agc.export_saved_model(_functional(), tmp_path / "net")
+    (staging,) = seen
+    assert staging.startswith(".export-") and not staging.isdigit()
+    assert _names(tmp_path / "net") == ["1"]
+    # Another user's server can read it: mkdtemp, for one, would have made it private.
+    (tmp_path / "made").mkdir()
+    assert version.stat().st_mode == (tmp_path / "made").stat().st_mode
+
+
+def test_exports_at_the_same_time_take_different_numbers(tmp_path):
+    sources = [tmp_path / f".export-{i}" for i in range(16)]
+    for source in sources:
+        source.mkdir()
+        (source / source.name).touch()
+    barrier, versions = threading.Barrier(len(sources)), []
+
+    def publish(source):
+        barrier.wait()
+        versions.append((export._publish(source, tmp_path, overwrite=False), source.name))
+
+    threads = [threading.Thread(target=publish, args=[source]) for source in sources]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(int(version.name) for version, _ in versions) == list(range(1, 17))
+    assert all((version / content).exists() for version, content in versions)
+
+
+# ---------------------------------------------------------------- warm-up
+
+
+def _records(version):
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    file = version / "assets.extra" / "tf_serving_warmup_requests"
+    records = [prediction_log_pb2.PredictionLog.FromString(r.numpy()) for r in tf.data.TFRecordDataset(str(file))]
+    return [record.predict_log.request for record in records]
+
+
+def test_warmup_records(tmp_path):
+    scale = tf.function(
+        lambda x, by: x * by, input_signature=[tf.TensorSpec([None], name="x"), tf.TensorSpec([], name="by")]
+    )
+    warmup = {"serving_default": X.astype(np.float64), "scale": ([1, 2], 3)}
+    version = tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures={"scale": scale}, warmup=warmup)
+    requests = {request.model_spec.signature_name: request for request in _records(version)}
+    assert set(requests) == {"serving_default", "scale"}
+    assert {request.model_spec.name for request in requests.values()} == {"net"}
+    image = requests["serving_default"].inputs["image"]
+    assert image.dtype == tf.float32.as_datatype_enum
+    np.testing.assert_array_equal(tf.make_ndarray(image), X)
+    assert tf.make_ndarray(requests["scale"].inputs["x"]).tolist() == [1, 2]
+    assert tf.make_ndarray(requests["scale"].inputs["by"]) == 3
+
+
+@pytest.mark.parametrize("warmup", [[X, 2 * X], {"left": X, "right": 2 * X}, {"serving_default": [X, 2 * X]}])
+def test_warmup_of_several_inputs(tmp_path, warmup):
+    version = tf_agc.export_saved_model(_several_inputs(), tmp_path / "net", warmup=warmup)
+    (request,) = _records(version)
+    np.testing.assert_array_equal(tf.make_ndarray(request.inputs["right"]), 2 * X)
+
+
+def test_warmup_is_what_the_check_uses_where_random_inputs_do_not_do(tmp_path):
+    rows = tf.function(lambda x: tf.reshape(x, [-1, 7]), input_signature=[tf.TensorSpec([None, None])])
+    signatures, warmup = {"serving_default": rows}, np.ones((2, 7))
+    version = tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures=signatures, warmup=warmup)
+    assert _records(version)[0].inputs["x"].tensor_shape.dim[1].size == 7
+
+
+@pytest.mark.parametrize(
+    "warmup, message",
+    [
+        (X[..., :2], r"'image' must have dtype float32 and shape \(None, 6, 5, 4\), got float32 and \(3, 6, 5, 2\)"),
+        ({"picture": X}, "warmup of 'serving_default' must have the inputs image, got picture"),
+        ([X, X], r"'image' must have dtype float32 and shape .*, got float32 and \(2, 3, 6, 5, 4\)"),
+        ("cat.jpg", "'image' must be convertible to float32: "),
+    ],
+)
+def test_bad_warmup(tmp_path, warmup, message):
+    with pytest.raises(ValueError, match=message):
+        tf_agc.export_saved_model(_functional(), tmp_path / "net", warmup=warmup)
+    assert not (tmp_path / "net").exists()
+
+
+def test_warmup_must_be_complete(tmp_path):
+    signatures = {"abs": tf.function(tf.abs, input_signature=[tf.TensorSpec([None])])}
+    for warmup, got in [(X, "a ndarray"), ({"abs": [1.0]}, "the keys abs")]:
+        with pytest.raises(ValueError, match=f"with inputs for each of serving_default, abs, got {got}"):
+            tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures=signatures, warmup=warmup)
+
+
+def test_warmup_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving", None)
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
+    with pytest.raises(ImportError, match="warmup needs the package tensorflow-serving-api: pip install"):
+        tf_agc.export_saved_model(_functional(), tmp_path / "net", warmup=X)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "model, error, message",
+    [
+        (AutomaticGainControl(), TypeError, "model must be a keras.Model, got AutomaticGainControl"),
+        (
+            keras.Sequential([AutomaticGainControl()], name="s"),
+            ValueError,
+            "model 's' is not built: call it on a batch",
+        ),
+    ],
+)
+def test_bad_models(tmp_path, model, error, message):
+    with pytest.raises(error, match=message):
+        tf_agc.export_saved_model(model, tmp_path)
+
+
+@pytest.mark.parametrize("path", ["file", "file/below", "dangling/below"])
+def test_paths_that_cannot_be_made(tmp_path, path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "nowhere")
+    with pytest.raises(OSError, match="path cannot be written: .*: '.*" + path):
+        tf_agc.export_saved_model(_functional(), tmp_path / path)
+    assert _names(tmp_path) == ["dangling", "file"]
+
+
+@pytest.mark.parametrize(
+    "path, error, message",
+    [
+        (3, TypeError, "path must be a str or a pathlib.Path, got int"),
+        (b"net", TypeError, "path must be a str or a pathlib.Path, got bytes"),
+        ("", ValueError, "path must be a local directory, got ''"),
+        ("gs://bucket/net", ValueError, "path must be a local directory, got 'gs://bucket/net' .export locally"),
+        (FIXTURE / "model", ValueError, "for numbered versions, got one with a SavedModel in it"),
+    ],
+)
+def test_bad_paths(path, error, message):
+    with pytest.raises(error, match=message):
+        tf_agc.export_saved_model(_functional(), path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_directory_that_is_read_only(tmp_path, monkeypatch, number):
+    # Root, who may run the tests, writes everywhere.
+    def mkdir(self, *arguments, **keywords):
+        raise OSError(number, "No writing here", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", mkdir)
+    with pytest.raises(OSError, match=f"path cannot be written: No writing here: '{tmp_path}'") as caught:
+        tf_agc.export_saved_model(_functional(), tmp_path)
+    assert caught.value.errno == number
+    assert _names(tmp_path) == []
+
+
+def test_a_disk_that_is_full_for_the_weights(tmp_path):
+    model = _functional()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a write beyond fails, in TensorFlow's C++ too
+    try:
+        with pytest.raises(OSError, match="path cannot be written: '.*net': .* File too large"):
+            tf_agc.export_saved_model(model, tmp_path / "new" / "net")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert _names(tmp_path) == []
+
+
+def test_a_disk_that_is_full_for_the_graph(tmp_path, monkeypatch):
+    def write_bytes(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", write_bytes)
+    with pytest.raises(OSError, match="path cannot be written: No space left on device: ") as caught:
+        tf_agc.export_saved_model(_functional(), tmp_path / "net")
+    assert caught.value.errno == errno.ENOSPC
+    assert _names(tmp_path) == []
+
+
+class Custom(keras.layers.Layer):
+    """Makes an op that TensorFlow has no wrapper for, as those of other libraries."""
+
+    def call(self, x):
+        return op_def_library.apply_op("KthOrderStatistic", input=x, k=1)[:, tf.newaxis]
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor((x.shape[0], 1))
+
+
+def test_custom_ops_of_others_are_named(tmp_path):
+    model = keras.Sequential([keras.Input((4, 3)), AutomaticGainControl(), keras.layers.Flatten(), Custom()])
+    with pytest.raises(ValueError, match="stock TensorFlow ops only, .* the custom ops KthOrderStatistic: leave out"):
+        tf_agc.export_saved_model(model, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_xla_s_own_ops_are_stock(tmp_path):
+    # keras.ops.slice_update makes one.
+    inputs = keras.Input((4, 3))
+    outputs = AutomaticGainControl()(keras.ops.slice_update(inputs, (0, 0, 0), keras.ops.ones((1, 1, 1))))
+    version = tf_agc.export_saved_model(keras.Model(inputs, outputs), tmp_path / "net")
+    assert "XlaDynamicUpdateSlice" in _ops(version)
+
+
+def test_a_wrong_answer_is_an_error(tmp_path, monkeypatch, native_required):
+    correct = reference.agc
+
+    def wrong(*arguments):
+        y, mean = correct(*arguments)
+        return 1.01 * y, mean
+
+    monkeypatch.setattr(reference, "agc", wrong)
+    (tmp_path / "net").mkdir()
+    message = "output 'output_0' of the exported signature 'serving_default' differs from the model's by 0.0.* 0.001"
+    with pytest.raises(RuntimeError, match=message):
+        tf_agc.export_saved_model(_functional(), tmp_path / "net")
+    assert _names(tmp_path / "net") == []
+
+
+def test_native_without_the_library(tmp_path, monkeypatch):
+    status = dataclasses.replace(native.STATUS, available=False, reason="it is on holiday")
+    monkeypatch.setattr(native, "STATUS", status)
+    with pytest.raises(RuntimeError, match="the native implementation is not available: it is on holiday"):
+        tf_agc.export_saved_model(_functional(), tmp_path / "net", portable=False)
+    assert not (tmp_path / "net").exists()
+    assert not any(op.startswith("TfAgc") for op in _ops(tf_agc.export_saved_model(_functional(), tmp_path / "net")))
+
+
+# ---------------------------------------------------------------- for ever
+
+
+def test_an_old_saved_model_answers_as_ever(native_required):
+    assert sum(file.stat().st_size for file in FIXTURE.rglob("*") if file.is_file()) < 200_000
+    ops = _ops(FIXTURE / "model")
+    assert ops.count("TfAgc>Agc") == 23 and ops.count("TfAgc>AgcGrad") == 10
+    loaded, answers = tf.saved_model.load(str(FIXTURE / "model")), np.load(FIXTURE / "answers.npz")
+    got = {}
+    for name in ("serving_default", "gradients"):
+        got |= loaded.signatures[name](x=answers["x"])
+    assert set(got) == set(answers) - {"x"}
+    for name, value in got.items():
+        # Any machine: a few roundings of the largest entry; answers are those of the reference in float64.
+        tolerance = 32 * EPSILON[value.dtype.name] * np.abs(answers[name]).max()
+        np.testing.assert_allclose(tf.cast(value, tf.float64), answers[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_an_old_saved_model_becomes_portable(tmp_path, native_required):
+    # The rewriting alone, on every variant of the op: only its gradients have no definition to call.
+    shutil.copytree(FIXTURE / "model", tmp_path / "model")
+    saved_graph.replace_native_ops(tmp_path / "model")
+    ops = _ops(tmp_path / "model")
+    assert ops.count("TfAgc>Agc") == 0 and ops.count("TfAgc>AgcGrad") == 10
+    answers = np.load(FIXTURE / "answers.npz")
+    signatures = tf.saved_model.load(str(tmp_path / "model")).signatures
+    for signature in ("serving_default", "gradients"):
+        for name, value in signatures[signature](x=answers["x"]).items():
+            tolerance = 32 * EPSILON[value.dtype.name] * np.abs(answers[name]).max()
+            np.testing.assert_allclose(tf.cast(value, tf.float64), answers[name], rtol=0, atol=tolerance, err_msg=name)
+    fingerprint = tf.saved_model.experimental.read_fingerprint(str(tmp_path / "model"))
+    old = tf.saved_model.experimental.read_fingerprint(str(FIXTURE / "model"))
+    assert fingerprint.saved_model_checksum != old.saved_model_checksum

@@ -1,0 +1,394 @@
+"""`GainMonitor`: what it records, in every kind of training, and what it leaves alone; the picture of `plot_gains`."""
+
+import csv
+import os
+import re
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_agc import AutomaticGainControl, GainMonitor, plot_gains
+from tf_agc import layer as agc_layer
+
+pytestmark = pytest.mark.usefixtures("fresh_keras")
+
+_X = np.random.default_rng(0).standard_normal((8, 6, 7, 3)).astype(np.float32)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _conv(channels=5, **arguments):
+    return keras.layers.Conv2D(channels, 3, padding="same", **arguments)
+
+
+def _sequential(**arguments):
+    layers = [keras.Input((6, 7, 3))]
+    for activation in ("relu", "tanh", None):
+        layers += [_conv(), AutomaticGainControl(activation, name=f"agc_{activation}", **arguments)]
+    return keras.Sequential([*layers, keras.layers.GlobalMaxPooling2D(), keras.layers.Dense(2)])
+
+
+def _fit(model, monitor, epochs=1, x=_X, compiled=False, **arguments):
+    if not compiled:
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+    y = np.zeros((len(x), *model.compute_output_shape((None, *x.shape[1:]))[1:]))
+    return model.fit(x, y, epochs=epochs, batch_size=2, shuffle=False, verbose=0, callbacks=[monitor], **arguments)
+
+
+def _rows(log_dir):
+    with (log_dir / "gains.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _check(row, layer, outputs):
+    """A row against the weights of a layer now, and against outputs of shape [..., C]."""
+    flat = np.asarray(outputs, np.float64).reshape(-1, np.shape(outputs)[-1])
+    expected = {
+        "gain": layer.gain.numpy(),
+        "mean_scale": layer.mean_scale.numpy(),
+        "output_std": flat.std(axis=0),
+        "sparsity": (flat == 0).mean(axis=0),
+    }
+    for name, channels in expected.items():
+        for over in ("mean", "min", "max"):
+            assert float(row[f"{name}_{over}"]) == pytest.approx(getattr(np, over)(channels), rel=1e-4, abs=1e-6)
+
+
+def test_values(tmp_path):
+    model = _sequential()
+    model.get_layer("agc_relu").gain.assign([-1, 1, 2, 3, 4])
+    _fit(model, GainMonitor(tmp_path, _X[:3]), epochs=2)
+    rows = _rows(tmp_path)
+    assert [(row["epoch"], row["step"]) for row in rows[::3]] == [("0", "0"), ("0", "4"), ("1", "8")]
+    assert [row["layer"].split("/")[-1] for row in rows] == 3 * ["agc_relu", "agc_tanh", "agc_None"]
+    assert (rows[0]["gain_mean"], rows[0]["gain_min"], rows[0]["gain_max"]) == ("1.8", "-1", "4")
+    for row, name in zip(rows[-3:], ("agc_relu", "agc_tanh", "agc_None"), strict=True):
+        layer = model.get_layer(name)
+        _check(row, layer, keras.Model(model.inputs, layer.output).predict(_X[:3], verbose=0))
+
+
+# No leading underscores: TensorFlow refuses the name scopes that Keras makes of them.
+class Block(keras.layers.Layer):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.conv, self.agc = _conv(3), AutomaticGainControl("relu", name="agc")
+
+    def call(self, x):
+        return self.agc(self.conv(x))
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        # Created in another order than they run.
+        self.second, self.first = Block(name="second"), Block(name="first")
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class WithFunction(Subclassed):
+    @tf.function
+    def call(self, x):
+        return super().call(x)
+
+
+@pytest.mark.parametrize("kind", [Subclassed, WithFunction])
+def test_subclassed_models_in_the_order_of_execution(tmp_path, kind):
+    model = kind()
+    _fit(model, GainMonitor(tmp_path, _X))
+    rows = _rows(tmp_path)
+    assert [row["layer"].split("/")[-2:] for row in rows[-2:]] == [["first", "agc"], ["second", "agc"]]
+    _check(rows[-2], model.first.agc, model.first(_X))
+    _check(rows[-1], model.second.agc, model.second(model.first(_X)))
+
+
+def test_layers_of_one_path_are_told_apart(tmp_path):
+    def inner():
+        return keras.Sequential([keras.Input((6, 7, 3)), AutomaticGainControl(name="agc")])
+
+    inputs = keras.Input((6, 7, 3))
+    first, second = inner(), inner()
+    model = keras.Model(inputs, second(first(inputs)))
+    second.layers[0].gain.assign([5, 5, 5])
+    _fit(model, GainMonitor(tmp_path, _X))
+    rows = _rows(tmp_path)[:2]
+    assert [row["gain_mean"] for row in rows] == ["1", "5"] and rows[0]["layer"] != rows[1]["layer"]
+
+
+def test_shared_layers_count_all_calls(tmp_path):
+    inputs = keras.Input((None, 7, 3))
+    shared = AutomaticGainControl("relu", mean_scale_initializer="zeros")
+    half = keras.layers.Cropping2D(((0, 2), (0, 0)))
+    model = keras.Model(inputs, shared(half(5 + 3 * shared(inputs))))
+    model.compile("sgd", "mse")
+    model.fit(_X, np.zeros((8, 4, 7, 3)), verbose=0, callbacks=[GainMonitor(tmp_path, _X)])
+    _, row = _rows(tmp_path)
+    first = shared(_X).numpy()
+    second = model.predict(_X, verbose=0)
+    _check(row, shared, np.concatenate([first.reshape(-1, 3), second.reshape(-1, 3)]))
+
+
+@pytest.mark.parametrize("steps", [4, None])
+def test_time_distributed(tmp_path, steps):
+    inputs = keras.Input((steps, 6, 3))
+    distributed = keras.layers.TimeDistributed(AutomaticGainControl("relu"))
+    model = keras.Model(inputs, distributed(inputs))
+    x = np.random.default_rng(0).standard_normal((4, 4, 6, 3)).astype(np.float32)
+    model.compile("sgd", "mse")
+    model.fit(x, x, verbose=0, callbacks=[GainMonitor(tmp_path, x)])
+    _check(_rows(tmp_path)[-1], distributed.layer, model.predict(x, verbose=0))
+
+
+def test_only_in_traced_code_or_not_at_all(tmp_path):
+    class Mapped(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.mapped, self.plain = AutomaticGainControl(name="mapped"), AutomaticGainControl(name="plain")
+            self.training_only = AutomaticGainControl(name="training_only")
+
+        def call(self, x, training=False):
+            x = tf.vectorized_map(lambda sample: self.mapped(sample[None])[0], self.plain(x))
+            return self.training_only(x) if training else x
+
+    model = Mapped()
+    model.mapped.build((None, 6, 7, 3))
+    model(_X, training=True)
+    model.compile("sgd", "mse")
+    model.fit(_X, _X, verbose=0, callbacks=[GainMonitor(tmp_path, _X)])
+    plain, *others = _rows(tmp_path)[-3:]
+    assert plain["layer"].endswith("plain") and plain["output_std_mean"] != ""
+    for row in others:
+        assert row["output_std_mean"] == row["sparsity_max"] == "" and float(row["gain_mean"]) != 0
+    plot_gains(tmp_path)  # draws what there is
+
+
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_data_formats(tmp_path, data_format):
+    layer = AutomaticGainControl("relu", data_format=data_format)
+    x = _X if data_format == "channels_last" else np.moveaxis(_X, -1, 1)
+    model = keras.Sequential([keras.Input(x.shape[1:]), layer])
+    model.compile("sgd", "mse")
+    model.fit(x, x, verbose=0, callbacks=[GainMonitor(tmp_path, x)])
+    y = layer(x).numpy()
+    _check(_rows(tmp_path)[-1], layer, y if data_format == "channels_last" else np.moveaxis(y, 1, -1))
+
+
+def test_mixed_precision_does_not_overflow(tmp_path):
+    layer = AutomaticGainControl(dtype="mixed_float16", gain_initializer=keras.initializers.Constant(1000.0))
+    model = keras.Sequential([keras.Input((6, 7, 3)), layer])
+    model.compile(keras.optimizers.SGD(1e-6), "mse")
+    model.fit(_X, _X, verbose=0, callbacks=[GainMonitor(tmp_path, _X)])
+    y = layer(_X)
+    assert y.dtype == "float16" and tf.reduce_any(tf.math.is_inf(y * y))
+    _check(_rows(tmp_path)[-1], layer, y)
+
+
+def test_jit_compile(tmp_path, native_required):
+    model = _sequential()
+    model.compile("sgd", "mse", jit_compile=True)
+    _fit(model, GainMonitor(tmp_path, _X), compiled=True)
+    _check(_rows(tmp_path)[-3], model.get_layer("agc_relu"), model.layers[1](model.layers[0](_X)))
+
+
+@pytest.mark.parametrize(
+    ("steps_per_execution", "update_freq", "steps"),
+    [
+        (1, "epoch", [0, 4, 8]),
+        (1, 2, [0, 2, 4, 6, 8]),
+        (1, 1, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (1, 100, [0, 4, 8]),
+        (3, "epoch", [0, 4, 8]),  # executions of 3 and 1 steps
+        (3, 2, [0, 3, 4, 7, 8]),
+    ],
+)
+def test_steps(tmp_path, steps_per_execution, update_freq, steps):
+    model = keras.Sequential([keras.Input((6, 7, 3)), AutomaticGainControl()])
+    model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
+    _fit(model, GainMonitor(tmp_path, _X, update_freq), epochs=2, compiled=True)
+    assert [int(row["step"]) for row in _rows(tmp_path)] == steps
+
+
+def _stateful():
+    inputs = keras.Input(batch_shape=(2, 6, 7, 3))
+    x = keras.layers.BatchNormalization()(_conv(4)(inputs))
+    x = keras.layers.Dropout(0.5, seed=1)(AutomaticGainControl("relu")(x))
+    x = keras.layers.Reshape((6, 28))(x)
+    return keras.Model(inputs, keras.layers.GRU(3, stateful=True)(x))
+
+
+def test_training_goes_on_as_without_it(tmp_path):
+    weights = []
+    for callbacks in ([], [GainMonitor(tmp_path, _X[:2], update_freq=1)]):
+        keras.utils.set_random_seed(0)
+        model = _stateful()
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        model.fit(_X, np.ones((8, 3)), epochs=2, batch_size=2, shuffle=False, verbose=0, callbacks=callbacks)
+        variables = model.variables + model.optimizer.variables + model.layers[-1].states
+        weights.append([variable.numpy() for variable in variables])
+    for without, with_monitor in zip(*weights, strict=True):
+        np.testing.assert_allclose(with_monitor, without, rtol=1e-5, atol=1e-6)
+    assert agc_layer.output_observer.get() is None and not tf.config.functions_run_eagerly()
+
+
+def test_fit_again_goes_on(tmp_path):
+    model, monitor = _sequential(), GainMonitor(tmp_path, _X)
+    _fit(model, monitor)
+    _fit(model, monitor, epochs=2, compiled=True, initial_epoch=1)
+    assert [(row["epoch"], row["step"]) for row in _rows(tmp_path)[::3]] == [("0", "0"), ("0", "4"), ("1", "8")]
+
+
+def test_an_existing_file_is_kept_or_continued(tmp_path):
+    _fit(_sequential(), GainMonitor(tmp_path / "new" / "log", _X))
+    path = tmp_path / "new" / "log" / "gains.csv"
+    before = path.read_text()
+    with pytest.raises(FileExistsError, match=re.escape(f"{path} exists: choose another log_dir, or continue it with")):
+        _fit(_sequential(), GainMonitor(path.parent, _X))
+    assert path.read_text() == before
+
+    _fit(_sequential(), GainMonitor(path.parent, _X, append=True))
+    assert path.read_text().startswith(before)
+    assert [row["step"] for row in _rows(path.parent)[::3]] == ["0", "4", "4", "8"]
+    plot_gains(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "a,b\n1,2\n", "was not written by GainMonitor: its first line must be epoch,step,layer,gain_"),
+        (lambda text: text[:-1], "ends within a record: remove its last line"),
+        (lambda text: text[: text.index("\n") + 1], "ends within a record"),
+        (lambda text: text + "1,8,agc,1\n", "line 8 must have epoch, step, layer and 12 numbers, got ['1', '8',"),
+        (lambda text: text.replace("\n0,4", "\n0,x"), "line 5 must have epoch, step, layer and 12 numbers, got ['0', "),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_continued_or_drawn(tmp_path, change, message):
+    _fit(_sequential(), GainMonitor(tmp_path, _X))
+    path = tmp_path / "gains.csv"
+    path.write_text(change(path.read_text()))
+    before = path.read_text()
+    with pytest.raises(ValueError, match=re.escape(f"{path}") + ",? " + re.escape(message)):
+        _fit(_sequential(), GainMonitor(tmp_path, _X, append=True))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plot_gains(tmp_path)
+    assert path.read_text() == before and not (tmp_path / "gains.png").exists()
+
+
+class Failing(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            raise ArithmeticError("broken on purpose")
+
+
+def test_a_training_that_fails_leaves_whole_records(tmp_path):
+    model = _sequential()
+    model.compile("sgd", "mse")
+    monitor = GainMonitor(tmp_path, _X)
+    with pytest.raises(ArithmeticError, match="broken on purpose"):
+        model.fit(_X, np.zeros((8, 2)), epochs=5, verbose=0, callbacks=[Failing(), monitor])
+    assert [int(row["step"]) for row in _rows(tmp_path)[::3]] == [0, 1]
+    assert (tmp_path / "gains.csv").read_text().endswith("\n")
+    assert _events(tmp_path).Scalars(f"gain/{_rows(tmp_path)[0]['layer']}")
+
+
+def test_a_training_that_diverges_is_recorded(tmp_path):
+    model = _sequential()
+    model.get_layer("agc_relu").gain.assign([np.nan, np.inf, 1, 1, 1])
+    _fit(model, GainMonitor(tmp_path, _X))
+    row = _rows(tmp_path)[0]
+    assert row["gain_mean"] == row["output_std_max"] == "nan"
+    assert plot_gains(tmp_path).read_bytes().startswith(PNG)
+
+
+def _events(log_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log_dir), {"tensors": 0})
+    events.Reload()
+    return _Events(events)
+
+
+class _Events:
+    """Scalars and histograms as [(step, array)], of a TensorBoard run."""
+
+    def __init__(self, events):
+        self._events = events
+
+    def Scalars(self, tag):
+        assert self._events.summary_metadata[tag].plugin_data.plugin_name == "scalars"
+        return self._tensors(tag)
+
+    def Histograms(self, tag):
+        assert self._events.summary_metadata[tag].plugin_data.plugin_name == "histograms"
+        return self._tensors(tag)
+
+    def _tensors(self, tag):
+        return [(event.step, tf.make_ndarray(event.tensor_proto)) for event in self._events.Tensors(tag)]
+
+
+def test_tensorboard(tmp_path):
+    model = _sequential()
+    _fit(model, GainMonitor(tmp_path, _X), epochs=2)
+    rows, events = _rows(tmp_path), _events(tmp_path)
+    for name in ("gain", "mean_scale", "output_std", "sparsity"):
+        for row in rows[:3]:
+            layer = row["layer"]
+            want = [(int(r["step"]), float(r[f"{name}_mean"])) for r in rows if r["layer"] == layer]
+            got = events.Scalars(f"{name}/{layer}")
+            assert [step for step, _ in got] == [step for step, _ in want]
+            np.testing.assert_allclose([value for _, value in got], [value for _, value in want], rtol=1e-4)
+            for _, buckets in events.Histograms(f"{name}/{layer}/channels"):  # left, right, count
+                assert buckets[:, 2].sum() == 5
+    last = events.Histograms(f"gain/{rows[0]['layer']}/channels")[-1][1]
+    gain = model.get_layer("agc_relu").gain.numpy()
+    np.testing.assert_allclose([last[0, 0], last[-1, 1]], [gain.min(), gain.max()], rtol=1e-5)
+
+
+def test_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.plugins.scalar.summary_v2", None)
+    with pytest.warns(
+        UserWarning, match="writes gains.csv and nothing for TensorBoard, whose package tensorboard"
+    ) as got:
+        monitor = GainMonitor(tmp_path, _X)
+    assert got[0].filename == __file__
+    _fit(_sequential(), monitor)
+    assert len(_rows(tmp_path)) == 6 and os.listdir(tmp_path) == ["gains.csv"]
+
+
+def test_errors(tmp_path):
+    for bad in ("batch", 0, -1, 2.5, True, None):
+        with pytest.raises(ValueError, match=f"update_freq must be 'epoch' or a number of steps >= 1, got {bad!r}"):
+            GainMonitor(tmp_path, _X, bad)
+    with pytest.raises(ValueError, match="log_dir must be a local directory, got 'gs://bucket/log'"):
+        GainMonitor("gs://bucket/log", _X)
+    with pytest.raises(ValueError, match="batch must have at least one sample"):
+        GainMonitor(tmp_path, _X[:0])
+    with pytest.raises(TypeError, match="batch must be one batch of inputs, got a tf.data.Dataset"):
+        GainMonitor(tmp_path, tf.data.Dataset.from_tensors(_X))
+    plain = keras.Sequential([keras.Input((6, 7, 3)), _conv(3)], name="plain")
+    with pytest.raises(ValueError, match="model 'plain' has no AutomaticGainControl layer to monitor"):
+        _fit(plain, GainMonitor(tmp_path, _X))
+    assert not os.listdir(tmp_path)
+
+
+def test_plot(tmp_path):
+    _fit(_sequential(), GainMonitor(tmp_path, _X, update_freq=1), epochs=4)
+    assert plot_gains(tmp_path) == tmp_path / "gains.png"
+    assert plot_gains(tmp_path / "gains.csv", tmp_path / "other") == tmp_path / "other"
+    for name in ("gains.png", "other"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+
+
+def test_plot_errors(tmp_path, monkeypatch):
+    with pytest.raises(
+        FileNotFoundError, match="log must be a directory with gains.csv, or that file, got .*gains.csv"
+    ):
+        plot_gains(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="plot_gains needs the package matplotlib: pip install matplotlib"):
+        plot_gains(tmp_path)

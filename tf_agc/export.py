@@ -1,0 +1,285 @@
+"""`tf_agc.export_saved_model`: from a model to a version directory that model servers load.
+
+The order of things, the arguments' checks, and files and their names live here. Keras traces and writes;
+`saved_graph` makes a graph portable, and `export_check` compares the answers.
+"""
+
+import contextlib
+import fcntl
+import functools
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# Private, as Keras has no public way to say which inputs its own `Model.export` takes.
+from keras.src.export.export_utils import get_input_signature
+
+from tf_agc import saved_graph
+from tf_agc.export_check import Endpoint, Tensors, check_answers
+from tf_agc.implementation import implementation
+
+# Attributes of the object that Keras writes.
+_RESERVED_NAMES = ("non_trainable_variables", "signatures", "trainable_variables", "variables")
+
+
+def export_saved_model(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    portable: bool = True,
+    signatures: dict[str, Callable[..., Any]] | None = None,
+    warmup: Any = None,
+    overwrite: bool = False,
+) -> pathlib.Path:
+    """Writes a model as a SavedModel for inference, into the next version directory under `path`.
+
+    Model servers watch a directory and load its subdirectories that are named by a number: the first
+    export writes `path/1`, the next one `path/2`. A version is checked before it appears, complete, in
+    one rename: its graph has only ops that it may have, it loads, and each signature answers random
+    inputs (those in `warmup`, where it takes no random ones) like the model; where the model's own
+    answers vary from call to call, only their shapes are compared. One printed line says so. An error
+    leaves nothing behind. The model stays as it was. The check needs the memory of a second copy.
+
+    Args:
+        model: a built model of any kind. A subclassed one must have been called, or `signatures` must
+            have a "serving_default".
+        path: a local directory, whose name is the model's for a server; it is made where there is none.
+        portable: True: stock TensorFlow ops only, for any model server, TensorFlow Lite and ONNX. Each op
+            TfAgc>Agc is replaced by its definition in stock ops, also in functions that were traced
+            before. False: keeps the op, for programs that load or link it.
+        signatures: more signatures by name, each a `tf.function` with an `input_signature`.
+            "serving_default" is the model itself, its inputs with any batch size and named as in
+            the model, its outputs named output_0, output_1, ... or by the keys of a dict, unless it is
+            given here.
+        warmup: example inputs that the server runs before it takes requests: for "serving_default" a
+            tensor, or a list, tuple or dict (by name) of them; with more signatures, a dict of such inputs
+            by signature, for all of them. They are cast to the signature's dtypes. Needs the package
+            tensorflow-serving-api.
+        overwrite: True: replaces the newest version, where there is one. A server that has loaded it
+            notices that only when it restarts.
+
+    Returns:
+        The version directory.
+
+    Raises:
+        TypeError: the model is no Keras model, path no path, or a signature no `tf.function`.
+        ValueError: path is remote, or a SavedModel itself; the model is not built; a signature has no
+            `input_signature` or no possible name; inputs in warmup do not fit, or are needed since
+            random ones do not; the graph calls Python, or a portable one has custom ops (named).
+        OSError: path cannot be written, or the version to replace is not a SavedModel.
+        ImportError: warmup without the package tensorflow-serving-api.
+        RuntimeError: a signature does not answer like the model; or portable=False where the native
+            library is not available.
+    """
+    base = _check_path(path)
+    signatures = {} if signatures is None else signatures
+    _check_arguments(model, signatures)
+    if warmup is not None:
+        _import_prediction_log()  # an error before the work, not after it
+
+    # A portable export does not choose the reference while tracing: the traces of tf.functions inside the
+    # model stay in it, and would go on to run the slower reference.
+    with contextlib.nullcontext() if portable else implementation("native"):
+        archive, endpoints = _trace(model, signatures)
+    examples = {} if warmup is None else _convert_warmup(warmup, endpoints)
+
+    with _staging_directory(base) as staging:
+        with _file_errors(base):
+            archive.write_out(staging, verbose=False)
+            if portable:
+                saved_graph.replace_native_ops(staging)
+            if examples:
+                _write_warmup(examples, base.name, staging)
+        graph_def = saved_graph.read(staging)
+        saved_graph.check_ops(graph_def, portable)
+        answers = check_answers(staging, endpoints, examples)
+        version = _publish(staging, base, overwrite)
+
+    native_ops = sum(node.op == saved_graph.OP for node in saved_graph.nodes(graph_def))
+    ops = "stock ops only" if portable else f"{native_ops} x {saved_graph.OP}"
+    print(f"Exported '{model.name}' to {version}: {', '.join(endpoints)}; {ops}; {answers}.")
+    return version
+
+
+def _check_path(path: Any) -> pathlib.Path:
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"path must be a str or a pathlib.Path, got {type(path).__name__}")
+    path = os.fspath(path)
+    if not path or "://" in path:
+        # Remote file systems have no rename that makes a version appear complete.
+        raise ValueError(f"path must be a local directory, got {path!r} (export locally, then copy the version)")
+    base = pathlib.Path(os.path.abspath(path))
+    if (base / "saved_model.pb").exists():
+        raise ValueError(f"path must be a directory for numbered versions, got one with a SavedModel in it: {base}")
+    return base
+
+
+def _check_arguments(model: Any, signatures: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a keras.Model, got {type(model).__name__}")
+    if not model.built:
+        raise ValueError(f"model '{model.name}' is not built: call it on a batch before exporting it")
+    if not isinstance(signatures, dict):
+        raise TypeError(f"signatures must be a dict of tf.functions, got {type(signatures).__name__}")
+    for name, function in signatures.items():
+        if not isinstance(name, str) or not name or name.startswith("_") or name in _RESERVED_NAMES:
+            raise ValueError(
+                "a name in signatures must be a str that does not start with '_' and is none of "
+                f"{', '.join(_RESERVED_NAMES)}, got {name!r}"
+            )
+        cure = "make it with tf.function(f, input_signature=[tf.TensorSpec(...)])"
+        if not isinstance(function, tf.types.experimental.PolymorphicFunction):
+            raise TypeError(f"signatures['{name}'] must be a tf.function, got {type(function).__name__}: {cure}")
+        if function.input_signature is None:
+            raise ValueError(f"signatures['{name}'] must have an input_signature, got None: {cure}")
+
+
+def _trace(model: keras.Model, signatures: dict[str, Any]) -> tuple[keras.export.ExportArchive, dict[str, Endpoint]]:
+    """Keras's archive of all that is to be written, and the endpoints by signature."""
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    endpoints = {}
+    if "serving_default" not in signatures:
+        try:
+            specs = get_input_signature(model)
+        except ValueError as error:  # a subclassed model
+            raise ValueError(
+                f"the inputs of model '{model.name}' are not known: call it on a batch, or pass a signature "
+                f"'serving_default'. {error}"
+            ) from error
+        signatures = {"serving_default": None, **signatures}
+    for name, function in signatures.items():
+        if function is None:
+            traced = archive.add_endpoint(name, model.__call__, specs)
+            function = functools.partial(model, training=False)
+        else:
+            traced = archive.add_endpoint(name, function, function.input_signature)
+        endpoints[name] = Endpoint(function, traced.input_signature, traced.get_concrete_function())
+    return archive, endpoints
+
+
+def _convert_warmup(warmup: Any, endpoints: dict[str, Endpoint]) -> dict[str, Tensors]:
+    by_signature = isinstance(warmup, dict) and set(warmup) == set(endpoints)
+    if not by_signature and len(endpoints) == 1:
+        return {name: _convert_inputs(name, endpoint.inputs, warmup) for name, endpoint in endpoints.items()}
+    if not by_signature:
+        got = f"the keys {', '.join(map(str, warmup))}" if isinstance(warmup, dict) else f"a {type(warmup).__name__}"
+        raise ValueError(f"warmup must be a dict with inputs for each of {', '.join(endpoints)}, got {got}")
+    return {name: _convert_inputs(name, endpoint.inputs, warmup[name]) for name, endpoint in endpoints.items()}
+
+
+def _convert_inputs(signature: str, specs: dict[str, tf.TensorSpec], values: Any) -> Tensors:
+    """One signature's example inputs by name, as tensors of its dtypes and shapes."""
+    what = f"warmup of '{signature}'"
+    if not isinstance(values, dict):
+        if not (isinstance(values, (list, tuple)) and len(values) == len(specs)):
+            values = [values]
+        if len(values) != len(specs):
+            raise ValueError(f"{what} must have the inputs {', '.join(specs)}, got one that is not a list of so many")
+        values = dict(zip(specs, values, strict=True))
+    if set(values) != set(specs):
+        raise ValueError(f"{what} must have the inputs {', '.join(specs)}, got {', '.join(map(str, values))}")
+    tensors = {}
+    for name, spec in specs.items():
+        try:
+            tensors[name] = tf.cast(values[name], spec.dtype) if spec.dtype != tf.string else tf.constant(values[name])
+        except (TypeError, ValueError, tf.errors.OpError) as error:
+            raise ValueError(f"{what}: '{name}' must be convertible to {spec.dtype.name}: {error}") from error
+        if not spec.is_compatible_with(tensors[name]):
+            got = tf.TensorSpec.from_tensor(tensors[name])
+            raise ValueError(
+                f"{what}: '{name}' must have dtype {spec.dtype.name} and shape {spec.shape}, "
+                f"got {got.dtype.name} and {got.shape}"
+            )
+    return tensors
+
+
+def _import_prediction_log() -> Any:
+    try:
+        from tensorflow_serving.apis import prediction_log_pb2
+    except ImportError as error:
+        raise ImportError(
+            f"warmup needs the package tensorflow-serving-api: pip install tensorflow-serving-api ({error})"
+        ) from error
+    return prediction_log_pb2
+
+
+def _write_warmup(examples: dict[str, Tensors], model_name: str, staging: pathlib.Path) -> None:
+    """The file that a model server looks for, one record for each signature."""
+    prediction_log_pb2 = _import_prediction_log()
+    file = staging / "assets.extra" / "tf_serving_warmup_requests"
+    file.parent.mkdir()
+    with tf.io.TFRecordWriter(str(file)) as writer:
+        for signature, inputs in examples.items():
+            log = prediction_log_pb2.PredictionLog()
+            request = log.predict_log.request
+            request.model_spec.name = model_name
+            request.model_spec.signature_name = signature
+            for name, tensor in inputs.items():
+                request.inputs[name].CopyFrom(tf.make_tensor_proto(tensor))
+            writer.write(log.SerializeToString())
+
+
+@contextlib.contextmanager
+def _staging_directory(base: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new directory in `base`, named so that servers ignore it; an error removes it, and `base` if it is new."""
+    made = [directory for directory in (base, *base.parents) if not directory.exists()]
+    staging = base / f".export-{uuid.uuid4().hex}"
+    try:
+        with _file_errors(base):
+            staging.mkdir(parents=True)
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        for directory in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                directory.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _file_errors(base: pathlib.Path) -> Iterator[None]:
+    """TensorFlow's errors of the file system as Python's, and both with the argument's name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"path cannot be written: {error.strerror}", str(base)) from error
+    except tf.errors.OpError as error:
+        raise OSError(f"path cannot be written: '{base}': {error.message}") from error
+
+
+def _publish(staging: pathlib.Path, base: pathlib.Path, overwrite: bool) -> pathlib.Path:
+    """Gives the finished directory its number, under a lock that other exports to `base` wait for."""
+    descriptor = os.open(base, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        versions = [name for name in os.listdir(base) if name.isascii() and name.isdigit()]
+        newest = max(versions, key=int, default="0")
+        if overwrite and versions:
+            version = base / newest
+            _replace(version, staging)
+        else:
+            version = base / str(int(newest) + 1)
+            staging.rename(version)
+        return version
+    finally:
+        os.close(descriptor)
+
+
+def _replace(version: pathlib.Path, staging: pathlib.Path) -> None:
+    if version.is_symlink() or not (version / "saved_model.pb").is_file():
+        raise FileExistsError(f"overwrite replaces the directory of a SavedModel and nothing else, got {version}")
+    # No rename replaces a directory with content: for a moment there is neither version.
+    aside = staging.with_name(f"{staging.name}-replaced")
+    version.rename(aside)
+    try:
+        staging.rename(version)
+    except BaseException:
+        aside.rename(version)
+        raise
+    shutil.rmtree(aside)

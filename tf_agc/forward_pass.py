@@ -1,0 +1,75 @@
+"""One eager forward pass in inference that leaves no trace: through it `calibrate` and `GainMonitor` look at a model.
+
+Layers report through the context variables of `tf_agc.layer`; what becomes of a report is the caller's.
+"""
+
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_agc.layer import AutomaticGainControl
+
+# What a layer calls with itself and its input or output.
+Observer = Callable[[AutomaticGainControl, Any], None]
+
+
+def agc_layers(model: keras.Model) -> list[AutomaticGainControl]:
+    """Every AutomaticGainControl layer of a model, those inside nested models and custom layers included."""
+    # Private, as Keras has no public way to list layers inside custom layers and nested models.
+    return [layer for layer in model._flatten_layers() if isinstance(layer, AutomaticGainControl)]
+
+
+def convert_batch(batch: Any) -> Any:
+    """The batch with tensors as its leaves.
+
+    Raises:
+        TypeError: batch is a data set.
+        ValueError: batch is empty or not finite.
+    """
+    if isinstance(batch, tf.data.Dataset):
+        raise TypeError("batch must be one batch of inputs, got a tf.data.Dataset: pass one of its batches")
+    batch = keras.tree.map_structure(tf.convert_to_tensor, batch)
+    leaves = keras.tree.flatten(batch)
+    if not leaves or any(tf.size(leaf) == 0 for leaf in leaves):
+        shapes = [leaf.shape.as_list() for leaf in leaves]
+        raise ValueError(f"batch must have at least one sample, got shapes {shapes}")
+    for leaf in leaves:
+        if leaf.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(leaf))):
+            raise ValueError("batch must be finite, got NaN or Inf")
+    return batch
+
+
+def run(model: keras.Model, batch: Any, observer: contextvars.ContextVar[Observer | None], observe: Observer) -> None:
+    """Calls the model on a batch, as in inference, while `observer` is `observe`.
+
+    The model's state (moving averages, states of recurrent layers, seeds) is put back, also after an error. The weights
+    of AutomaticGainControl layers are not state: what `observe` assigns to them stays.
+    """
+    state = [(variable, variable.numpy()) for variable in _state(model)]
+    # A call() that its author wrapped in a tf.function would show its layers no values.
+    ran_eagerly = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    token = observer.set(observe)
+    try:
+        model(batch, training=False)
+    finally:
+        observer.reset(token)
+        tf.config.run_functions_eagerly(ran_eagerly)
+        for variable, value in state:
+            # What did not change is left alone: an assignment under a strategy would make all replicas' states one.
+            if not np.array_equal(variable.numpy(), value):
+                variable.assign(value)
+
+
+def _state(model: keras.Model) -> list[keras.Variable]:
+    weights = {id(weight) for layer in agc_layers(model) for weight in layer.weights}
+    state = [variable for variable in model.non_trainable_variables if id(variable) not in weights]
+    for layer in model._flatten_layers():
+        # Keras counts these among no layer's variables.
+        if isinstance(layer, keras.layers.RNN) and layer.stateful and layer.states is not None:
+            state.extend(keras.tree.flatten(layer.states))
+    return state

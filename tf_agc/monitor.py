@@ -1,0 +1,328 @@
+"""`tf_agc.GainMonitor` records what a model's AutomaticGainControl layers do in training, `tf_agc.plot_gains` draws it.
+
+The CSV file's format lives here, with everything that writes and reads it. The pass that shows the layers' outputs is
+`tf_agc.forward_pass`'s.
+"""
+
+import csv
+import io
+import itertools
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Container
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_agc import forward_pass, functional
+from tf_agc import layer as agc_layer
+
+CSV_NAME = "gains.csv"
+PNG_NAME = "gains.png"
+
+_QUANTITIES = {
+    "gain": "gain",
+    "mean_scale": "mean scale",
+    "output_std": "output standard deviation",
+    "sparsity": "sparsity: fraction of zeros",
+}
+_OVER_CHANNELS: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
+_COLUMNS = ["epoch", "step", "layer", *(f"{name}_{over}" for name in _QUANTITIES for over in _OVER_CHANNELS)]
+
+
+class GainMonitor(keras.callbacks.Callback):
+    """Records what every AutomaticGainControl layer does in training, as CSV and for TensorBoard.
+
+    Before the first step and after every epoch, four quantities of each layer:
+
+    - gain and mean scale;
+    - output standard deviation: of the layer's output (behind its activation), over samples and positions;
+    - sparsity: the fraction of the output's values that are exactly 0.
+
+    Each has one value a channel. `gains.csv` has one row for each record and layer, with their mean, minimum and
+    maximum over the channels: `epoch`, `step`, `layer`, `gain_mean`, `gain_min`, `gain_max`, `mean_scale_mean`, ...,
+    `output_std_mean`, ..., `sparsity_mean`, .... `epoch` counts from 0 as in Keras's logs, `step` is the number of
+    batches trained so far. TensorBoard shows the means as scalars and the channels as histograms over `step`, where the
+    package `tensorboard` is installed; otherwise a warning says that only the CSV file is written.
+
+    Outputs are those of one fixed batch, in an eager forward pass as in inference (`training=False`) that leaves the
+    model's state as it was: records can be compared with each other, and training goes on as it would without them. All
+    kinds of models are taken, and `jit_compile`, mixed precision, `steps_per_execution` and `MirroredStrategy`. Calls
+    of a shared layer, or inside TimeDistributed, are counted together. Layers that the pass does not reach, or only in
+    traced code (tf.map_fn, tf.vectorized_map), come last and have no output values.
+
+    A record costs one eager forward pass of the batch; 32 samples are plenty.
+
+    Args:
+        log_dir: a local directory, made if needed; `gains.csv` and TensorBoard's event files go there.
+        batch: one batch of the model's inputs (without targets), as `model(batch)` takes it; finite, with at least one
+            sample.
+        update_freq: `"epoch"`, or a number of steps >= 1 after which, counted within each epoch, there is a record too;
+            with `steps_per_execution`, at the first execution that begins after so many.
+        append: whether an existing `gains.csv` is continued, its steps too. Without it an existing one is an error.
+
+    Raises:
+        TypeError: batch is a data set.
+        ValueError: batch is empty or not finite; another update_freq; log_dir is not local. Before the first step: the
+            model has no such layer, or the `gains.csv` to continue was not written by GainMonitor, or not to its end.
+        FileExistsError: before the first step, where `gains.csv` exists and append is False.
+    """
+
+    def __init__(
+        self, log_dir: str | os.PathLike[str], batch: Any, update_freq: str | int = "epoch", append: bool = False
+    ) -> None:
+        super().__init__()
+        is_steps = isinstance(update_freq, int) and not isinstance(update_freq, bool) and update_freq >= 1
+        if update_freq != "epoch" and not is_steps:
+            raise ValueError(f"update_freq must be 'epoch' or a number of steps >= 1, got {update_freq!r}")
+        if "://" in os.fspath(log_dir):
+            raise ValueError(f"log_dir must be a local directory, got {os.fspath(log_dir)!r}")
+        self.log_dir = pathlib.Path(log_dir)
+        self.update_freq = update_freq
+        self.append = append
+        self._batch = forward_pass.convert_batch(batch)
+        self._started = False
+        self._epoch = 0
+        self._epoch_start = 0  # steps before this epoch
+        self._step = 0  # steps before the execution that began last
+        self._recorded_step: int | None = None
+        self._tensorboard = _tensorboard_summaries()
+        self._writer: tf.summary.SummaryWriter | None = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._epoch_start = self._step
+        if self._started:
+            return
+        path = self.log_dir / CSV_NAME
+        if _is_written(path):
+            if not self.append:
+                raise FileExistsError(f"{path} exists: choose another log_dir, or continue it with append=True")
+            self._epoch_start = max(row["step"] for row in _read(path))
+        self._started = True
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch, self._step = epoch, self._epoch_start
+        if self._step != self._recorded_step:
+            self._record()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        # Not on_train_batch_end: Keras then waits for every step's loss, to hand it over.
+        before, self._step = self._step - self._epoch_start, self._epoch_start + batch
+        if isinstance(self.update_freq, int) and batch // self.update_freq > before // self.update_freq:
+            self._record()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        # The last execution may have been a shorter one.
+        steps = self._step - self._epoch_start + self.model.steps_per_execution
+        self._step = self._epoch_start = self._epoch_start + min(steps, self.params.get("steps") or steps)
+        self._record()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _record(self) -> None:
+        self._recorded_step = self._step
+        outputs = _Outputs()
+        forward_pass.run(self.model, self._batch, agc_layer.output_observer, outputs.observe)
+        layers = forward_pass.agc_layers(self.model)
+        if not layers:
+            raise ValueError(f"model '{self.model.name}' has no AutomaticGainControl layer to monitor")
+        record: dict[str, dict[str, np.ndarray]] = {}
+        for layer in outputs.in_order(layers):
+            if layer.built:
+                record[_unique(layer.path or layer.name, record)] = outputs.values(layer)
+        self._write_csv(record)
+        if self._tensorboard is not None:
+            self._write_summaries(record, *self._tensorboard)
+
+    def _write_csv(self, record: dict[str, dict[str, np.ndarray]]) -> None:
+        path = self.log_dir / CSV_NAME
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        rows: list[list[Any]] = [] if _is_written(path) else [_COLUMNS]
+        for layer, values in record.items():
+            cells = [
+                f"{over(values[name]):.6g}" if name in values else ""
+                for name in _QUANTITIES
+                for over in _OVER_CHANNELS.values()
+            ]
+            rows.append([self._epoch, self._step, layer, *cells])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        # Opened for each record, and written at once: no file is left open, or with half a record, when training fails.
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text.getvalue())
+
+    def _write_summaries(
+        self, record: dict[str, dict[str, np.ndarray]], scalar_pb: Callable[..., Any], histogram_pb: Callable[..., Any]
+    ) -> None:
+        summaries = []
+        for layer, values in record.items():
+            for name, channels in values.items():
+                summaries.append(scalar_pb(f"{name}/{layer}", np.mean(channels)))
+                if np.isfinite(channels).all():  # others have no buckets
+                    summaries.append(histogram_pb(f"{name}/{layer}/channels", channels))
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(str(self.log_dir))
+        # tf.summary.histogram takes 10 ms for each of them. Serialized messages, one behind the other, are one message.
+        with self._writer.as_default():
+            tf.summary.experimental.write_raw_pb(b"".join(pb.SerializeToString() for pb in summaries), self._step)
+        self._writer.flush()
+
+
+class _Outputs:
+    """The outputs' statistics in one pass: for each layer, one entry a call."""
+
+    def __init__(self) -> None:
+        self._calls: dict[agc_layer.AutomaticGainControl, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]] = {}
+
+    def observe(self, layer: agc_layer.AutomaticGainControl, outputs: tf.Tensor) -> None:
+        if not tf.executing_eagerly():
+            return
+        channels = functional.channel_axis(layer.data_format) % outputs.shape.rank
+        others = [axis for axis in range(outputs.shape.rank) if axis != channels]
+        # Half types would overflow in the squares.
+        wide = outputs if outputs.dtype == tf.float64 else tf.cast(outputs, tf.float32)
+        mean, variance = tf.nn.moments(wide, others)
+        zeros = tf.reduce_mean(tf.cast(tf.equal(outputs, 0), tf.float32), others)
+        values = int(tf.size(outputs)) // outputs.shape[channels]
+        self._calls.setdefault(layer, []).append((values, mean.numpy(), variance.numpy(), zeros.numpy()))
+
+    def in_order(self, layers: list[agc_layer.AutomaticGainControl]) -> list[agc_layer.AutomaticGainControl]:
+        """In the order of execution, with the layers that were not reached at the end."""
+        return [*self._calls, *(layer for layer in layers if layer not in self._calls)]
+
+    def values(self, layer: agc_layer.AutomaticGainControl) -> dict[str, np.ndarray]:
+        """The quantities of a layer that are known, each of shape [C]."""
+        known = {"gain": layer.gain.numpy(), "mean_scale": layer.mean_scale.numpy()}
+        if layer in self._calls:
+            weights, means, variances, zeros = map(np.array, zip(*self._calls[layer], strict=True))
+            mean = np.average(means, axis=0, weights=weights)
+            with np.errstate(invalid="ignore"):  # infinite outputs have the variance NaN
+                variance = np.average(variances + (means - mean) ** 2, axis=0, weights=weights)
+            known["output_std"] = np.sqrt(variance)
+            known["sparsity"] = np.average(zeros, axis=0, weights=weights)
+        return known
+
+
+def _tensorboard_summaries() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    try:
+        # tf.summary.scalar and histogram are these functions, each behind an op of its own.
+        from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+    except ImportError as error:
+        warnings.warn(
+            f"GainMonitor writes {CSV_NAME} and nothing for TensorBoard, whose package tensorboard cannot be imported "
+            f"({error})",
+            stacklevel=3,
+        )
+        return None
+    return scalar_pb, histogram_pb
+
+
+def _unique(name: str, taken: Container[str]) -> str:
+    """The name, numbered where it is taken: layers of two nested models may have one path."""
+    numbered = (f"{name} ({number})" for number in itertools.count(2))
+    return next(one for one in itertools.chain([name], numbered) if one not in taken)
+
+
+def _is_written(path: pathlib.Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a file that GainMonitor wrote: epoch and step as int, values as float, NaN where there is none."""
+    text = path.read_text(encoding="utf-8")
+    reader = csv.reader(io.StringIO(text))
+    if next(reader, None) != _COLUMNS:
+        raise ValueError(f"{path} was not written by GainMonitor: its first line must be {','.join(_COLUMNS)}")
+    rows = []
+    for cells in reader:
+        try:
+            epoch, step, layer, *values = cells
+            numbers = [float(value or "nan") for value in values]
+            row = dict(zip(_COLUMNS, [int(epoch), int(step), layer, *numbers], strict=True))
+        except ValueError:
+            expected = f"epoch, step, layer and {len(_COLUMNS) - 3} numbers"
+            raise ValueError(f"{path}, line {reader.line_num} must have {expected}, got {cells}") from None
+        rows.append(row)
+    if not rows or not text.endswith("\n"):
+        raise ValueError(f"{path} ends within a record: remove its last line")
+    return rows
+
+
+def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> pathlib.Path:
+    """Draws what `GainMonitor` recorded: each quantity against depth, one line for each of up to 8 moments of training.
+
+    The lines are means over the channels, from light (the first record) to dark (the last); the grey bars go from the
+    smallest to the largest channel of the last record. Layers stand in the order of execution, the first on top.
+
+    Args:
+        log: the `log_dir` of a GainMonitor, or the path of its `gains.csv`.
+        path: the PNG file to write; None means `gains.png` beside the CSV file. An earlier one is replaced.
+
+    Returns:
+        The path of the PNG file.
+
+    Raises:
+        ImportError: the package matplotlib is not installed.
+        FileNotFoundError: there is no such log.
+        ValueError: the file was not written by GainMonitor, or not to its end.
+    """
+    try:
+        from matplotlib import colormaps, colors
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.figure import Figure  # without pyplot, which would choose a window system
+    except ImportError as error:
+        raise ImportError("plot_gains needs the package matplotlib: pip install matplotlib") from error
+
+    log = pathlib.Path(log)
+    log = log / CSV_NAME if log.is_dir() else log
+    if not log.is_file():
+        raise FileNotFoundError(f"log must be a directory with {CSV_NAME}, or that file, got {log}")
+    rows = _read(log)
+    path = log.with_name(PNG_NAME) if path is None else pathlib.Path(path)
+
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    records = {step: {row["layer"]: row for row in rows if row["step"] == step} for step in _moments(rows)}
+    last = records[max(records)]
+    depth = np.arange(len(layers))
+
+    def values(record: dict[str, dict[str, Any]], column: str) -> list[float]:
+        return [record[layer][column] if layer in record else np.nan for layer in layers]
+
+    figure = Figure(figsize=(14, 2 + 0.22 * max(len(layers), 8)), layout="constrained")
+    panels = figure.subplots(1, len(_QUANTITIES), sharey=True)
+    light_to_dark = colormaps["viridis_r"]
+    norm = colors.Normalize(min(records), max(max(records), min(records) + 1))
+    for axes, (name, title) in zip(panels, _QUANTITIES.items(), strict=True):
+        axes.hlines(depth, values(last, f"{name}_min"), values(last, f"{name}_max"), color="0.88", linewidth=7)
+        for step, record in records.items():
+            color = light_to_dark(norm(step))
+            axes.plot(values(record, f"{name}_mean"), depth, "o-", color=color, linewidth=1, markersize=4)
+        axes.set_xlabel(title)
+        axes.grid(axis="x", color="0.85", linewidth=0.5)
+    panels[0].set_yticks(depth, [layer if len(layer) <= 40 else "..." + layer[-37:] for layer in layers], fontsize=8)
+    panels[0].set_ylabel("layer, in the order of execution")
+    panels[0].set_ylim(len(layers) - 0.5, -0.5)
+    panels[-1].set_xlim(-0.02, 1.02)
+    figure.colorbar(
+        ScalarMappable(norm, light_to_dark), ax=panels, label="training step", ticks=list(records), pad=0.01
+    )
+    figure.suptitle("Means over channels; grey: from the smallest to the largest channel at the last step", fontsize=10)
+
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    path.write_bytes(image.getvalue())
+    return path
+
+
+def _moments(rows: list[dict[str, Any]]) -> list[int]:
+    """Up to 8 of the recorded steps, evenly spread, the first and the last among them."""
+    steps = sorted({row["step"] for row in rows})
+    chosen = np.linspace(0, len(steps) - 1, min(len(steps), 8)).round().astype(int)
+    return [steps[index] for index in chosen]
