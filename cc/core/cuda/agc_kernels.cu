@@ -2,13 +2,11 @@
 //
 // Why they look as they do:
 // - Everything is bound by memory, so a map is read once where it fits on chip: the blocks of a cluster copy their
-// parts
-//   into shared memory, add, exchange their sums through distributed shared memory, and write from shared memory.
+//   parts into shared memory, add, exchange their sums through distributed shared memory, and write from shared memory.
 //   Where it does not fit, one launch adds and a second one reads again, from the L2 cache (plan.h has the rule).
 // - Forward copies asynchronously (cp.async): a tile's loads are all in flight at once and take no registers. Backward
 //   needs two tensors but holds only dz, so its loads go through registers, four steps at a time.
-// - One walk serves both layouts: a thread follows a column step by step (plan.h). Each thread holds the slots of
-// shared
+// - One walk serves both layouts: a thread follows a column step by step (plan.h). Each thread holds the slots of shared
 //   memory that it filled itself, side by side with its neighbours': no bank conflicts, and no barrier before reading.
 // - Sums are in float over at most 64 terms, then in double. From there on they are added as one binary tree over the
 //   lanes of a column, however the lanes lie in warps, then over blocks in order: no atomics, and the same bits
@@ -259,9 +257,7 @@ TF_AGC_DEVICE void AddThreads(const Walk& walk, const ThreadType& thread, const 
       for (int i = 0; i < kMaps; ++i) warp_sums[(warp * kSums + s) * maps + thread.column * kMaps + i] = values[s][i];
     }
   }
-#if !defined(TF_AGC_PLANT_MISSING_BARRIER)  // A test plants this bug and expects to find it.
   __syncthreads();
-#endif
   for (int i = static_cast<int>(threadIdx.x); i < kSums * maps; i += static_cast<int>(blockDim.x)) {
     tile_sums[i] = AddWarps(warp_sums + i, kSums * maps, WarpsPerColumn(walk));
   }

@@ -45,8 +45,6 @@ struct alignas(sizeof(T) * kSize) Vector {
   T values[kSize];
 };
 
-#if !defined(TF_AGC_CUDA_EMULATION)
-
 __device__ __forceinline__ float ToFloat(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 __device__ __forceinline__ float ToFloat(Bfloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
 
@@ -69,10 +67,14 @@ __device__ __forceinline__ void FromFloats(float first, float second, Bfloat16* 
   to[1].bits = __bfloat16_as_ushort(both.y);
 }
 
+#if defined(TF_AGC_CUDA_EMULATION)
+using emulation::SharedMemory;
+#else
 __device__ __forceinline__ unsigned char* SharedMemory() {
   extern __shared__ __align__(16) unsigned char tf_agc_shared_memory[];
   return tf_agc_shared_memory;
 }
+#endif
 
 // Starts a copy of global into shared memory, past the registers on sm_80 and later. Only the thread that started it
 // may read, after WaitForCopies().
@@ -136,8 +138,6 @@ int Launch(void (*kernel)(Argument), int64_t blocks, int threads, int cluster, i
   config.numAttrs = cluster > 1 ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, argument));
 }
-
-#endif  // !TF_AGC_CUDA_EMULATION
 
 __device__ __forceinline__ float ToCompute(Half value) { return ToFloat(value); }
 __device__ __forceinline__ float ToCompute(Bfloat16 value) { return ToFloat(value); }
