@@ -155,7 +155,7 @@ class Planner {
   // Small batches: narrower tiles for more multiprocessors. Only `columns` changes, and so no sum does.
   void Narrow() {
     const int64_t enough = kBlocksPerProcessor * device_.multiprocessors;
-    for (SetTiles(); walk_.columns * walk_.lanes > kWarp; SetTiles()) {
+    for (SetTiles(); walk_.columns > 1 && walk_.columns * walk_.lanes > kWarp; SetTiles()) {
       const bool scarce = Blocks() < device_.multiprocessors;
       const int64_t least = scarce ? kSectorBytes : kLeastSegmentBytes;
       if (Blocks() >= enough || (ChannelsLast() && SegmentBytes() <= least)) return;
