@@ -219,12 +219,14 @@ void Complete(Barrier* barrier) {
 }
 
 void Arrive(Barrier* barrier) {
+  const Unseen unseen;
   if (++barrier->arrived == barrier->size) Complete(barrier);
 }
 
 // Until `phase` barriers are complete.
 void WaitFor(Barrier* barrier, int64_t phase) {
   if (barrier->completed > phase) return;
+  const Unseen unseen;
   barrier->waiting.push_back(machine.running);
   SwitchToScheduler();
 }
@@ -292,6 +294,7 @@ void RunThreads() {
     Acquire(&machine.begun);
     machine.call(machine.context);
     EndThread(machine.running);
+    const Unseen unseen;
     machine.idle.push_back(machine.running);
     SwitchToScheduler();
   }
@@ -383,6 +386,7 @@ using tf_agc::core::cuda::emulation::IsMissing;
 using tf_agc::core::cuda::emulation::kWarp;
 using tf_agc::core::cuda::emulation::machine;
 using tf_agc::core::cuda::emulation::Release;
+using tf_agc::core::cuda::emulation::Unseen;
 using tf_agc::core::cuda::emulation::WaitFor;
 
 void __syncthreads() {
@@ -446,6 +450,7 @@ void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0) {
     Fail("a misaligned asynchronous copy");
   }
+  const Unseen unseen;
   machine.running->copies.push_back({to, from, bytes});
 }
 void __pipeline_commit() {}
