@@ -154,23 +154,23 @@ TEST(Launch, RefusesWhatADeviceRefuses) {
 
 // ---- What it does not let pass ----
 
-void Run(void (*kernel)(Job)) {
+void RunKernel(void (*kernel)(Job)) {
   alignas(16) int out[8] = {};
   Launch(kernel, 2, 64, 2, 64, out);
 }
 
 TEST(DeathTest, BarriersThatNotAllReach) {
-  EXPECT_DEATH(Run([](Job) {
+  EXPECT_DEATH(RunKernel([](Job) {
                  if (threadIdx.x != 5) __syncthreads();
                }),
                "CUDA emulation: a thread ended (while others of its block wait for it|before a barrier)");
-  EXPECT_DEATH(Run([](Job) {
+  EXPECT_DEATH(RunKernel([](Job) {
                  if (threadIdx.x != 5) __syncthreads();
                  __cluster_barrier_arrive();
                  __cluster_barrier_wait();
                }),
                "every thread waits at a barrier that the others never reach");
-  EXPECT_DEATH(Run([](Job) {
+  EXPECT_DEATH(RunKernel([](Job) {
                  __cluster_barrier_arrive();
                  __cluster_barrier_arrive();
                }),
@@ -178,13 +178,14 @@ TEST(DeathTest, BarriersThatNotAllReach) {
 }
 
 TEST(DeathTest, ShufflesAndCopies) {
-  EXPECT_DEATH(Run([](Job) { __shfl_xor_sync(0xffffu, 0.0, 1); }), "a shuffle of less than a warp");
-  EXPECT_DEATH(Run([](Job job) { __pipeline_memcpy_async(SharedMemory(), job.out, 4); }),
+  EXPECT_DEATH(RunKernel([](Job) { __shfl_xor_sync(0xffffu, 0.0, 1); }), "a shuffle of less than a warp");
+  EXPECT_DEATH(RunKernel([](Job job) { __pipeline_memcpy_async(SharedMemory(), job.out, 4); }),
                "a thread ended without waiting for its copies");
-  EXPECT_DEATH(Run([](Job job) { __pipeline_memcpy_async(SharedMemory() + 4, job.out, 8); }),
+  EXPECT_DEATH(RunKernel([](Job job) { __pipeline_memcpy_async(SharedMemory() + 4, job.out, 8); }),
                "a misaligned asynchronous copy");
-  EXPECT_DEATH(Run([](Job job) { __pipeline_memcpy_async(SharedMemory(), job.out, 2); }), "takes 4, 8 or 16 bytes");
-  EXPECT_DEATH(Run([](Job) { __cluster_map_shared_rank(SharedMemory(), 2); }), "no block of that rank");
+  EXPECT_DEATH(RunKernel([](Job job) { __pipeline_memcpy_async(SharedMemory(), job.out, 2); }),
+               "takes 4, 8 or 16 bytes");
+  EXPECT_DEATH(RunKernel([](Job) { __cluster_map_shared_rank(SharedMemory(), 2); }), "no block of that rank");
 }
 
 }  // namespace
