@@ -7,6 +7,11 @@ set -euo pipefail
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-dev
+for library in libasan libubsan libtsan; do
+  # A path where g++ has it, else the bare name. Debian's g++ always has them.
+  [[ $(g++ -print-file-name="${library}.so") == /* ]] ||
+    fail "g++ has no ${library}, with which the CUDA kernels' source is tested: install the package of that name."
+done
 need_file /usr/bin/dot "Graphviz, which keras.utils.plot_model calls" graphviz
 
 "${ROOT}/tools/build.sh" --tensorflow "${RELEASE}"
@@ -27,7 +32,7 @@ python=(setup.py tests tf_agc tools)
 "${VENV}/bin/ruff" format --quiet --check "${python[@]}" ||
   fail "the Python files are not formatted: run ${VENV}/bin/ruff format ${python[*]}."
 "${VENV}/bin/mypy" || fail "mypy found the errors above: correct the types."
-find cc \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 "${VENV}/bin/clang-format" --dry-run -Werror ||
+find cc \( -name '*.cc' -o -name '*.cu' -o -name '*.h' \) -print0 | xargs -0 "${VENV}/bin/clang-format" --dry-run -Werror ||
   fail "the C++ files are not formatted: run ${VENV}/bin/clang-format -i on those above."
 
 # The executable and not `python -m pytest`, which would put the checkout, and so the sources, before the installed wheel.

@@ -364,7 +364,9 @@ TEST(Workspace, MissingIsAnError) {
   EXPECT_EQ(Backward(t.PrepareBackward(c, 0), kWays[9].device, nullptr, nullptr), cudaErrorInvalidValue);
 }
 
-// ---- That these tests would find a missing barrier ----
+// ---- That these tests would find what they look for ----
+//
+// Each barrier is left out in turn.
 
 // Runs one pass of a way with a barrier missing, or with all (-1); the other pass only prepares.
 void RunWithout(int barrier, uint32_t seed, const Way& way, Pass pass, CudaTensors* t) {
@@ -415,7 +417,35 @@ TEST(MissingBarrier, IsARace) {
   }
 }
 
-#elif !defined(__SANITIZE_ADDRESS__)  // Which would stop at the first access behind the end of a block.
+#elif defined(__SANITIZE_ADDRESS__)
+
+TEST(SharedMemory, IsNotLeft) {
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = 48;
+  void (*kernel)(int) = [](int at) { emulation::SharedMemory()[at] = 0; };
+  EXPECT_EQ(cudaLaunchKernelEx(&config, kernel, 47), cudaSuccess);
+  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, 48), "AddressSanitizer: heap-buffer-overflow");
+}
+
+TEST(SharedMemory, IsNotReadAfterItsBlock) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2);
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = 48;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void (*kernel)(int*) = [](int* out) {
+    *out = *static_cast<const unsigned char*>(__cluster_map_shared_rank(emulation::SharedMemory(), 1 - blockIdx.x));
+  };
+  int out;
+  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, &out), "AddressSanitizer: use-after-poison");
+}
+
+#else
 
 TEST(MissingBarrier, ChangesResults) {
   for (const Way& way : kWays) {

@@ -6,8 +6,8 @@
 //   Where it does not fit, one launch adds and a second one reads again, from the L2 cache (plan.h has the rule).
 // - Forward copies asynchronously (cp.async): a tile's loads are all in flight at once and take no registers. Backward
 //   needs two tensors but holds only dz, so its loads go through registers, four steps at a time.
-// - One walk serves both layouts: a thread follows a column step by step (plan.h). Each thread holds the slots of shared
-//   memory that it filled itself, side by side with its neighbours': no bank conflicts, and no barrier before reading.
+// - One walk serves both layouts: a thread follows a column step by step (plan.h). In shared memory each thread holds
+//   the slots that it filled itself, side by side with its neighbours': no bank conflicts, no barrier before reading.
 // - Sums are in float over at most 64 terms, then in double. From there on they are added as one binary tree over the
 //   lanes of a column, however the lanes lie in warps, then over blocks in order: no atomics, and the same bits
 //   whatever the batch.
