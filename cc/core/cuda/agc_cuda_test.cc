@@ -365,7 +365,37 @@ TEST(Workspace, MissingIsAnError) {
 }
 
 // ---- That these tests would find what they look for ----
-//
+
+#if defined(__SANITIZE_ADDRESS__)
+
+TEST(SharedMemory, IsNotLeft) {
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = 48;
+  void (*kernel)(int) = [](int at) { emulation::SharedMemory()[at] = 0; };
+  EXPECT_EQ(cudaLaunchKernelEx(&config, kernel, 47), cudaSuccess);
+  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, 48), "AddressSanitizer: heap-buffer-overflow");
+}
+
+TEST(SharedMemory, IsNotReadAfterItsBlock) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2);
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = 48;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void (*kernel)(int*) = [](int* out) {
+    *out = *static_cast<const unsigned char*>(__cluster_map_shared_rank(emulation::SharedMemory(), 1 - blockIdx.x));
+  };
+  int out;
+  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, &out), "AddressSanitizer: use-after-poison");
+}
+
+#else
+
 // Each barrier is left out in turn.
 
 // Runs one pass of a way with a barrier missing, or with all (-1); the other pass only prepares.
@@ -417,34 +447,6 @@ TEST(MissingBarrier, IsARace) {
   }
 }
 
-#elif defined(__SANITIZE_ADDRESS__)
-
-TEST(SharedMemory, IsNotLeft) {
-  cudaLaunchConfig_t config = {};
-  config.blockDim = dim3(32);
-  config.dynamicSmemBytes = 48;
-  void (*kernel)(int) = [](int at) { emulation::SharedMemory()[at] = 0; };
-  EXPECT_EQ(cudaLaunchKernelEx(&config, kernel, 47), cudaSuccess);
-  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, 48), "AddressSanitizer: heap-buffer-overflow");
-}
-
-TEST(SharedMemory, IsNotReadAfterItsBlock) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {2, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(2);
-  config.blockDim = dim3(32);
-  config.dynamicSmemBytes = 48;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  void (*kernel)(int*) = [](int* out) {
-    *out = *static_cast<const unsigned char*>(__cluster_map_shared_rank(emulation::SharedMemory(), 1 - blockIdx.x));
-  };
-  int out;
-  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, &out), "AddressSanitizer: use-after-poison");
-}
-
 #else
 
 TEST(MissingBarrier, ChangesResults) {
@@ -470,7 +472,8 @@ TEST(MissingBarrier, ChangesResults) {
   }
 }
 
-#endif
+#endif  // __SANITIZE_THREAD__
+#endif  // __SANITIZE_ADDRESS__
 
 }  // namespace
 }  // namespace cuda
