@@ -826,7 +826,11 @@ int CurrentDevice(tf_agc::core::cuda::Device* device) {
       const cudaError_t error = cudaDeviceGetAttribute(&values[i], attributes[i], ordinal);
       if (error != cudaSuccess) return static_cast<int>(error);
     }
-    entry.device = {values[0] * 10 + values[1], values[2], values[3], values[4], values[5]};
+    // nvcc lists what it compiles for as __CUDA_ARCH__ counts: 900 for 9.0.
+    std::vector<int> compiled = {__CUDA_ARCH_LIST__};
+    for (int& capability : compiled) capability /= 10;
+    entry.device = {tf_agc::core::cuda::CapabilityOfCode(compiled, values[0] * 10 + values[1]), values[2], values[3],
+                    values[4], values[5]};
     entry.known = true;
   }
   *device = entry.device;

@@ -91,7 +91,7 @@ __device__ __forceinline__ void WaitForCopies() {
   __pipeline_wait_prior(0);
 }
 
-// Clusters. A plan has none before sm_90, so that the other branches are never reached.
+// Clusters. Code compiled for less than 9.0 has none, nor has its plan: the other branches are never reached.
 __device__ __forceinline__ void ClusterArrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();

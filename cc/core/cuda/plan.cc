@@ -182,6 +182,14 @@ class Planner {
 
 }  // namespace
 
+int CapabilityOfCode(const std::vector<int>& compiled, int device) {
+  int newest = 0;
+  for (const int capability : compiled) {
+    if (capability <= device) newest = std::max(newest, capability);
+  }
+  return newest;
+}
+
 Plan MakePlan(Pass pass, const Shape& shape, DataType data_type, Activation activation, bool aligned,
               const Device& device) {
   return Planner(pass, shape, data_type, activation, aligned, device).Make();

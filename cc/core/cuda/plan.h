@@ -5,6 +5,7 @@
 #define TF_AGC_CC_CORE_CUDA_PLAN_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "cc/core/agc.h"
 
@@ -20,12 +21,16 @@ namespace cuda {
 
 // What a plan asks of a device.
 struct Device {
-  int compute_capability;                   // 90 for 9.0.
+  int compute_capability;                   // Of the code that runs on it (CapabilityOfCode()): 90 for 9.0.
   int multiprocessors;                      //
   int64_t shared_bytes_per_block;           // The most that a block may opt into.
   int64_t shared_bytes_per_multiprocessor;  //
   int64_t l2_bytes;                         //
 };
+
+// The compute capability whose code runs on a device, of those that the library was compiled for: the newest that is
+// not newer than the device. A device with clusters runs older code without them. 0 where there is none.
+int CapabilityOfCode(const std::vector<int>& compiled, int device);
 
 enum class Pass { kForward, kBackward };
 

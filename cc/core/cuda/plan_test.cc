@@ -208,6 +208,14 @@ TEST(Walk, ReachesTheLastElementOfHugeTensors) {
   }
 }
 
+TEST(CapabilityOfCode, IsTheNewestThatTheDeviceRuns) {
+  EXPECT_EQ(CapabilityOfCode({75, 80, 90}, 86), 80);
+  EXPECT_EQ(CapabilityOfCode({75, 80, 90}, 90), 90);
+  EXPECT_EQ(CapabilityOfCode({75, 80, 90}, 120), 90);
+  EXPECT_EQ(CapabilityOfCode({75, 80}, 90), 80);  // From PTX: no clusters.
+  EXPECT_EQ(CapabilityOfCode({90}, 80), 0);
+}
+
 // ---- The rule, for calls whose plan was worked out by hand ----
 
 constexpr Device kHopper = kDevices[3];
