@@ -6,6 +6,24 @@ COPTS = [
     "-Wextra",
 ]
 
+def shared_object(name, exports, deps, **kwargs):
+    """Makes the shared library `name` from `deps`; it exports what the version script `exports` names, nothing else."""
+    native.cc_binary(
+        name = name,
+        additional_linker_inputs = [exports],
+        linkopts = [
+            "-Wl,--version-script=$(location %s)" % exports,
+            "-Wl,--no-undefined",
+            "-Wl,-z,relro",
+            "-Wl,-z,now",
+            "-Wl,-z,noexecstack",
+        ],
+        linkshared = True,
+        visibility = ["//visibility:public"],
+        deps = deps,
+        **kwargs
+    )
+
 def tf_agc_library(name, shared_library, srcs, deps, tensorflow):
     """Makes `name` and `shared_library` from the same objects.
 
@@ -29,17 +47,8 @@ def tf_agc_library(name, shared_library, srcs, deps, tensorflow):
         # Nothing refers to the registrations: without this the linker would drop them.
         alwayslink = True,
     )
-    native.cc_binary(
+    shared_object(
         name = shared_library,
-        additional_linker_inputs = ["//bazel:exports.lds"],
-        linkopts = [
-            "-Wl,--version-script=$(location //bazel:exports.lds)",
-            "-Wl,--no-undefined",
-            "-Wl,-z,relro",
-            "-Wl,-z,now",
-            "-Wl,-z,noexecstack",
-        ],
-        linkshared = True,
-        visibility = ["//visibility:public"],
+        exports = "//bazel:exports.lds",
         deps = [":" + name],
     )

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import shutil
 
 import keras
@@ -52,6 +53,10 @@ def test_available(native_required):
 
 def test_instruction_set(native_required):
     assert native.instruction_set() in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "baseline")
+
+
+def test_cuda_build(native_required):
+    assert re.fullmatch(r"|\d+\.\d+,( sm_\d+)+, PTX \d+", native.cuda_build())
 
 
 def test_missing(package):
@@ -158,7 +163,7 @@ def test_main(native_required, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         *("tf_agc", "TensorFlow", "Keras", "implementation", "library", "built for"),
-        *("instruction set", "XLA kernels"),
+        *("instruction set", "CUDA", "XLA kernels"),
     ]
     assert [line.split(":", 1)[1].strip() for line in lines] == [
         tf_agc.__version__,
@@ -168,6 +173,7 @@ def test_main(native_required, capsys):
         str(native.STATUS.library),
         f"TensorFlow {tf.__version__}",
         native.instruction_set(),
+        native.cuda_build() or "not built in",
         f"loaded (built for TensorFlow {tf.__version__})",
     ]
 
@@ -177,6 +183,7 @@ def test_main_without_a_library(package):
     assert f"tf_agc:          {version_for(tf.__version__)}\n" in done.stdout
     assert "implementation:  reference (there is no native library at" in done.stdout
     assert "instruction set: unknown" in done.stdout
+    assert "CUDA:            unknown" in done.stdout
     assert "XLA kernels:     not loaded (there is no native library at" in done.stdout
 
 

@@ -133,6 +133,16 @@ def test_second_run_does_nothing(machine):
     assert (machine.checkout / ".bazelrc.configured").read_text() == configured
 
 
+def test_cuda_counts_for_one_call(machine):
+    configured = machine.checkout / ".bazelrc.configured"
+    machine.environment["TF_AGC_CUDA"] = "1"
+    machine.check_succeeds()
+    assert "build --config=cuda\n" in configured.read_text()
+    del machine.environment["TF_AGC_CUDA"]
+    machine.check_succeeds()
+    assert "--config=cuda" not in configured.read_text()
+
+
 def test_half_made_venv_is_made_again(machine):
     machine.add_python(pip_status=1)
     machine.check_fails("pip could not install requirements/tensorflow-2.21.lock", ".cache/pip.log")

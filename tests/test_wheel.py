@@ -17,6 +17,7 @@ import zipfile
 import pytest
 
 import tf_agc
+from tf_agc import native
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -25,14 +26,16 @@ XLA = "tf_agc/native_library/libtf_agc_xla.so"
 
 # What each library exports, and what it needs of TensorFlow.
 EXPORTED = {
-    OPS: ["TfAgcCounters", "TfAgcInstructionSet", "TfAgcResetCounters"],
-    XLA: ["TfAgcXlaCounters", "TfAgcXlaResetCounters"],
+    OPS: ["TfAgcCounters", "TfAgcCudaBuild", "TfAgcInstructionSet", "TfAgcResetCounters"],
+    XLA: ["TfAgcXlaCounters", "TfAgcXlaResetCounters", "TfAgcXlaUseGpuCalls"],
 }
 TENSORFLOW = {
     OPS: ["libtensorflow_framework.so.2"],
     XLA: ["libtensorflow_framework.so.2", "libtensorflow_cc.so.2"],
 }
 SYSTEM = ["libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"]
+# With the static CUDA runtime in it: thread-local variables, and what glibc before 2.34 had in libraries of their own.
+SYSTEM_CUDA = ["ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "libdl.so.2", "librt.so.1", "libpthread.so.0"]
 
 RUN = """
 import json
@@ -118,6 +121,7 @@ def test_module_tells_what_is_in_use(installed):
     output = run(installed, "-m", "tf_agc")
     assert re.search(r"^implementation: +native ", output, re.MULTILINE)
     assert re.search(r"^XLA kernels: +loaded ", output, re.MULTILINE)
+    assert re.search(r"^CUDA: +(not built in|\d+\.\d+, sm_\d.*, PTX \d+)$", output, re.MULTILINE)
     assert str(installed.parents[1]) in output
 
 
@@ -201,7 +205,7 @@ def test_exports_only_the_c_interface(content, library):
 @pytest.mark.parametrize("library", [OPS, XLA])
 def test_needs_only_tensorflow_and_the_system(content, library):
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", read_elf("readelf", "-Wd", content / library))
-    assert set(needed) <= {*TENSORFLOW[library], *SYSTEM}
+    assert set(needed) <= {*TENSORFLOW[library], *SYSTEM, *(SYSTEM_CUDA if native.cuda_build() else [])}
 
     # System libraries have versioned symbols (memcpy@GLIBC_2.14); all others must be TensorFlow's.
     symbols = read_elf("nm", "-D", "--undefined-only", content / library)
@@ -211,6 +215,13 @@ def test_needs_only_tensorflow_and_the_system(content, library):
     files = [tensorflow / file for file in TENSORFLOW[library]]
     provided = read_elf("nm", "-D", "--defined-only", "--format=just-symbols", *files).split()
     assert others <= {symbol.partition("@")[0] for symbol in provided}
+
+
+@pytest.mark.parametrize("library", [OPS, XLA])
+def test_asks_nobody_for_cuda(content, library):
+    # TensorFlow's library has stubs of these functions, and the linker would take them without a word.
+    symbols = read_elf("nm", "-D", "--undefined-only", "--format=just-symbols", content / library).split()
+    assert [symbol for symbol in symbols if re.match(r"(__)?cu(da|[A-Z])", symbol)] == []
 
 
 @pytest.mark.parametrize("library", [OPS, XLA])

@@ -65,12 +65,22 @@ def _jit(function):
     return tf.function(function, jit_compile=True)
 
 
+def _lower_for_gpu(function, *arguments, calls):
+    """The program that XLA would compile for a GPU; `calls`: with our calls, if this was built with CUDA."""
+    library = ctypes.CDLL(str(native.XLA_STATUS.library))
+    before = library.TfAgcXlaUseGpuCalls(int(calls))
+    try:
+        return function.experimental_get_compiler_ir(*arguments)(stage="stablehlo_serialized", platform_name="GPU")
+    finally:
+        library.TfAgcXlaUseGpuCalls(before)
+
+
 def _in_hlo(function, *arguments):
     """The results of a jitted function in XLA's own operations.
 
     They are the lowering for GPUs, which needs no GPU: the program is taken before XLA compiles it, and run on the CPU.
     """
-    program = function.experimental_get_compiler_ir(*arguments)(stage="stablehlo_serialized", platform_name="GPU")
+    program = _lower_for_gpu(function, *arguments, calls=False)
     assert b"TfAgc." not in program  # no custom call
     outputs = function.get_concrete_function(*arguments).outputs
     return tfxla.call_module(
@@ -113,6 +123,14 @@ def test_every_combination(activation, dtype, data_format, xla_counters):
 def test_every_combination_in_hlo(activation, dtype, data_format):
     case = make_case((2, 5, 3, 17), dtype, activation, data_format)
     check(case, results_of(_in_hlo(_jit(step_of(case, native.agc)), *case.tensors)))
+
+
+def test_a_gpu_gets_calls_where_cuda_was_built_in():
+    # It is not run: that takes a GPU.
+    case = make_case((2, 5, 3, 17))
+    program = _lower_for_gpu(_jit(step_of(case, native.agc)), *case.tensors, calls=True)
+    built_in = native.cuda_build() != ""
+    assert (b"TfAgc.Forward" in program) == (b"TfAgc.Backward" in program) == built_in
 
 
 @pytest.mark.parametrize("data_format", DATA_FORMATS)

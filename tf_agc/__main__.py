@@ -22,6 +22,7 @@ def main() -> None:
         "library": str(status.library),
         "built for": f"TensorFlow {status.built_for}" if status.built_for else "unknown",
         "instruction set": native.instruction_set() if status.available else "unknown",
+        "CUDA": (native.cuda_build() or "not built in") if status.available else "unknown",
         "XLA kernels": f"{'loaded' if xla.available else 'not loaded'} ({xla.reason})",
     }
     for name, value in rows.items():

@@ -67,6 +67,13 @@ def instruction_set() -> str:
     return function().decode()
 
 
+def cuda_build() -> str:
+    """The release of CUDA and the architectures in the loaded library, "" where it was built for CPUs alone."""
+    function = ctypes.CDLL(str(STATUS.library)).TfAgcCudaBuild
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
 def _find(name: str) -> Status:
     """Everything that can be known about a library without opening it."""
     package = pathlib.Path(__file__).resolve().parent

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 
+import bench_shapes
 import result_files
 
 # Read when TensorFlow is imported: of its log only errors are news here.
@@ -91,14 +92,14 @@ def run_cpu(options: argparse.Namespace) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     copy = bench_cpu.Copy(CHECKOUT / "bazel-bin/cc/core/libcopy_limit.so", threads)
 
-    dtypes = [options.dtype] if options.dtype else bench_cpu.DTYPES
-    shapes = options.shapes or (bench_cpu.QUICK_SHAPES if options.quick else bench_cpu.SHAPES)
+    dtypes = [options.dtype] if options.dtype else bench_shapes.DTYPES
+    shapes = options.shapes or (bench_shapes.QUICK_SHAPES if options.quick else bench_shapes.SHAPES)
     jobs = [(shape, "channels_last", dtype, True) for dtype in dtypes for shape in shapes]
     jobs += [
         (shape, "channels_first", dtype, True)
         for dtype in dtypes
         for shape in shapes
-        if shape in bench_cpu.CHANNELS_FIRST_SHAPES
+        if shape in bench_shapes.CHANNELS_FIRST_SHAPES
     ]
     if not options.shapes and not options.quick and "float32" in dtypes:
         jobs += [(shape, "channels_last", "float32", False) for shape in bench_cpu.SERIES]

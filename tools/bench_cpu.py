@@ -25,23 +25,8 @@ from tf_agc import reference
 # Every candidate is traced once for every shape, on purpose; TensorFlow warns of that.
 tf.get_logger().setLevel("ERROR")
 
-# (N, H, W, C)
-SHAPES = (
-    (32, 32, 32, 64),
-    (32, 56, 56, 64),
-    (16, 112, 112, 64),
-    (128, 14, 14, 256),
-    (32, 7, 7, 2048),
-    (128, 32, 32, 16),
-    (1, 56, 56, 64),
-    (1, 224, 224, 32),
-    (8, 28, 28, 513),
-)
-QUICK_SHAPES = ((32, 32, 32, 64), (1, 56, 56, 64), (8, 28, 28, 513))
-CHANNELS_FIRST_SHAPES = SHAPES[:4]
 # Ten sizes from 10^4 to 10^8 elements, at equal steps of the logarithm.
 SERIES = tuple((16, round(10 ** (4 + 4 * i / 9) / (16 * 32)), 1, 32) for i in range(10))
-DTYPES = ("float32", "bfloat16", "float16")
 
 PASSES = ("forward in place", "forward fresh", "backward in place", "forward + backward", "eager forward + backward")
 # Passes over memory that the limit counts.

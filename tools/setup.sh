@@ -4,7 +4,8 @@
 #
 # --tensorflow X, as the first argument of any of these scripts, chooses a TensorFlow release that has a lock in
 # requirements/, and is taken off the arguments here. Without it: the newest, in .venv. Others are in .cache/venv-X.
-# PYTHON=/path/to/python3 chooses the interpreter that the venv is made from, BAZEL=/path/to/bazel the Bazel.
+# PYTHON=/path/to/python3 chooses the interpreter that the venv is made from, BAZEL=/path/to/bazel the Bazel. TF_AGC_CUDA=1
+# builds with CUDA (docs/cuda.md).
 # Afterwards: ${ROOT}, ${RELEASE}, ${VENV}, run_bazel, need_file. Every failure is one sentence on stderr; logs are in .cache.
 
 set -euo pipefail
@@ -207,6 +208,7 @@ common --repo_env=TF_AGC_ENVIRONMENT=${environment}"
     lines+=$'\n'"common --noenable_bzlmod"
   fi
   [[ -z ${CI:-} ]] || lines+=$'\n'"build --config=dev"
+  [[ ${TF_AGC_CUDA:-} != 1 ]] || lines+=$'\n'"build --config=cuda"
   [[ -f ${file} && $(<"${file}") == "${lines}" ]] || echo "${lines}" >"${file}"
 }
 

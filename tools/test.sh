@@ -8,11 +8,29 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-dev
 need_file /usr/bin/dot "Graphviz, which keras.utils.plot_model calls" graphviz
+for library in libasan libubsan libtsan; do
+  # A path where g++ has it, else the bare name. Debian's g++ always has them.
+  [[ $(g++ -print-file-name="${library}.so") == /* ]] ||
+    fail "g++ has no ${library}, with which the CUDA kernels' source is tested: install the package of that name."
+done
+tests=(//cc/...)
+# What GCC's sanitizers need of Linux; some distributions set more, and a container cannot change it.
+if (($(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0) > 28)); then
+  say "tests with sanitizers are left out: they need sudo sysctl vm.mmap_rnd_bits=28"
+  tests+=(--test_tag_filters=-sanitizer)
+fi
 
 "${ROOT}/tools/build.sh" --tensorflow "${RELEASE}"
-run_bazel test //cc/...
+run_bazel test "${tests[@]}"
 # Programs that tests in Python start.
 run_bazel build //cc/serving:saved_model_runner //cc/serving:saved_model_runner_without_ops
+if command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
+  # For one architecture: this is about whether everything compiles and links.
+  run_bazel test --config=cuda --repo_env=TF_AGC_CUDA_ARCHITECTURES=90 \
+    //cc:cuda_symbols_test //cc/core/cuda:cuda_symbols_test
+else
+  say "there is no nvcc: what only CUDA's compiler takes is not compiled"
+fi
 
 cd "${ROOT}"
 python=(setup.py tests tf_agc tools)
@@ -20,7 +38,7 @@ python=(setup.py tests tf_agc tools)
 "${VENV}/bin/ruff" format --quiet --check "${python[@]}" ||
   fail "the Python files are not formatted: run ${VENV}/bin/ruff format ${python[*]}."
 "${VENV}/bin/mypy" || fail "mypy found the errors above: correct the types."
-find cc \( -name '*.cc' -o -name '*.h' \) -print0 | xargs -0 "${VENV}/bin/clang-format" --dry-run -Werror ||
+find cc \( -name '*.cc' -o -name '*.cu' -o -name '*.h' \) -print0 | xargs -0 "${VENV}/bin/clang-format" --dry-run -Werror ||
   fail "the C++ files are not formatted: run ${VENV}/bin/clang-format -i on those above."
 
 # The executable and not `python -m pytest`, which would put the checkout, and so the sources, before the installed wheel.

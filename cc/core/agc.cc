@@ -8,6 +8,7 @@
 
 #include "cc/core/cpu.h"
 #include "cc/core/loops.h"
+#include "cc/core/scheduling.h"
 
 namespace tf_agc {
 namespace core {
@@ -30,21 +31,6 @@ constexpr int64_t kMaxTaskChannels = kMaxColumns / 2;
 
 // Samples are added up in at most this many groups, which bounds the memory for partial parameter gradients.
 constexpr int64_t kMaxGroups = 64;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t ElementBytes(DataType data_type) {
-  switch (data_type) {
-    case DataType::kHalf:
-    case DataType::kBfloat16:
-      return 2;
-    case DataType::kDouble:
-      return 8;
-    case DataType::kFloat:
-      break;
-  }
-  return 4;
-}
 
 Plan MakePlan(const Shape& shape) {
   Plan plan{1, 0, 0, false};
@@ -145,12 +131,6 @@ class ChunkSums {
   const int64_t sums_per_channel_;
   std::vector<double> sums_;
 };
-
-// alpha = 0 is relu, whose backward pass needs no division by alpha.
-Activation Effective(Activation activation, double alpha) {
-  const bool has_alpha = activation == Activation::kLeakyRelu || activation == Activation::kElu;
-  return has_alpha && alpha == 0 ? Activation::kRelu : activation;
-}
 
 // Turns the sums over samples into the gradients of the parameters.
 template <class U>

@@ -3,6 +3,7 @@
 //
 // Loading this registers them, also in a process where XLA has already started.
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -39,8 +40,10 @@ using ::tensorflow::XlaOpRegistrationBuilder;
 using ::tensorflow::XlaOpRegistry;
 using ::tensorflow::kernel_factory::OpKernelRegistrar;
 
-// Whether the calls are known to XLA. Set once, while the library is loaded.
+// Whether the calls are known to XLA, on the CPU and on GPUs. Set once, while the library is loaded; tests of XLA's own
+// operations take the second back.
 bool custom_calls_registered = false;
+std::atomic<bool> gpu_calls_registered{false};
 
 // An op's inputs as XLA knows them.
 struct Inputs {
@@ -58,11 +61,14 @@ struct Inputs {
   }
 };
 
-// Whether the program will run in a process that has our calls, on the CPU, with maps whose sizes are known.
+// Whether the program will run in a process that has our calls, with maps whose sizes are known.
 bool CanCall(XlaOpKernelContext* context, const Inputs& inputs) {
   const auto& options = context->compiler()->options();
   const bool ahead_of_time = dynamic_cast<xla::CompileOnlyClient*>(options.client) != nullptr;
-  return custom_calls_registered && options.allow_cpu_custom_calls && !ahead_of_time &&
+  const bool on_gpu = options.device_type.type_string() == tensorflow::DEVICE_GPU_XLA_JIT;
+  const bool registered =
+      on_gpu ? gpu_calls_registered.load() : custom_calls_registered && options.allow_cpu_custom_calls;
+  return registered && !ahead_of_time &&
          absl::c_all_of(inputs.shapes, [](const xla::Shape& shape) { return shape.is_static(); });
 }
 
@@ -186,6 +192,7 @@ bool Register() {
   const std::string error = xla_calls::Register();
   custom_calls_registered = error.empty();
   if (!error.empty()) LOG(WARNING) << "tf_agc computes in XLA's own operations, its kernels are refused: " << error;
+  gpu_calls_registered = xla_calls::RegisterOnGpu().empty();
   RegisterOp("TfAgc>Agc", Create<AgcXlaOp>);
   RegisterOp("TfAgc>AgcGrad", Create<AgcGradXlaOp>);
   return true;
@@ -195,3 +202,11 @@ const bool registered = Register();
 
 }  // namespace
 }  // namespace tf_agc
+
+// ---- For tests, through ctypes ----
+
+// Whether programs for GPUs make our calls from now on; where they cannot, they never do. Returns whether they did.
+extern "C" int TfAgcXlaUseGpuCalls(int use) {
+  static const bool can = tf_agc::gpu_calls_registered.load();
+  return tf_agc::gpu_calls_registered.exchange(use != 0 && can);
+}

@@ -1,4 +1,5 @@
-// XLA's typed FFI on one side, cc/core on the other: buffers become pointers, XLA's thread pool becomes core::Parallel.
+// XLA's typed FFI on one side, cc/core on the other: buffers become pointers, XLA's thread pool becomes core::Parallel,
+// its stream on a GPU goes to the launchers.
 // Nothing is validated: XLA passes the shapes and types that agc_xla_kernels.cc compiled the program for.
 
 #include "cc/xla/custom_call.h"
@@ -11,9 +12,15 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
 
 #include "cc/core/agc.h"
 #include "xla/ffi/api/ffi.h"
+#ifdef TF_AGC_CUDA
+#include "cc/core/cuda/agc_cuda.h"
+#endif
 
 // Exported by TensorFlow's libraries, declared in none of their public headers.
 extern "C" const XLA_FFI_Api* XLA_FFI_GetApi();
@@ -117,61 +124,126 @@ core::Shape ShapeOf(const Buffer& maps, core::Layout layout) {
   return shape;
 }
 
-ffi::Error Forward(ffi::ThreadPool pool, Buffer x, Buffer gain, Buffer mean_scale, Result y, Result mean,
-                   int32_t activation, float alpha, int32_t layout) {
+core::ForwardArgs ForwardArgsOf(Buffer x, Buffer gain, Buffer mean_scale, Result y, Result mean, int32_t activation,
+                                float alpha, int32_t layout) {
   Count(kForwardCalls);
   if (y->untyped_data() == x.untyped_data()) Count(kForwardInPlace);
-  core::Forward(
-      {ShapeOf(x, static_cast<core::Layout>(layout)), DataTypeOf(x), static_cast<core::Activation>(activation), alpha,
-       x.untyped_data(), gain.untyped_data(), mean_scale.untyped_data(), y->untyped_data(), mean->untyped_data()},
-      ParallelOf(&pool));
-  return ffi::Error::Success();
+  return {ShapeOf(x, static_cast<core::Layout>(layout)),
+          DataTypeOf(x),
+          static_cast<core::Activation>(activation),
+          alpha,
+          x.untyped_data(),
+          gain.untyped_data(),
+          mean_scale.untyped_data(),
+          y->untyped_data(),
+          mean->untyped_data()};
 }
 
-ffi::Error Backward(ffi::ThreadPool pool, Buffer dy, Buffer dmean, Buffer kept, Buffer mean, Buffer gain,
-                    Buffer mean_scale, Result dx, Result dgain, Result dmean_scale, int32_t activation, float alpha,
-                    int32_t layout) {
+core::BackwardArgs BackwardArgsOf(Buffer dy, Buffer dmean, Buffer kept, Buffer mean, Buffer gain, Buffer mean_scale,
+                                  Result dx, Result dgain, Result dmean_scale, int32_t activation, float alpha,
+                                  int32_t layout) {
   Count(kBackwardCalls);
   if (dx->untyped_data() == dy.untyped_data()) Count(kBackwardOverDy);
-  core::Backward(
-      {ShapeOf(kept, static_cast<core::Layout>(layout)), DataTypeOf(kept), static_cast<core::Activation>(activation),
-       alpha, dy.untyped_data(), dmean.untyped_data(), kept.untyped_data(), mean.untyped_data(), gain.untyped_data(),
-       mean_scale.untyped_data(), dx->untyped_data(), dgain->untyped_data(), dmean_scale->untyped_data()},
-      ParallelOf(&pool));
-  return ffi::Error::Success();
+  return {ShapeOf(kept, static_cast<core::Layout>(layout)),
+          DataTypeOf(kept),
+          static_cast<core::Activation>(activation),
+          alpha,
+          dy.untyped_data(),
+          dmean.untyped_data(),
+          kept.untyped_data(),
+          mean.untyped_data(),
+          gain.untyped_data(),
+          mean_scale.untyped_data(),
+          dx->untyped_data(),
+          dgain->untyped_data(),
+          dmean_scale->untyped_data()};
 }
 
-XLA_FFI_DEFINE_HANDLER(kForwardHandler, Forward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Buffer>()  // x
-                           .Arg<Buffer>()  // gain
-                           .Arg<Buffer>()  // mean_scale
-                           .Ret<Buffer>()  // y
-                           .Ret<Buffer>()  // mean
-                           .Attr<int32_t>(kActivation)
-                           .Attr<float>(kAlpha)
-                           .Attr<int32_t>(kLayout));
+// What XLA passes to the calls on any platform, behind that platform's context.
+template <class Binding>
+auto BindForward(Binding context) {
+  return std::move(context)
+      .template Arg<Buffer>()  // x
+      .template Arg<Buffer>()  // gain
+      .template Arg<Buffer>()  // mean_scale
+      .template Ret<Buffer>()  // y
+      .template Ret<Buffer>()  // mean
+      .template Attr<int32_t>(kActivation)
+      .template Attr<float>(kAlpha)
+      .template Attr<int32_t>(kLayout);
+}
 
-XLA_FFI_DEFINE_HANDLER(kBackwardHandler, Backward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Buffer>()  // dy
-                           .Arg<Buffer>()  // dmean
-                           .Arg<Buffer>()  // kept
-                           .Arg<Buffer>()  // mean
-                           .Arg<Buffer>()  // gain
-                           .Arg<Buffer>()  // mean_scale
-                           .Ret<Buffer>()  // dx
-                           .Ret<Buffer>()  // dgain
-                           .Ret<Buffer>()  // dmean_scale
-                           .Attr<int32_t>(kActivation)
-                           .Attr<float>(kAlpha)
-                           .Attr<int32_t>(kLayout));
+template <class Binding>
+auto BindBackward(Binding context) {
+  return std::move(context)
+      .template Arg<Buffer>()  // dy
+      .template Arg<Buffer>()  // dmean
+      .template Arg<Buffer>()  // kept
+      .template Arg<Buffer>()  // mean
+      .template Arg<Buffer>()  // gain
+      .template Arg<Buffer>()  // mean_scale
+      .template Ret<Buffer>()  // dx
+      .template Ret<Buffer>()  // dgain
+      .template Ret<Buffer>()  // dmean_scale
+      .template Attr<int32_t>(kActivation)
+      .template Attr<float>(kAlpha)
+      .template Attr<int32_t>(kLayout);
+}
 
-std::string RegisterOne(const char* name, XLA_FFI_Handler* handler) {
+// ---- On the CPU ----
+
+constexpr auto Forward = [](ffi::ThreadPool pool, auto... arguments) {
+  core::Forward(ForwardArgsOf(arguments...), ParallelOf(&pool));
+  return ffi::Error::Success();
+};
+
+constexpr auto Backward = [](ffi::ThreadPool pool, auto... arguments) {
+  core::Backward(BackwardArgsOf(arguments...), ParallelOf(&pool));
+  return ffi::Error::Success();
+};
+
+XLA_FFI_DEFINE_HANDLER(kForwardHandler, Forward, BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER(kBackwardHandler, Backward, BindBackward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+
+// ---- On the GPU ----
+
+#ifdef TF_AGC_CUDA
+
+template <class Args>
+ffi::Error Launch(const Args& args, void* stream, ffi::ScratchAllocator* scratch,
+                  int64_t (*workspace_bytes)(const Args*), int (*launch)(const Args*, void*, void*)) {
+  const int64_t bytes = workspace_bytes(&args);
+  void* workspace = nullptr;
+  if (bytes > 0) {
+    const std::optional<void*> allocated = scratch->Allocate(bytes, /*alignment=*/16);
+    if (!allocated) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "tf_agc got no memory for its workspace");
+    workspace = *allocated;
+  }
+  const int error = launch(&args, workspace, stream);
+  if (error == 0) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("tf_agc could not be launched: ") + TfAgcCudaErrorString(error));
+}
+
+constexpr auto ForwardOnGpu = [](void* stream, ffi::ScratchAllocator scratch, auto... arguments) {
+  return Launch(ForwardArgsOf(arguments...), stream, &scratch, TfAgcCudaForwardWorkspaceBytes, TfAgcCudaForward);
+};
+
+constexpr auto BackwardOnGpu = [](void* stream, ffi::ScratchAllocator scratch, auto... arguments) {
+  return Launch(BackwardArgsOf(arguments...), stream, &scratch, TfAgcCudaBackwardWorkspaceBytes, TfAgcCudaBackward);
+};
+
+using GpuStream = ffi::PlatformStream<void*>;
+
+XLA_FFI_DEFINE_HANDLER(kForwardOnGpuHandler, ForwardOnGpu,
+                       BindForward(ffi::Ffi::Bind().Ctx<GpuStream>().Ctx<ffi::ScratchAllocator>()));
+XLA_FFI_DEFINE_HANDLER(kBackwardOnGpuHandler, BackwardOnGpu,
+                       BindBackward(ffi::Ffi::Bind().Ctx<GpuStream>().Ctx<ffi::ScratchAllocator>()));
+
+#endif  // TF_AGC_CUDA
+
+std::string RegisterOne(const char* name, const char* platform, XLA_FFI_Handler* handler) {
   const XLA_FFI_Api* api = XLA_FFI_GetApi();
-  XLA_FFI_Error* error = ffi::Ffi::RegisterStaticHandler(api, name, "Host", handler);
+  XLA_FFI_Error* error = ffi::Ffi::RegisterStaticHandler(api, name, platform, handler);
   if (error == nullptr) return "";
   const std::string message = ffi::internal::GetErrorMessage(api, error);
   ffi::internal::DestroyError(api, error);
@@ -193,8 +265,17 @@ std::string FormatAttributes(core::Activation activation, float alpha, core::Lay
 }
 
 std::string Register() {
-  const std::string error = RegisterOne(kForward, kForwardHandler);
-  return error.empty() ? RegisterOne(kBackward, kBackwardHandler) : error;
+  const std::string error = RegisterOne(kForward, "Host", kForwardHandler);
+  return error.empty() ? RegisterOne(kBackward, "Host", kBackwardHandler) : error;
+}
+
+std::string RegisterOnGpu() {
+#ifdef TF_AGC_CUDA
+  const std::string error = RegisterOne(kForward, "CUDA", kForwardOnGpuHandler);
+  return error.empty() ? RegisterOne(kBackward, "CUDA", kBackwardOnGpuHandler) : error;
+#else
+  return "built without CUDA";
+#endif
 }
 
 }  // namespace xla_calls

@@ -1,4 +1,5 @@
-// The custom calls by which a program that XLA compiled reaches cc/core: their names, attributes and registration.
+// The custom calls by which a program that XLA compiled reaches cc/core, or cc/core/cuda: their names, attributes and
+// registration.
 //
 // Nothing here or in custom_call.cc knows TensorFlow; which call a program makes is said in agc_xla_kernels.cc.
 
@@ -26,8 +27,9 @@ inline constexpr char kLayout[] = "layout";
 // The attributes as XLA takes them, a dictionary in MLIR's syntax.
 std::string FormatAttributes(core::Activation activation, float alpha, core::Layout layout);
 
-// Makes the calls known to XLA for programs on the CPU. Returns what went wrong, "" if nothing did.
+// Make the calls known to XLA for programs on the CPU, and on NVIDIA's GPUs. Return what went wrong, "" if nothing did.
 std::string Register();
+std::string RegisterOnGpu();
 
 }  // namespace xla_calls
 }  // namespace tf_agc

@@ -1,0 +1,87 @@
+// The activations and their derivatives, once, for the CPU's vectors (V is a vector of S) and for CUDA's threads (V is
+// S).
+//
+// Included by loops.cc and by the CUDA kernels, each inside the namespace that has Broadcast, MaxZero, Expm1 and Log1p
+// for its V. No include guard and no includes, for the same reason.
+//
+// Forward(z) is act(z). From what was kept, k, and the gradient of the output, d:
+// Slope(k) is act'(z), and dz = d * Slope(k) as in stock TensorFlow, where an infinite d at a dead place gives NaN:
+// loss scaling must see it. GainTerm(k, d, dz, offset) is what sums up to dgain (kLinear) or to gain * dgain (all
+// others: they know z = gain * u, not u).
+
+#ifndef TF_AGC_DEVICE
+#define TF_AGC_DEVICE  // CUDA needs a word before each function.
+#endif
+
+template <class V, class S>
+struct Linear {
+  static constexpr bool kKeepsInput = true;
+  static constexpr bool kSlopeIsZeroOrOne = true;
+  TF_AGC_DEVICE explicit Linear(double) {}
+  TF_AGC_DEVICE V Forward(V z) const { return z; }
+  TF_AGC_DEVICE V Slope(V) const { return Broadcast<V>(S(1)); }
+  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V offset) const { return dz * (k - offset); }
+};
+
+template <class V, class S>
+struct Relu {
+  static constexpr bool kKeepsInput = false;
+  static constexpr bool kSlopeIsZeroOrOne = true;
+  TF_AGC_DEVICE explicit Relu(double) {}
+  TF_AGC_DEVICE V Forward(V z) const { return MaxZero(z); }
+  TF_AGC_DEVICE V Slope(V k) const { return k > S(0) ? Broadcast<V>(S(1)) : V{}; }
+  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V) const { return dz * k; }
+};
+
+template <class V, class S>
+struct Relu6 {
+  static constexpr bool kKeepsInput = false;
+  static constexpr bool kSlopeIsZeroOrOne = true;
+  TF_AGC_DEVICE explicit Relu6(double) {}
+  TF_AGC_DEVICE V Forward(V z) const {
+    const V six = Broadcast<V>(S(6));
+    z = MaxZero(z);
+    return z > six ? six : z;
+  }
+  TF_AGC_DEVICE V Slope(V k) const {
+    const V rising = k > S(0) ? Broadcast<V>(S(1)) : V{};
+    return k < S(6) ? rising : V{};
+  }
+  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V) const { return dz * k; }
+};
+
+template <class V, class S>
+struct LeakyRelu {
+  static constexpr bool kKeepsInput = false;
+  static constexpr bool kSlopeIsZeroOrOne = false;
+  S alpha;
+  TF_AGC_DEVICE explicit LeakyRelu(double a) : alpha(static_cast<S>(a)) {}
+  TF_AGC_DEVICE V Forward(V z) const { return z > S(0) ? z : z * alpha; }
+  TF_AGC_DEVICE V Slope(V k) const { return k > S(0) ? Broadcast<V>(S(1)) : Broadcast<V>(alpha); }
+  // Below 0, dz * z = (d * alpha) * (k / alpha).
+  TF_AGC_DEVICE V GainTerm(V k, V d, V, V) const { return d * k; }
+};
+
+template <class V, class S>
+struct Elu {
+  static constexpr bool kKeepsInput = false;
+  static constexpr bool kSlopeIsZeroOrOne = false;
+  S alpha;
+  TF_AGC_DEVICE explicit Elu(double a) : alpha(static_cast<S>(a)) {}
+  TF_AGC_DEVICE V Forward(V z) const {
+    const V negative = z > S(0) ? V{} : z;
+    return z > S(0) ? z : Expm1(negative) * alpha;
+  }
+  // exp(z) * alpha = k + alpha below 0; rounding k to T may take it below -alpha.
+  TF_AGC_DEVICE V Slope(V k) const {
+    V slope = k + alpha;
+    slope = slope < S(0) ? V{} : slope;
+    return k > S(0) ? Broadcast<V>(S(1)) : slope;
+  }
+  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V) const {
+    const V negative = k > S(0) ? V{} : k / alpha;
+    // Where k = -alpha, z is lost, and dz = 0 anyway.
+    const V z = negative <= S(-1) ? V{} : Log1p(negative);
+    return dz * (k > S(0) ? k : z);
+  }
+};

@@ -1,0 +1,37 @@
+// Automatic gain control on a GPU: what a framework binding calls. The arguments of cc/core/agc.h with device pointers.
+//
+// Plain C linkage and no CUDA header, so that any compiler's objects link with nvcc's. Arguments are not validated: the
+// caller does that, because only it can word the error for its user.
+//
+// The device is the calling thread's current one (cudaGetDevice); its properties are read once and kept. Nothing here
+// allocates device memory, synchronizes, or touches another stream, so calls may be captured into a CUDA graph.
+
+#ifndef TF_AGC_CC_CORE_CUDA_AGC_CUDA_H_
+#define TF_AGC_CC_CORE_CUDA_AGC_CUDA_H_
+
+#include <cstdint>
+
+#include "cc/core/agc.h"
+
+extern "C" {
+
+// Bytes of device memory that the call with these very arguments needs for `workspace`; 0 where it needs none, -1 where
+// the device cannot be asked. Pointers must be set already: their alignment decides how maps are walked.
+int64_t TfAgcCudaForwardWorkspaceBytes(const tf_agc::core::ForwardArgs* args);
+int64_t TfAgcCudaBackwardWorkspaceBytes(const tf_agc::core::BackwardArgs* args);
+
+// Start the call on `stream` (a cudaStream_t; null is the default stream) and return without waiting. `workspace` is
+// aligned to 8 bytes and may be used again once the stream has passed this call; what it holds before is ignored. They
+// return a cudaError_t: 0 for success, else the first error.
+//
+// y, mean and dx are equal to the last bit from run to run, whatever other samples are in the batch; dgain and
+// dmean_scale from run to run. They may differ between kinds of device, and from the CPU's in the last places.
+int TfAgcCudaForward(const tf_agc::core::ForwardArgs* args, void* workspace, void* stream);
+int TfAgcCudaBackward(const tf_agc::core::BackwardArgs* args, void* workspace, void* stream);
+
+// What an error that they returned means, in a static string.
+const char* TfAgcCudaErrorString(int error);
+
+}  // extern "C"
+
+#endif  // TF_AGC_CC_CORE_CUDA_AGC_CUDA_H_

@@ -1,0 +1,483 @@
+// The kernels against plain loops in double, on the CPU: their source runs in the emulation of CUDA (emulation.h).
+// Small made-up devices make small maps take every way that plan.h has. Built plain and under sanitizers.
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cc/core/agc.h"
+#include "cc/core/agc_test_util.h"
+#include "cc/core/cuda/emulation.h"
+#include "cc/core/cuda/launch.h"
+#include "gtest/gtest.h"
+
+namespace tf_agc {
+namespace core {
+namespace cuda {
+namespace {
+
+// Compute capability, multiprocessors, shared memory of a block and of a multiprocessor, L2 cache.
+constexpr Device kDevices[] = {
+    {75, 2, 4 << 10, 4 << 10, 8 << 10},
+    {80, 2, 8 << 10, 16 << 10, 16 << 10},
+    {90, 2, 8 << 10, 16 << 10, 16 << 10},
+};
+constexpr Device kHopper = {90, 132, 227 << 10, 228 << 10, 50 << 20};
+
+struct CudaTensors : Tensors {
+  using Tensors::Tensors;
+
+  int RunForward(const Case& c, bool in_place, const Device& device) {
+    const ForwardArgs args = PrepareForward(c, in_place);
+    std::vector<double> workspace = Workspace(WorkspaceBytes(args, device));
+    return Forward(args, device, workspace.empty() ? nullptr : workspace.data(), nullptr);
+  }
+  int RunBackward(const Case& c, int over, const Device& device) {
+    const BackwardArgs args = PrepareBackward(c, over);
+    std::vector<double> workspace = Workspace(WorkspaceBytes(args, device));
+    return Backward(args, device, workspace.empty() ? nullptr : workspace.data(), nullptr);
+  }
+
+ private:
+  static std::vector<double> Workspace(int64_t bytes) {
+    return std::vector<double>(static_cast<size_t>(bytes) / sizeof(double), std::nan(""));
+  }
+};
+
+void SetSeed(uint32_t seed) { emulation::SetSchedule({seed, -1}); }
+
+class EverySize : public testing::TestWithParam<std::tuple<int, int, int>> {};
+
+TEST_P(EverySize, EqualsPlainLoops) {
+  const auto [batch, positions, channels] = GetParam();
+  uint32_t turn = 0;  // Odd steps in all loops, so that everything meets both alignments.
+  for (const Device& device : kDevices) {
+    ++turn;
+    for (Layout layout : kLayouts) {
+      ++turn;
+      for (DataType type : kTypes) {
+        for (Activation activation : kActivations) {
+          const bool aligned = ++turn % 2 == 0;
+          SetSeed(turn);
+          const Case c{{batch, positions, channels, layout}, type, activation, AlphaOf(activation)};
+          CudaTensors t(c, aligned);
+          ASSERT_EQ(t.RunForward(c, /*in_place=*/false, device), 0);
+          CheckForward(c, t);
+          ASSERT_EQ(t.RunBackward(c, /*over=*/0, device), 0);
+          CheckBackward(c, t);
+          if (HasFatalFailure()) return;
+
+          CudaTensors in_place(c, aligned);
+          SetSeed(turn + 1);
+          ASSERT_EQ(in_place.RunForward(c, /*in_place=*/true, device), 0);
+          ASSERT_TRUE(in_place.y == t.y && in_place.mean == t.mean) << c.Name();
+          const int over = 1 + static_cast<int>(turn / 2 % 2);
+          ASSERT_EQ(in_place.RunBackward(c, over, device), 0);
+          ASSERT_TRUE(in_place.dx == t.dx) << c.Name() << " over " << over;
+          ASSERT_TRUE(in_place.dgain == t.dgain && in_place.dmean_scale == t.dmean_scale) << c.Name();
+          for (const Array* a : {&t.y, &t.mean, &t.dx, &t.dgain, &t.dmean_scale, &in_place.y, &in_place.dx}) {
+            ASSERT_TRUE(a->BordersIntact()) << c.Name();
+          }
+        }
+      }
+    }
+  }
+}
+
+// One of everything; below and above a vector, a warp, a tile; primes; more samples than AddSamples has lanes.
+INSTANTIATE_TEST_SUITE_P(Small, EverySize,
+                         testing::Values(std::make_tuple(1, 1, 1), std::make_tuple(3, 7, 1), std::make_tuple(2, 1, 24),
+                                         std::make_tuple(2, 9, 17), std::make_tuple(1, 49, 8),
+                                         std::make_tuple(37, 4, 5)));
+// Several tiles in a sample, blocks in a cluster, launches.
+INSTANTIATE_TEST_SUITE_P(Large, EverySize,
+                         testing::Values(std::make_tuple(2, 200, 16), std::make_tuple(2, 67, 33),
+                                         std::make_tuple(1, 3, 515), std::make_tuple(1, 2113, 2),
+                                         std::make_tuple(1, 8200, 1)));
+
+// One float map size for each way through the kernels.
+struct Way {
+  const char* name;
+  Device device;
+  Shape shape;
+  bool aligned;
+  bool on_chip;
+  int blocks;
+  int forward_launches;
+  int backward_launches;
+
+  Case WithRelu() const { return {shape, DataType::kFloat, Activation::kRelu, 0}; }
+};
+const Way kWays[] = {
+    {"block", kDevices[0], {3, 128, 3, Layout::kChannelsLast}, false, true, 1, 1, 2},
+    {"block, one sample", kDevices[1], {1, 64, 16, Layout::kChannelsLast}, true, true, 1, 1, 1},
+    {"block, channels_first", kDevices[1], {3, 320, 16, Layout::kChannelsFirst}, true, true, 1, 1, 2},
+    {"cluster of 2", kDevices[2], {3, 200, 16, Layout::kChannelsLast}, true, true, 2, 1, 2},
+    {"cluster of 4", kDevices[2], {1, 720, 3, Layout::kChannelsLast}, false, true, 4, 1, 1},
+    {"cluster of 8", kDevices[2], {3, 1600, 16, Layout::kChannelsLast}, true, true, 8, 1, 2},
+    {"cluster of 4, channels_first", kDevices[2], {3, 2113, 3, Layout::kChannelsFirst}, false, true, 4, 1, 2},
+    {"cluster of 8, channels_first", kDevices[2], {1, 8200, 2, Layout::kChannelsFirst}, true, true, 8, 1, 1},
+    {"two launches", kDevices[1], {1, 1600, 16, Layout::kChannelsLast}, true, false, 2, 2, 2},
+    {"two launches for each tile", kDevices[2], {3, 2113, 16, Layout::kChannelsLast}, true, false, 3, 6, 7},
+    {"two launches for each tile, channels_first",
+     kDevices[0],
+     {2, 8200, 2, Layout::kChannelsFirst},
+     false,
+     false,
+     3,
+     8,
+     9},
+};
+
+TEST(Ways, AreTaken) {
+  for (const Way& way : kWays) {
+    SCOPED_TRACE(way.name);
+    SetSeed(1);
+    const Case c = way.WithRelu();
+    CudaTensors t(c, way.aligned);
+    const Plan plan = PlanOf(t.PrepareForward(c, false), way.device);
+    EXPECT_EQ(plan.on_chip, way.on_chip);
+    EXPECT_EQ(plan.walk.blocks, way.blocks);
+    EXPECT_EQ(plan.walk.vector, way.aligned ? 4 : 1);
+    EXPECT_EQ(PlanOf(t.PrepareBackward(c, 0), way.device).on_chip, way.on_chip);
+    emulation::TakeStatistics();
+    ASSERT_EQ(t.RunForward(c, false, way.device), 0);
+    EXPECT_EQ(emulation::TakeStatistics().launches, way.forward_launches);
+    ASSERT_EQ(t.RunBackward(c, 0, way.device), 0);
+    EXPECT_EQ(emulation::TakeStatistics().launches, way.backward_launches);
+    CheckForward(c, t);
+    CheckBackward(c, t);
+  }
+}
+
+void ExpectSameForward(const Tensors& a, const Tensors& b) {
+  EXPECT_TRUE(a.y == b.y);
+  EXPECT_TRUE(a.mean == b.mean);
+}
+void ExpectSameBackward(const Tensors& a, const Tensors& b) {
+  EXPECT_TRUE(a.dx == b.dx);
+  EXPECT_TRUE(a.dgain == b.dgain);
+  EXPECT_TRUE(a.dmean_scale == b.dmean_scale);
+}
+
+TEST(Ways, AnyOrderGivesTheSameBits) {
+  for (const Way& way : kWays) {
+    SCOPED_TRACE(way.name);
+    const Case c = way.WithRelu();
+    SetSeed(0);
+    CudaTensors first(c, way.aligned);
+    ASSERT_EQ(first.RunForward(c, false, way.device), 0);
+    ASSERT_EQ(first.RunBackward(c, 0, way.device), 0);
+    for (uint32_t seed : {0, 1, 2, 3}) {
+      SetSeed(seed);
+      CudaTensors again(c, way.aligned);
+      ASSERT_EQ(again.RunForward(c, true, way.device), 0);
+      ExpectSameForward(first, again);
+      ASSERT_EQ(again.RunBackward(c, 1, way.device), 0);
+      ExpectSameBackward(first, again);
+    }
+  }
+}
+
+TEST(Ways, SampleDoesNotDependOnItsNeighbours) {
+  for (const Way& way : kWays) {
+    SCOPED_TRACE(way.name);
+    Case one = way.WithRelu(), many = one;
+    one.shape.batch = 1;
+    many.shape.batch = 5;
+    CudaTensors all(many, way.aligned), single(one, way.aligned);
+    const size_t sample = single.x.size(), channels = single.gain.size();
+    for (size_t i = 0; i < sample; ++i) {
+      single.x.Set(i, all.x.Get(i + 3 * sample));
+      single.dy.Set(i, all.dy.Get(i + 3 * sample));
+    }
+    for (size_t i = 0; i < channels; ++i) single.dmean.Set(i, all.dmean.Get(i + 3 * channels));
+    single.gain = all.gain;
+    single.mean_scale = all.mean_scale;
+    ASSERT_EQ(all.RunForward(many, false, way.device), 0);
+    ASSERT_EQ(single.RunForward(one, false, way.device), 0);
+    ASSERT_EQ(all.RunBackward(many, 0, way.device), 0);
+    ASSERT_EQ(single.RunBackward(one, 0, way.device), 0);
+    for (size_t i = 0; i < sample; ++i) {
+      ASSERT_EQ(single.y.Get(i), all.y.Get(i + 3 * sample));
+      ASSERT_EQ(single.dx.Get(i), all.dx.Get(i + 3 * sample));
+    }
+  }
+}
+
+// On a Hopper GPU as it is, a map of a million positions takes a cluster, and its sum goes on in double.
+TEST(Forward, MeanOfManyLargeValues) {
+  for (Layout layout : kLayouts) {
+    const Case c{{1, 1000000, 1, layout}, DataType::kFloat, Activation::kLinear, 0};
+    CudaTensors t(c);
+    double sum = 0;
+    for (size_t i = 0; i < t.x.size(); ++i) {
+      t.x.Set(i, 1000 + t.x.Get(i));
+      sum += t.x.Get(i);
+    }
+    ASSERT_EQ(t.RunForward(c, false, kHopper), 0);
+    EXPECT_NEAR(t.mean.Get(0), sum / 1e6, 1000 * 2 * 0x1p-23);
+  }
+}
+
+TEST(Forward, HalfSumsDoNotOverflow) {
+  const Case c{{1, 1000, 3, Layout::kChannelsLast}, DataType::kHalf, Activation::kLinear, 0};
+  CudaTensors t(c);
+  for (size_t i = 0; i < t.x.size(); ++i) t.x.Set(i, 60000);
+  ASSERT_EQ(t.RunForward(c, false, kDevices[1]), 0);
+  EXPECT_EQ(t.mean.Get(1), HalfToDouble(0x7b53));  // The half nearest to 60000.
+}
+
+// ---- As the CPU's kernel does it ----
+
+// Whether both are NaN, the same infinity, or finite.
+void ExpectSameKind(const Array& a, const Array& b) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double x = a.Get(i), y = b.Get(i);
+    ASSERT_EQ(std::isnan(x), std::isnan(y)) << i << ": " << x << ", on the CPU " << y;
+    if (std::isinf(x) || std::isinf(y)) {
+      ASSERT_EQ(x, y) << i;
+    }
+  }
+}
+
+TEST(AsOnTheCpu, NanAndInfinity) {
+  const double inf = std::numeric_limits<double>::infinity();
+  for (const Device& device : kDevices) {
+    for (DataType type : kTypes) {
+      for (Activation activation : kActivations) {
+        const Case c{{3, 37, 19, Layout::kChannelsLast}, type, activation, AlphaOf(activation)};
+        SCOPED_TRACE(c.Name());
+        CudaTensors t(c);
+        t.x.Set(c.Index(0, 11, 3), -inf);
+        t.x.Set(c.Index(1, 12, 4), inf);
+        t.gain.Set(6, 0);
+        t.gain.Set(7, 0x1p-149);
+        t.gain.Set(8, std::nan(""));
+        t.mean_scale.Set(9, std::nan(""));
+        t.mean_scale.Set(10, inf);
+        t.dmean.Set(19 + 11, inf);
+        t.dy.Set(c.Index(0, 20, 12), -inf);
+        t.dy.Set(c.Index(1, 21, 13), inf);
+        if (type == DataType::kFloat || type == DataType::kDouble) {  // Array has no NaN of 16 bits.
+          t.x.Set(c.Index(2, 13, 5), std::nan(""));
+          t.dy.Set(c.Index(2, 22, 14), std::nan(""));
+        }
+        Tensors on_cpu = t;
+        ASSERT_EQ(t.RunForward(c, false, device), 0);
+        ASSERT_EQ(t.RunBackward(c, 0, device), 0);
+        core::Forward(on_cpu.PrepareForward(c, false), Serial());
+        core::Backward(on_cpu.PrepareBackward(c, 0), Serial());
+        ExpectSameKind(t.y, on_cpu.y);
+        ExpectSameKind(t.mean, on_cpu.mean);
+        ExpectSameKind(t.dx, on_cpu.dx);
+        ExpectSameKind(t.dgain, on_cpu.dgain);
+        ExpectSameKind(t.dmean_scale, on_cpu.dmean_scale);
+      }
+    }
+  }
+}
+
+// Where nothing rounds, every bit: signs of zeros, and 16-bit results beside ties, below the normal and above the
+// largest.
+TEST(AsOnTheCpu, SignsOfZerosAndRounding) {
+  for (DataType type : kTypes) {
+    for (Activation activation : {Activation::kLinear, Activation::kRelu, Activation::kRelu6, Activation::kLeakyRelu}) {
+      const Case c{{1, 1, 1024, Layout::kChannelsLast}, type, activation, 0.25};
+      SCOPED_TRACE(c.Name());
+      CudaTensors t(c, /*aligned=*/true);
+      std::mt19937 random(7);
+      std::uniform_real_distribution<double> exponent(-28, 17), mantissa(1, 2);
+      for (size_t i = 0; i < t.x.size(); ++i) {
+        t.x.Set(i, i % 2 ? 1 : -1);
+        t.gain.Set(i, std::ldexp(mantissa(random), static_cast<int>(exponent(random))));
+        t.mean_scale.Set(i, 0);
+      }
+      const double ties[] = {65519, 65520, 0x1.002p0, 0x1.006p0, 0x1.01p0, 0x1.03p0, 0x1.8p-24, 0x1p-25};
+      for (size_t i = 0; i < 8; ++i) t.gain.Set(i, ties[i]);
+      for (size_t i = 8; i < 16; ++i) {
+        t.x.Set(i, i % 2 ? 0.0 : -0.0);
+        t.gain.Set(i, i % 4 < 2 ? -1 : 1);
+      }
+      Tensors on_cpu = t;
+      ASSERT_EQ(t.RunForward(c, false, kDevices[2]), 0);
+      core::Forward(on_cpu.PrepareForward(c, false), Serial());
+      EXPECT_TRUE(t.y == on_cpu.y);
+      EXPECT_TRUE(t.mean == on_cpu.mean);
+    }
+  }
+}
+
+TEST(Backward, EluAtItsFloor) {
+  for (DataType type : kTypes) {
+    const Case c{{1, 40, 2, Layout::kChannelsLast}, type, Activation::kElu, 0.3};
+    CudaTensors t(c);
+    for (size_t i = 0; i < t.x.size(); ++i) t.x.Set(i, i % 4 < 2 ? -200 : 200);
+    ASSERT_EQ(t.RunForward(c, false, kDevices[1]), 0);
+    ASSERT_EQ(t.RunBackward(c, 0, kDevices[1]), 0);
+    EXPECT_TRUE(std::isfinite(t.dgain.Get(0)) && std::isfinite(t.dgain.Get(1))) << c.Name();
+  }
+}
+
+TEST(Alpha, ZeroActsAsRelu) {
+  for (Activation activation : {Activation::kLeakyRelu, Activation::kElu}) {
+    const Case with_alpha{{2, 37, 19, Layout::kChannelsLast}, DataType::kFloat, activation, 0};
+    Case relu = with_alpha;
+    relu.activation = Activation::kRelu;
+    CudaTensors a(with_alpha), b(relu);
+    ASSERT_EQ(a.RunForward(with_alpha, false, kDevices[1]), 0);
+    ASSERT_EQ(a.RunBackward(with_alpha, 0, kDevices[1]), 0);
+    ASSERT_EQ(b.RunForward(relu, false, kDevices[1]), 0);
+    ASSERT_EQ(b.RunBackward(relu, 0, kDevices[1]), 0);
+    ExpectSameForward(a, b);
+    ExpectSameBackward(a, b);
+  }
+}
+
+TEST(Empty, BatchAndChannels) {
+  for (Layout layout : kLayouts) {
+    const Case no_samples{{0, 5, 3, layout}, DataType::kFloat, Activation::kRelu, 0};
+    CudaTensors t(no_samples);
+    ASSERT_EQ(t.RunForward(no_samples, false, kHopper), 0);
+    ASSERT_EQ(t.RunBackward(no_samples, 0, kHopper), 0);
+    for (size_t i = 0; i < 3; ++i) {
+      EXPECT_EQ(t.dgain.Get(i), 0);
+      EXPECT_EQ(t.dmean_scale.Get(i), 0);
+    }
+    const Case no_channels{{2, 5, 0, layout}, DataType::kFloat, Activation::kRelu, 0};
+    CudaTensors none(no_channels);
+    emulation::TakeStatistics();
+    ASSERT_EQ(none.RunForward(no_channels, false, kHopper), 0);
+    ASSERT_EQ(none.RunBackward(no_channels, 0, kHopper), 0);
+    EXPECT_EQ(emulation::TakeStatistics().launches, 0);
+    EXPECT_TRUE(none.y.BordersIntact() && none.dgain.BordersIntact());
+  }
+}
+
+TEST(Workspace, MissingIsAnError) {
+  const Case c = kWays[9].WithRelu();
+  CudaTensors t(c, true);
+  EXPECT_EQ(Forward(t.PrepareForward(c, false), kWays[9].device, nullptr, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(Backward(t.PrepareBackward(c, 0), kWays[9].device, nullptr, nullptr), cudaErrorInvalidValue);
+}
+
+// ---- That these tests would find what they look for ----
+
+#if defined(__SANITIZE_ADDRESS__)
+
+TEST(SharedMemory, IsNotLeft) {
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = 48;
+  void (*kernel)(int) = [](int at) { emulation::SharedMemory()[at] = 0; };
+  EXPECT_EQ(cudaLaunchKernelEx(&config, kernel, 47), cudaSuccess);
+  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, 48), "AddressSanitizer: heap-buffer-overflow");
+}
+
+TEST(SharedMemory, IsNotReadAfterItsBlock) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2);
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = 48;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void (*kernel)(int*) = [](int* out) {
+    *out = *static_cast<const unsigned char*>(__cluster_map_shared_rank(emulation::SharedMemory(), 1 - blockIdx.x));
+  };
+  int out;
+  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, &out), "AddressSanitizer: use-after-poison");
+}
+
+#else
+
+// Each barrier is left out in turn.
+
+// Runs one pass of a way with a barrier missing, or with all (-1); the other pass only prepares.
+void RunWithout(int barrier, uint32_t seed, const Way& way, Pass pass, CudaTensors* t) {
+  const Case c = way.WithRelu();
+  SetSeed(0);
+  if (pass == Pass::kBackward) {
+    EXPECT_EQ(t->RunForward(c, false, way.device), 0);
+  }
+  emulation::TakeStatistics();
+  emulation::SetSchedule({seed, barrier});
+  EXPECT_EQ(pass == Pass::kForward ? t->RunForward(c, false, way.device) : t->RunBackward(c, 0, way.device), 0);
+  SetSeed(0);
+}
+
+int Barriers(const Way& way, Pass pass) {
+  CudaTensors t(way.WithRelu(), way.aligned);
+  RunWithout(-1, 0, way, pass, &t);
+  return emulation::TakeStatistics().barriers;
+}
+
+// Forward, a block that is alone reads its sums by the threads that wrote them: its second barrier is backward's.
+bool IsIdle(const Way& way, Pass pass, int barrier) {
+  return pass == Pass::kForward && way.on_chip && way.blocks == 1 && barrier == 1;
+}
+
+#if defined(__SANITIZE_THREAD__)
+
+extern "C" const char* __tsan_default_options() { return "halt_on_error=1"; }
+
+TEST(MissingBarrier, IsARace) {
+  testing::FLAGS_gtest_death_test_style = "threadsafe";
+  for (int index : {0, 3, 9}) {  // A block, a cluster, two launches.
+    const Way& way = kWays[index];
+    for (Pass pass : {Pass::kForward, Pass::kBackward}) {
+      const int barriers = Barriers(way, pass);
+      EXPECT_GE(barriers, 1);
+      for (int barrier = 0; barrier < barriers; ++barrier) {
+        if (IsIdle(way, pass, barrier)) continue;
+        auto run = [&] {
+          CudaTensors t(way.WithRelu(), way.aligned);
+          RunWithout(barrier, 0, way, pass, &t);
+          std::exit(0);
+        };
+        EXPECT_EXIT(run(), testing::ExitedWithCode(66), "ThreadSanitizer: data race")
+            << way.name << (pass == Pass::kForward ? ", forward" : ", backward") << ", barrier " << barrier;
+      }
+    }
+  }
+}
+
+#else
+
+TEST(MissingBarrier, ChangesResults) {
+  for (const Way& way : kWays) {
+    for (Pass pass : {Pass::kForward, Pass::kBackward}) {
+      CudaTensors right(way.WithRelu(), way.aligned);
+      RunWithout(-1, 0, way, pass, &right);
+      const int barriers = Barriers(way, pass);
+      EXPECT_GE(barriers, 1);
+      for (int barrier = 0; barrier < barriers; ++barrier) {
+        int wrong = 0;
+        for (uint32_t seed = 0; seed < 8; ++seed) {
+          CudaTensors t(way.WithRelu(), way.aligned);
+          RunWithout(barrier, seed, way, pass, &t);
+          wrong += pass == Pass::kForward
+                       ? !(t.y == right.y && t.mean == right.mean)
+                       : !(t.dx == right.dx && t.dgain == right.dgain && t.dmean_scale == right.dmean_scale);
+        }
+        EXPECT_EQ(wrong > 0, !IsIdle(way, pass, barrier))
+            << way.name << (pass == Pass::kForward ? ", forward" : ", backward") << ", barrier " << barrier;
+      }
+    }
+  }
+}
+
+#endif  // __SANITIZE_THREAD__
+#endif  // __SANITIZE_ADDRESS__
+
+}  // namespace
+}  // namespace cuda
+}  // namespace core
+}  // namespace tf_agc

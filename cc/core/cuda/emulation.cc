@@ -1,0 +1,496 @@
+// The fibers, their schedule and what they wait for. Compiled without sanitizers, whatever the test is compiled with:
+// what fibers do here is the machine's work, not the kernel's.
+
+#include "cc/core/cuda/emulation.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <queue>
+#include <random>
+#include <utility>
+#include <vector>
+
+// Null where the program is not linked with that sanitizer.
+extern "C" {
+__attribute__((weak)) void* __tsan_get_current_fiber();
+__attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
+__attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+__attribute__((weak)) void __tsan_acquire(void* address);
+__attribute__((weak)) void __tsan_release(void* address);
+__attribute__((weak)) void AnnotateIgnoreReadsBegin(const char* file, int line);
+__attribute__((weak)) void AnnotateIgnoreReadsEnd(const char* file, int line);
+__attribute__((weak)) void AnnotateIgnoreWritesBegin(const char* file, int line);
+__attribute__((weak)) void AnnotateIgnoreWritesEnd(const char* file, int line);
+__attribute__((weak)) void __asan_poison_memory_region(const volatile void* address, size_t bytes);
+__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* address, size_t bytes);
+}
+
+dim3 threadIdx, blockIdx, blockDim;
+
+namespace tf_agc {
+namespace core {
+namespace cuda {
+namespace emulation {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kNaN = 0xff;  // A byte of which NaN of every type consists.
+
+// Clusters alive at once, so that blocks of different clusters run between each other.
+constexpr int64_t kResidentClusters = 2;
+
+constexpr size_t kStackBytes = 256 * 1024;  // Touched in part: AddressSanitizer's frames are large.
+
+[[noreturn]] void Fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulation: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
+  std::abort();
+}
+
+// Orders what came before a release before what comes after an acquire.
+void Acquire(void* address) {
+  if (__tsan_acquire != nullptr) __tsan_acquire(address);
+}
+void Release(void* address) {
+  if (__tsan_release != nullptr) __tsan_release(address);
+}
+
+// The scheduler's own accesses, allocations included, are no thread's of the kernel.
+class Unseen {
+ public:
+  Unseen() {
+    if (AnnotateIgnoreReadsBegin == nullptr) return;
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    if (AnnotateIgnoreReadsBegin == nullptr) return;
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+
+struct Block;
+struct Fiber;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+// A barrier of `size` threads. Two addresses for the sanitizer, in turn: whoever is late at one barrier must not be
+// ordered after those who have already come to the next.
+struct Barrier {
+  int size = 0;
+  int arrived = 0;
+  int64_t completed = 0;
+  char order[2];
+  std::vector<Fiber*> waiting;
+};
+
+struct Cluster {
+  Barrier barrier;
+  int live_blocks = 0;
+  std::vector<std::unique_ptr<Block>> blocks;
+};
+
+struct Block {
+  Cluster* cluster;
+  unsigned index;
+  unsigned rank;  // In the cluster.
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  int live_threads = 0;
+  char ended;  // For the sanitizer.
+  Barrier barrier;
+  std::vector<Barrier> warps;
+  std::vector<Fiber*> lanes;  // By thread.
+};
+
+struct Fiber {
+  ucontext_t start;
+  void* resume[5];  // __builtin_setjmp's.
+  bool started = false;
+  void* sanitizer_fiber = nullptr;
+
+  // Of the thread that it runs.
+  Block* block = nullptr;
+  unsigned thread = 0;
+  uint64_t priority = 0;
+  int64_t shuffles = 0;
+  double shuffled[2];
+  int64_t cluster_arrivals = 0;
+  int barriers = 0;  // That it has come to.
+  bool skips_cluster_wait = false;
+  std::vector<Copy> copies;
+};
+
+struct ByKey {
+  bool operator()(const std::pair<uint64_t, Fiber*>& a, const std::pair<uint64_t, Fiber*>& b) const {
+    return a.first > b.first;
+  }
+};
+
+struct Machine {
+  Schedule schedule;
+  Statistics statistics;
+  std::map<const void*, int> shared_limits;
+
+  std::vector<std::unique_ptr<Fiber>> fibers;  // All that were ever made.
+  std::vector<Fiber*> idle;
+  Fiber* running = nullptr;
+  void* scheduler_resume[5];
+  void* scheduler_fiber = nullptr;
+
+  // Of the launch.
+  void (*call)(const void*) = nullptr;
+  const void* context = nullptr;
+  std::mt19937_64 random;
+  bool by_priority = false;
+  std::priority_queue<std::pair<uint64_t, Fiber*>, std::vector<std::pair<uint64_t, Fiber*>>, ByKey> ready;
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  char begun, ended;  // For the sanitizer.
+};
+Machine machine;
+
+// ---- Switching ----
+
+void SwitchSanitizer(void* fiber) {
+  constexpr unsigned kNoOrder = 1;  // Switching is the machine's work: it orders nothing.
+  if (__tsan_switch_to_fiber != nullptr) __tsan_switch_to_fiber(fiber, kNoOrder);
+}
+
+// swapcontext() would do, but asks the operating system each time.
+__attribute__((noinline)) void Jump(void** to) { __builtin_longjmp(to, 1); }
+
+void RunThreads();
+
+__attribute__((noinline)) void SwitchToFiber(Fiber* fiber) {
+  machine.running = fiber;
+  threadIdx = dim3(fiber->thread);
+  blockIdx = dim3(fiber->block->index);
+  if (__builtin_setjmp(machine.scheduler_resume) != 0) return;
+  SwitchSanitizer(fiber->sanitizer_fiber);
+  if (machine.running->started) Jump(machine.running->resume);
+  machine.running->started = true;
+  setcontext(&machine.running->start);
+}
+
+__attribute__((noinline)) void SwitchToScheduler() {
+  if (__builtin_setjmp(machine.running->resume) != 0) return;
+  SwitchSanitizer(machine.scheduler_fiber);
+  Jump(machine.scheduler_resume);
+}
+
+Fiber* NewFiber() {
+  machine.fibers.push_back(std::make_unique<Fiber>());
+  Fiber* fiber = machine.fibers.back().get();
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stack == MAP_FAILED || mprotect(stack, page, PROT_NONE) != 0) Fail("no memory for a stack");
+  getcontext(&fiber->start);
+  fiber->start.uc_stack.ss_sp = stack;
+  fiber->start.uc_stack.ss_size = kStackBytes;
+  fiber->start.uc_link = nullptr;
+  makecontext(&fiber->start, &RunThreads, 0);
+  if (__tsan_create_fiber != nullptr) fiber->sanitizer_fiber = __tsan_create_fiber(0);
+  return fiber;
+}
+
+void MakeReady(Fiber* fiber) { machine.ready.push({machine.by_priority ? fiber->priority : machine.random(), fiber}); }
+
+// ---- Barriers ----
+
+// Returns whether this is the barrier to leave out.
+bool IsMissing(Fiber* fiber) { return fiber->barriers++ == machine.schedule.missing_barrier; }
+
+void Complete(Barrier* barrier) {
+  barrier->arrived = 0;
+  ++barrier->completed;
+  for (Fiber* fiber : barrier->waiting) MakeReady(fiber);
+  barrier->waiting.clear();
+}
+
+void Arrive(Barrier* barrier) {
+  const Unseen unseen;
+  if (++barrier->arrived == barrier->size) Complete(barrier);
+}
+
+// Until `phase` barriers are complete.
+void WaitFor(Barrier* barrier, int64_t phase) {
+  if (barrier->completed > phase) return;
+  const Unseen unseen;
+  barrier->waiting.push_back(machine.running);
+  SwitchToScheduler();
+}
+
+// ---- Blocks and their threads ----
+
+void StartCluster(int64_t index, unsigned size, int threads, size_t shared_bytes) {
+  machine.clusters.push_back(std::make_unique<Cluster>());
+  Cluster* cluster = machine.clusters.back().get();
+  cluster->barrier.size = static_cast<int>(size) * threads;
+  cluster->live_blocks = static_cast<int>(size);
+  for (unsigned rank = 0; rank < size; ++rank) {
+    cluster->blocks.push_back(std::make_unique<Block>());
+    Block* block = cluster->blocks.back().get();
+    block->cluster = cluster;
+    block->index = static_cast<unsigned>(index) * size + rank;
+    block->rank = rank;
+    block->live_threads = threads;
+    block->barrier.size = threads;
+    block->warps.resize(static_cast<size_t>((threads + kWarp - 1) / kWarp));
+    for (Barrier& warp : block->warps) warp.size = kWarp;
+    block->shared_bytes = shared_bytes;
+    block->shared = static_cast<unsigned char*>(std::malloc(shared_bytes));
+    std::memset(block->shared, kNaN, shared_bytes);
+    // Whole blocks, then whole warps, before or behind others.
+    const uint64_t block_priority = machine.random() >> 44;
+    uint64_t warp_priority = 0;
+    for (int thread = 0; thread < threads; ++thread) {
+      if (thread % kWarp == 0) warp_priority = machine.random() >> 44;
+      if (machine.idle.empty()) machine.idle.push_back(NewFiber());
+      Fiber* fiber = machine.idle.back();
+      machine.idle.pop_back();
+      block->lanes.push_back(fiber);
+      fiber->block = block;
+      fiber->thread = static_cast<unsigned>(thread);
+      fiber->priority = block_priority << 40 | warp_priority << 20 | machine.random() >> 44;
+      fiber->shuffles = 0;
+      fiber->cluster_arrivals = 0;
+      fiber->barriers = 0;
+      MakeReady(fiber);
+    }
+  }
+}
+
+// In the context of the thread that ends.
+void EndThread(Fiber* fiber) {
+  if (!fiber->copies.empty()) Fail("a thread ended without waiting for its copies");
+  machine.statistics.barriers = std::max(machine.statistics.barriers, fiber->barriers);
+  Block* block = fiber->block;
+  Release(&machine.ended);
+  Release(&block->ended);
+  if (block->barrier.arrived > 0 || block->warps[fiber->thread / kWarp].arrived > 0) {
+    Fail("a thread ended while others of its block wait for it");
+  }
+  if (--block->live_threads > 0) return;
+  Acquire(&block->ended);
+  std::memset(block->shared, kNaN, block->shared_bytes);  // Whoever reads it from here on is wrong.
+  if (__asan_poison_memory_region != nullptr) __asan_poison_memory_region(block->shared, block->shared_bytes);
+  --block->cluster->live_blocks;
+}
+
+// What every fiber does, one thread after the other.
+void RunThreads() {
+  for (;;) {
+    Acquire(&machine.begun);
+    machine.call(machine.context);
+    EndThread(machine.running);
+    const Unseen unseen;
+    machine.idle.push_back(machine.running);
+    SwitchToScheduler();
+  }
+}
+
+void FreeEndedClusters() {
+  auto ended = [](const std::unique_ptr<Cluster>& cluster) {
+    if (cluster->live_blocks > 0) return false;
+    for (const auto& block : cluster->blocks) {
+      if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(block->shared, block->shared_bytes);
+      std::free(block->shared);
+    }
+    return true;
+  };
+  machine.clusters.erase(std::remove_if(machine.clusters.begin(), machine.clusters.end(), ended),
+                         machine.clusters.end());
+}
+
+void RunGrid(int64_t clusters, unsigned cluster_size, int threads, size_t shared_bytes) {
+  const Unseen unseen;
+  machine.random.seed(machine.schedule.seed);
+  machine.by_priority = machine.schedule.seed % 2 == 1;
+  blockDim = dim3(static_cast<unsigned>(threads));
+  if (__tsan_get_current_fiber != nullptr) machine.scheduler_fiber = __tsan_get_current_fiber();
+  std::vector<int64_t> order(static_cast<size_t>(clusters));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+  std::shuffle(order.begin(), order.end(), machine.random);
+
+  Release(&machine.begun);
+  for (size_t next = 0;;) {
+    FreeEndedClusters();
+    while (next < order.size() && static_cast<int64_t>(machine.clusters.size()) < kResidentClusters) {
+      StartCluster(order[next++], cluster_size, threads, shared_bytes);
+    }
+    if (machine.clusters.empty()) break;
+    auto live = [](const std::unique_ptr<Cluster>& cluster) { return cluster->live_blocks > 0; };
+    while (std::all_of(machine.clusters.begin(), machine.clusters.end(), live)) {
+      if (machine.ready.empty()) Fail("every thread waits at a barrier that the others never reach");
+      Fiber* fiber = machine.ready.top().second;
+      machine.ready.pop();
+      SwitchToFiber(fiber);
+    }
+  }
+  Acquire(&machine.ended);
+}
+
+}  // namespace
+
+unsigned char* SharedMemory() { return machine.running->block->shared; }
+
+void SetSchedule(const Schedule& schedule) { machine.schedule = schedule; }
+
+Statistics TakeStatistics() { return std::exchange(machine.statistics, Statistics{}); }
+
+cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, void (*call)(const void* context),
+                         const void* context) {
+  constexpr unsigned kMostThreads = 1024, kMostCluster = 8, kMostBlocks = 0x7fffffff;
+  constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config.numAttrs; ++i) cluster = config.attrs[i].val.clusterDim.x;
+  const auto limit = machine.shared_limits.find(kernel);
+  const size_t most_shared =
+      limit == machine.shared_limits.end() ? kSharedWithoutAsking : static_cast<size_t>(limit->second);
+  if (config.gridDim.x == 0 || config.gridDim.x > kMostBlocks || config.blockDim.x == 0 ||
+      config.blockDim.x > kMostThreads || cluster == 0 || cluster > kMostCluster || config.gridDim.x % cluster != 0) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (config.dynamicSmemBytes > most_shared) return cudaErrorInvalidValue;
+  ++machine.statistics.launches;
+  machine.call = call;
+  machine.context = context;
+  RunGrid(config.gridDim.x / cluster, cluster, static_cast<int>(config.blockDim.x), config.dynamicSmemBytes);
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+}  // namespace cuda
+}  // namespace core
+}  // namespace tf_agc
+
+using tf_agc::core::cuda::emulation::Acquire;
+using tf_agc::core::cuda::emulation::Arrive;
+using tf_agc::core::cuda::emulation::Barrier;
+using tf_agc::core::cuda::emulation::Block;
+using tf_agc::core::cuda::emulation::Copy;
+using tf_agc::core::cuda::emulation::Fail;
+using tf_agc::core::cuda::emulation::Fiber;
+using tf_agc::core::cuda::emulation::IsMissing;
+using tf_agc::core::cuda::emulation::kWarp;
+using tf_agc::core::cuda::emulation::machine;
+using tf_agc::core::cuda::emulation::Release;
+using tf_agc::core::cuda::emulation::Unseen;
+using tf_agc::core::cuda::emulation::WaitFor;
+
+void __syncthreads() {
+  Fiber* fiber = machine.running;
+  if (IsMissing(fiber)) return;
+  Barrier* barrier = &fiber->block->barrier;
+  if (fiber->block->live_threads < barrier->size) Fail("a thread ended before a barrier that others wait at");
+  const int64_t phase = barrier->completed;
+  char* order = &barrier->order[phase % 2];
+  Release(order);
+  Arrive(barrier);
+  WaitFor(barrier, phase);
+  Acquire(order);
+}
+
+// Orders no memory.
+double __shfl_xor_sync(unsigned mask, double value, int lane_mask) {
+  if (mask != 0xffffffffu || blockDim.x % kWarp != 0) Fail("a shuffle of less than a warp");
+  Fiber* fiber = machine.running;
+  const int64_t turn = fiber->shuffles++ % 2;
+  fiber->shuffled[turn] = value;
+  Block* block = fiber->block;
+  Barrier* barrier = &block->warps[fiber->thread / kWarp];
+  const int64_t phase = barrier->completed;
+  Arrive(barrier);
+  WaitFor(barrier, phase);
+  return block->lanes[fiber->thread ^ static_cast<unsigned>(lane_mask)]->shuffled[turn];
+}
+
+void __cluster_barrier_arrive() {
+  Fiber* fiber = machine.running;
+  fiber->skips_cluster_wait = IsMissing(fiber);
+  if (fiber->skips_cluster_wait) return;
+  Barrier* barrier = &fiber->block->cluster->barrier;
+  if (fiber->cluster_arrivals > barrier->completed) Fail("a thread arrived twice at a cluster's barrier");
+  Release(&barrier->order[fiber->cluster_arrivals % 2]);
+  ++fiber->cluster_arrivals;
+  Arrive(barrier);
+}
+
+void __cluster_barrier_wait() {
+  Fiber* fiber = machine.running;
+  if (fiber->skips_cluster_wait) return;
+  Barrier* barrier = &fiber->block->cluster->barrier;
+  const int64_t phase = fiber->cluster_arrivals - 1;
+  if (phase < 0) Fail("a thread waits at a cluster's barrier without having arrived");
+  WaitFor(barrier, phase);
+  Acquire(&barrier->order[phase % 2]);
+}
+
+void* __cluster_map_shared_rank(const void* shared, unsigned rank) {
+  const Block& block = *machine.running->block;
+  const ptrdiff_t offset = static_cast<const unsigned char*>(shared) - block.shared;
+  if (offset < 0 || static_cast<size_t>(offset) >= block.shared_bytes) Fail("not an address in shared memory");
+  if (rank >= block.cluster->blocks.size()) Fail("a cluster has no block of that rank");
+  return block.cluster->blocks[rank]->shared + offset;
+}
+
+void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  if (bytes != 4 && bytes != 8 && bytes != 16) Fail("an asynchronous copy takes 4, 8 or 16 bytes");
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0) {
+    Fail("a misaligned asynchronous copy");
+  }
+  const Unseen unseen;
+  machine.running->copies.push_back({to, from, bytes});
+}
+void __pipeline_commit() {}
+void __pipeline_wait_prior(size_t batches) {
+  if (batches != 0) Fail("waiting for some copies alone is not emulated");
+  for (const Copy& copy : machine.running->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  machine.running->copies.clear();
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  machine.shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+
+// ---- 16-bit floats ----
+
+float __half2float(__half value) {
+  const uint32_t sign = (value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00) return __uint_as_float(sign | 0x7f800000u | magnitude << 13);
+  // As a float's bits it is the value times 2^-112.
+  return std::copysign(__uint_as_float(magnitude << 13) * 0x1p112f, __uint_as_float(sign | 0x3f800000u));
+}
+
+__half __float2half_rn(float value) {
+  const uint32_t bits = __float_as_uint(value), magnitude = bits & 0x7fffffffu;
+  const uint16_t sign = static_cast<uint16_t>((bits & 0x80000000u) >> 16);
+  uint32_t half;
+  if (magnitude > 0x7f800000u) return {0x7fff};
+  if (magnitude >= 0x47800000u) {  // 65536 and above.
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000u) {  // Denormal: 0.5 is added, whose last place is that of half's denormals.
+    half = __float_as_uint(std::fabs(value) + 0.5f) - 0x3f000000u;
+  } else {  // Carries into the exponent where rounding does, up to infinity.
+    half = (magnitude + 0xfffu + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+
+__nv_bfloat16 __float2bfloat16_rn(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}

@@ -1,0 +1,162 @@
+// CUDA on the CPU, for tests: as much of it as device.h and the kernels use, so that g++ compiles their source as C++
+// and a test without a GPU runs it. Nothing here knows the op.
+//
+// Every thread of a kernel is a fiber; one real thread runs them all. A seed decides in which order blocks start and
+// threads go on, so that a missing barrier changes results, and the same seed does it again. A few clusters are alive
+// at once, each with all its blocks. What real hardware leaves undefined is made to show:
+// - shared memory is allocated at its exact size, is NaN at first, and NaN again when its block has ended;
+// - an asynchronous copy arrives when it is waited for, never before;
+// - a barrier that not all threads reach, a copy that nobody waits for, a shuffle of half a warp, a misaligned copy end
+//   the process with a message;
+// - a launch that a device would refuse is refused.
+// Under ThreadSanitizer each fiber is a thread of its own, and nothing but barriers and launches orders them. Under
+// AddressSanitizer an access beyond shared memory or after its block's end is an error.
+//
+// Not emulated: that threads of a warp run together, textures, streams (a launch returns when it is done), speed.
+
+#ifndef TF_AGC_CC_CORE_CUDA_EMULATION_H_
+#define TF_AGC_CC_CORE_CUDA_EMULATION_H_
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+// ---- The language ----
+
+#define __CUDA_ARCH__ 900
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  explicit dim3(unsigned x) : x(x) {}
+};
+// Of the thread that runs.
+extern dim3 threadIdx, blockIdx, blockDim;
+
+void __syncthreads();
+double __shfl_xor_sync(unsigned mask, double value, int lane_mask);
+
+void __cluster_barrier_arrive();
+void __cluster_barrier_wait();
+void* __cluster_map_shared_rank(const void* shared, unsigned rank);
+
+void __pipeline_memcpy_async(void* to, const void* from, size_t bytes);
+void __pipeline_commit();
+void __pipeline_wait_prior(size_t batches);  // 0 alone.
+
+// ---- 16-bit floats ----
+
+struct __half {
+  uint16_t bits;
+};
+struct __half2 {
+  __half x, y;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline uint16_t __half_as_ushort(__half value) { return value.bits; }
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }
+
+float __half2float(__half value);
+__half __float2half_rn(float value);  // Nearest, ties to even; NaN becomes 0x7fff, as on the device.
+__nv_bfloat16 __float2bfloat16_rn(float value);
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+
+// ---- The runtime ----
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9;
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+
+namespace tf_agc {
+namespace core {
+namespace cuda {
+namespace emulation {
+
+// The running block's dynamic shared memory, which CUDA declares as an array.
+unsigned char* SharedMemory();
+
+// How all launches from here on run.
+struct Schedule {
+  uint32_t seed = 0;
+  // Leaves out this barrier: the one of this number among those that a thread comes to, counted from 0 in each kernel;
+  // an arrival at a cluster's barrier and the wait for it are one. A test that plants this bug expects to find it.
+  int missing_barrier = -1;
+};
+void SetSchedule(const Schedule& schedule);
+
+// What has been launched since the last call of this.
+struct Statistics {
+  int64_t launches = 0;
+  int barriers = 0;  // Of the thread that came to most.
+};
+Statistics TakeStatistics();
+
+cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, void (*call)(const void* context),
+                         const void* context);
+
+}  // namespace emulation
+}  // namespace cuda
+}  // namespace core
+}  // namespace tf_agc
+
+template <class Argument>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument), const Argument& argument) {
+  struct Context {
+    void (*kernel)(Argument);
+    const Argument* argument;
+  };
+  const Context context{kernel, &argument};
+  auto call = [](const void* pointer) {
+    const Context& context = *static_cast<const Context*>(pointer);
+    context.kernel(*context.argument);
+  };
+  return tf_agc::core::cuda::emulation::LaunchKernel(*config, reinterpret_cast<const void*>(kernel), call, &context);
+}
+
+#endif  // TF_AGC_CC_CORE_CUDA_EMULATION_H_

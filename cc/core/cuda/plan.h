@@ -1,0 +1,160 @@
+// How a call is laid out on a device: which kernels, which threads, which block takes what. Plain C++: a pure function
+// of sizes and of a device's description, so that it is tested for any device without one. No arithmetic on elements.
+
+#ifndef TF_AGC_CC_CORE_CUDA_PLAN_H_
+#define TF_AGC_CC_CORE_CUDA_PLAN_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "cc/core/agc.h"
+
+#if defined(__CUDACC__)
+#define TF_AGC_HOST_DEVICE __host__ __device__ inline
+#else
+#define TF_AGC_HOST_DEVICE inline
+#endif
+
+namespace tf_agc {
+namespace core {
+namespace cuda {
+
+// What a plan asks of a device.
+struct Device {
+  int compute_capability;                   // Of the code that runs on it (CapabilityOfCode()): 90 for 9.0.
+  int multiprocessors;                      //
+  int64_t shared_bytes_per_block;           // The most that a block may opt into.
+  int64_t shared_bytes_per_multiprocessor;  //
+  int64_t l2_bytes;                         //
+};
+
+// The compute capability whose code runs on a device, of those that the library was compiled for: the newest that is
+// not newer than the device. A device with clusters runs older code without them. 0 where there is none.
+int CapabilityOfCode(const std::vector<int>& compiled, int device);
+
+enum class Pass { kForward, kBackward };
+
+constexpr int kMaxThreads = 256;  // In a block: 64 registers each leave room for four blocks on a multiprocessor.
+
+// A thread adds at most this many terms in float before it goes on in double, which keeps the error of a mean at a few
+// units in the last place for any number of positions.
+constexpr int kFloatTerms = 64;
+
+// The walk over the maps.
+//
+// A step is what one access of `vector` elements takes along a map: channels_last, `vector` channels at one position;
+// channels_first, `vector` positions of one channel. A column is what a thread walks step by step: `vector` maps side
+// by side, or one map. A tile is `columns` neighbouring columns, and `lanes` threads share each column, taking every
+// lanes-th step. A tile's steps are cut into `blocks` ranges of block_steps, one for each block.
+//
+// The order of a map's sum is set by vector, lanes, blocks and block_steps, and these never depend on the batch: so a
+// sample's results do not. `columns` may.
+struct Walk {
+  Layout layout;
+  int64_t batch;
+  int64_t positions;
+  int64_t channels;
+  int vector;                // Elements.
+  int columns;               // A power of two, as lanes; columns * lanes threads are whole warps.
+  int lanes;                 //
+  int64_t steps;             // Of a column.
+  int64_t block_steps;       //
+  int blocks;                // Of a tile.
+  int64_t tiles_per_sample;  // channels_last only: there, a tile stays within a sample.
+  int64_t tiles;             //
+};
+
+struct Plan {
+  Walk walk;
+  // Whether the blocks of a tile are a cluster that keeps the tile in shared memory between summing and writing, in one
+  // launch. Otherwise one launch sums, and a second one reads the maps again, from the L2 cache where they fit it.
+  bool on_chip;
+  int64_t tiles_per_launch;  // Of one launch, or of one pair.
+  int64_t shared_bytes;      // Of each block.
+  // The workspace, in doubles: sums of the blocks of tiles_per_launch tiles, then dgain's and dmean_scale's terms of
+  // each sample where there are several.
+  int64_t block_sums;
+  int64_t sample_sums;
+};
+
+// `aligned`: every map tensor starts at a multiple of 16 bytes. `activation` is Effective() (scheduling.h). batch and
+// channels are at least 1.
+//
+// The rule, in order:
+// 1. One channel is walked as channels_first and one position as channels_last: the layouts are the same there, and
+//    these are the fuller rows.
+// 2. An access is 16 bytes where that divides every row, else one element.
+// 3. On chip if the tile fits. Of all cluster sizes that let three blocks share a multiprocessor (one loads while
+//    another stores), the smallest; else those for two blocks; else for one. Clusters need compute capability 9.0. A
+//    channels_last tile is at least 64 bytes wide, or 32 (the unit of DRAM and caches) where only that fits.
+// 4. Otherwise two launches, of as many tiles as half the L2 cache holds.
+Plan MakePlan(Pass pass, const Shape& shape, DataType data_type, Activation activation, bool aligned,
+              const Device& device);
+
+// The backward pass holds dz between its two steps: in T where that is exact (dz is then dy, 0 or NaN), else in float.
+TF_AGC_HOST_DEVICE constexpr bool HoldsDzInT(Activation activation) {
+  return activation != Activation::kLeakyRelu && activation != Activation::kElu;
+}
+
+// ---- Index arithmetic, for kernels and tests ----
+
+// The maps of a tile.
+TF_AGC_HOST_DEVICE int TileMaps(const Walk& walk) {
+  return walk.layout == Layout::kChannelsLast ? walk.columns * walk.vector : walk.columns;
+}
+
+// The index n * channels + c of a tile's i-th map, or -1 where the tile ends before.
+TF_AGC_HOST_DEVICE int64_t MapOf(const Walk& walk, int64_t tile, int i) {
+  if (walk.layout == Layout::kChannelsLast) {
+    const int64_t sample = tile / walk.tiles_per_sample;
+    const int64_t channel = (tile - sample * walk.tiles_per_sample) * TileMaps(walk) + i;
+    return channel < walk.channels ? sample * walk.channels + channel : -1;
+  }
+  const int64_t map = tile * walk.columns + i;
+  return map < walk.batch * walk.channels ? map : -1;
+}
+
+// The element at which the column of a map starts, and the elements from one of its steps to the next.
+TF_AGC_HOST_DEVICE int64_t FirstElement(const Walk& walk, int64_t map) {
+  if (walk.layout == Layout::kChannelsFirst) return map * walk.positions;
+  const int64_t sample = map / walk.channels;
+  return sample * walk.channels * walk.positions + (map - sample * walk.channels);
+}
+TF_AGC_HOST_DEVICE int64_t StepElements(const Walk& walk) {
+  return walk.layout == Layout::kChannelsLast ? walk.channels : walk.vector;
+}
+
+// Threads of one column within a warp, and the warps over which a column's threads are spread.
+TF_AGC_HOST_DEVICE int LanesPerWarp(const Walk& walk) {
+  if (walk.layout == Layout::kChannelsFirst) return walk.lanes < 32 ? walk.lanes : 32;
+  return walk.columns < 32 ? 32 / walk.columns : 1;
+}
+TF_AGC_HOST_DEVICE int WarpsPerColumn(const Walk& walk) { return walk.lanes / LanesPerWarp(walk); }
+
+// Shared memory of a block: [sums of the tile][sums of each warp][parameters][what is held], all aligned to 16 bytes.
+struct SharedLayout {
+  int64_t warp_sums;
+  int64_t parameters;
+  int64_t held;
+  int64_t bytes;
+};
+TF_AGC_HOST_DEVICE SharedLayout MakeSharedLayout(const Walk& walk, int sums, int parameters, int held_bytes) {
+  const int64_t maps = TileMaps(walk);
+  const int64_t rounds = (walk.block_steps + walk.lanes - 1) / walk.lanes;
+  SharedLayout layout;
+  layout.warp_sums = (maps * sums * 8 + 15) / 16 * 16;
+  layout.parameters = layout.warp_sums + (maps * sums * 8 * WarpsPerColumn(walk) + 15) / 16 * 16;
+  layout.held = layout.parameters + (maps * parameters * 8 + 15) / 16 * 16;  // Room for doubles, whatever T.
+  layout.bytes = layout.held + rounds * walk.columns * walk.lanes * walk.vector * held_bytes;
+  return layout;
+}
+
+// One sum forward (x) and two backward (dz and the gain's term); gain and offset forward, and a shift backward.
+constexpr int Sums(Pass pass) { return pass == Pass::kForward ? 1 : 2; }
+constexpr int Parameters(Pass pass) { return pass == Pass::kForward ? 2 : 3; }
+
+}  // namespace cuda
+}  // namespace core
+}  // namespace tf_agc
+
+#endif  // TF_AGC_CC_CORE_CUDA_PLAN_H_

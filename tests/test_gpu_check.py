@@ -1,0 +1,453 @@
+"""tools/gpu_check.py without a GPU: what it expects, how it counts and what it reports.
+
+The driver is tests/fake_cuda_driver.c, whose device is this process's memory; the launchers are a class that computes
+what is expected. Nothing of the CUDA kernels runs here.
+"""
+
+import ctypes
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, EPSILON, SMALLEST_NORMAL
+
+from tf_agc import reference
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ("y", "mean", "dx", "dgain", "dmean_scale")
+
+
+@pytest.fixture(autouse=True)
+def tools(monkeypatch):
+    """Makes the modules of tools/ importable, as they are for each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+
+
+@pytest.fixture(scope="module")
+def driver_file(tmp_path_factory):
+    """The fake driver; where CUDA's own header is installed, the compiler compares the types of its functions."""
+    library = tmp_path_factory.mktemp("driver") / "libcuda_fake.so"
+    include = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
+    command = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", f"-I{include}", "-o", library]
+    subprocess.run([*command, ROOT / "tests" / "fake_cuda_driver.c"], check=True)
+    return str(library)
+
+
+@pytest.fixture
+def fake(driver_file, monkeypatch):
+    """The fake driver's variables; `Driver()` finds it."""
+    import gpu_driver
+
+    library = ctypes.CDLL(driver_file)
+    original = gpu_driver.Driver
+    monkeypatch.setattr(gpu_driver, "Driver", lambda: original(driver_file))
+    devices, elapsed = ctypes.c_int.in_dll(library, "fake_devices"), ctypes.c_float.in_dll(library, "fake_elapsed_ms")
+    devices.value, elapsed.value = 1, 2.0
+    return library
+
+
+@pytest.fixture
+def launchers(monkeypatch):
+    """Makes `Launchers` compute, wrongly by what a test adds to `wrong`."""
+    import gpu_driver
+
+    _Launchers.wrong, _Launchers.launched = {}, 0
+    monkeypatch.setattr(gpu_driver, "Launchers", _Launchers)
+    return _Launchers
+
+
+class _Launchers:
+    wrong: dict = {}
+    launched = 0
+
+    def __init__(self, library):
+        self._x = None
+
+    def workspace_bytes(self, args):
+        return 24
+
+    def launch(self, args, workspace, stream):
+        import gpu_driver
+        import gpu_numerics
+
+        type(self).launched += 1
+        assert workspace % 8 == 0 and stream
+        batch, positions, channels = args.shape.batch, args.shape.positions, args.shape.channels
+        dtype, u = (
+            gpu_numerics.DTYPES[args.data_type],
+            gpu_numerics.parameter_dtype(gpu_numerics.DTYPES[args.data_type]),
+        )
+        channels_first = args.shape.layout == 1
+        maps = (batch, channels, positions) if channels_first else (batch, positions, channels)
+
+        def array(address, shape, kind):
+            kind = np.dtype(kind)
+            memory = (ctypes.c_char * (int(np.prod(shape)) * kind.itemsize)).from_address(address)
+            return np.frombuffer(memory, kind).reshape(shape)
+
+        def of_maps(address):
+            values = gpu_numerics.decode(array(address, maps, gpu_numerics.storage(dtype)), dtype)
+            return np.moveaxis(values, 1, 2) if channels_first else values
+
+        forward = isinstance(args, gpu_driver.ForwardArgs)
+        if forward:
+            self._x = args.x  # which backward does not get; nothing runs in place here
+        per_map = (batch, channels)
+        case = gpu_numerics.Case(
+            of_maps(self._x),
+            array(args.gain, (channels,), u).astype(float),
+            array(args.mean_scale, (channels,), u).astype(float),
+            np.zeros((batch, positions, channels)) if forward else of_maps(args.dy),
+            np.zeros(per_map) if forward else array(args.dmean, per_map, u).astype(float),
+            dtype,
+            gpu_numerics.ACTIVATIONS[args.activation],
+        )
+        assert case.alpha == args.alpha
+        want = gpu_numerics.expected(case)
+        for name in ("y", "mean") if forward else ("dx", "dgain", "dmean_scale"):
+            values = want[name] * self.wrong.get(name, 1)
+            if name in ("y", "dx"):
+                values = gpu_numerics.encode(np.moveaxis(values, 1, 2) if channels_first else values, dtype)
+                array(getattr(args, name), maps, values.dtype)[...] = values
+            else:
+                array(getattr(args, name), values.shape, u)[...] = values
+
+
+# ---- Expectations ----
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_expectations_are_the_reference(activation):
+    import gpu_numerics
+
+    case = gpu_numerics.make_case(3, 35, 7, "float64", activation, seed=1)
+    x, gain, mean_scale = (tf.constant(value) for value in (case.x, case.gain, case.mean_scale))
+    with tf.GradientTape() as tape:
+        tape.watch([x, gain, mean_scale])
+        y, mean = reference.agc(x, gain, mean_scale, activation, case.alpha, "channels_last")
+    upstream = [tf.constant(case.dy), tf.constant(case.dmean)]
+    gradients = tape.gradient([y, mean], [x, gain, mean_scale], output_gradients=upstream)
+    got = gpu_numerics.expected(case)
+    for name, want in zip(RESULTS, [y, mean, *gradients], strict=True):
+        np.testing.assert_allclose(got[name], want, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def test_shares_the_tests_names_and_roundings():
+    import gpu_numerics
+
+    assert (gpu_numerics.DTYPES, gpu_numerics.ACTIVATIONS, gpu_numerics.LAYOUTS) == (DTYPES, ACTIVATIONS, DATA_FORMATS)
+    assert gpu_numerics._EPSILON == EPSILON and gpu_numerics._SMALLEST_NORMAL == SMALLEST_NORMAL
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_storage(dtype):
+    import gpu_numerics
+
+    values = np.concatenate([np.random.default_rng(0).standard_normal(1000) * 100, [0, -0.0, 1e-3, np.inf, -np.inf]])
+    values = np.append(values, [1 + 2.0**-8, 1 + 3 * 2.0**-8])  # halfway between two values of bfloat16
+    values = values.astype(np.float32).astype(np.float64)
+    stored = gpu_numerics.encode(values, dtype)
+    assert stored.dtype == gpu_numerics.storage(dtype)
+    want = tf.cast(tf.cast(tf.constant(values, tf.float32), dtype), tf.float64)
+    np.testing.assert_array_equal(gpu_numerics.decode(stored, dtype), want)
+    assert np.isnan(gpu_numerics.decode(gpu_numerics.encode(np.array([np.nan]), dtype), dtype)).all()
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_wrong_is_seen(name, dtype):
+    import gpu_numerics
+
+    case = gpu_numerics.make_case(2, 35, 6, dtype, "relu", seed=2)
+    want = gpu_numerics.expected(case)
+    assert set(gpu_numerics.errors(case, want, want).values()) == {0.0}
+    off = 2 if name.startswith("d") else 1 + 200 * EPSILON[dtype]
+    worst = gpu_numerics.errors(case, want, want | {name: want[name] * off})
+    assert worst.pop(name) > 1 and set(worst.values()) == {0.0}
+    missing = want[name].copy()
+    missing.flat[0] = np.nan
+    assert np.isnan(gpu_numerics.errors(case, want, want | {name: missing})[name])
+
+
+# ---- ctypes ----
+
+
+def test_structures_are_those_of_the_header(tmp_path):
+    import gpu_driver
+
+    kinds = {"Shape": gpu_driver.Shape, "ForwardArgs": gpu_driver.ForwardArgs, "BackwardArgs": gpu_driver.BackwardArgs}
+    asserts = []
+    for name, kind in kinds.items():
+        asserts.append(f"static_assert(sizeof(tf_agc::core::{name}) == {ctypes.sizeof(kind)});")
+        for field, _ in kind._fields_:
+            offset = getattr(kind, field).offset
+            asserts.append(f"static_assert(offsetof(tf_agc::core::{name}, {field}) == {offset});")
+    for kind, names in (
+        ("DataType", ("Half", "Bfloat16", "Float", "Double")),
+        ("Activation", ("Linear", "Relu", "Relu6", "LeakyRelu", "Elu")),
+        ("Layout", ("ChannelsLast", "ChannelsFirst")),
+    ):
+        asserts += [f"static_assert(int(tf_agc::core::{kind}::k{name}) == {i});" for i, name in enumerate(names)]
+    source = tmp_path / "layout.cc"
+    source.write_text('#include <cstddef>\n#include "cc/core/agc.h"\n' + "\n".join(asserts) + "\n")
+    subprocess.run(["g++", "-std=c++17", "-fsyntax-only", f"-I{ROOT}", source], check=True)
+
+
+def test_launchers_are_those_of_the_header(tmp_path):
+    """The header's functions, defined in terms of what ctypes passes, answer through `Launchers`."""
+    import gpu_driver
+
+    source, library = tmp_path / "launchers.cc", tmp_path / "liblaunchers.so"
+    source.write_text("""#include "cc/core/cuda/agc_cuda.h"
+int64_t TfAgcCudaForwardWorkspaceBytes(const tf_agc::core::ForwardArgs* args) { return args->shape.batch << 32; }
+int64_t TfAgcCudaBackwardWorkspaceBytes(const tf_agc::core::BackwardArgs* args) { return args->shape.channels; }
+int TfAgcCudaForward(const tf_agc::core::ForwardArgs* args, void* workspace, void* stream) {
+  return args->alpha == 0.5 && args->mean == args && workspace == nullptr && stream == args ? 0 : 1;
+}
+int TfAgcCudaBackward(const tf_agc::core::BackwardArgs*, void*, void*) { return 7; }
+const char* TfAgcCudaErrorString(int error) { return error == 7 ? "seven" : "other"; }
+""")
+    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", f"-I{ROOT}", "-o", library, source], check=True)
+    launchers = gpu_driver.Launchers(library)
+    forward = gpu_driver.ForwardArgs(gpu_driver.Shape(3, 1, 1, 0), alpha=0.5)
+    forward.mean = ctypes.addressof(forward)
+    assert launchers.workspace_bytes(forward) == 3 << 32
+    launchers.launch(forward, None, ctypes.addressof(forward))
+    backward = gpu_driver.BackwardArgs(gpu_driver.Shape(3, 1, 5, 0))
+    assert launchers.workspace_bytes(backward) == 5
+    with pytest.raises(gpu_driver.Error, match=r"^TfAgcCudaBackward: seven \(7\)$"):
+        launchers.launch(backward, None, 1)
+
+
+def test_driver(fake):
+    import gpu_driver
+
+    driver = gpu_driver.Driver()
+    assert driver.describe() == {
+        "gpu": "Fake GPU",
+        "compute capability": "9.0",
+        "multiprocessors": "132",
+        "L2": "0 MiB",
+        "memory": "1 GiB",
+        "driver's CUDA": "13.0",
+    }
+    live = ctypes.c_int.in_dll(fake, "fake_live_allocations")
+    before = live.value
+    buffer = driver.upload(np.arange(5, dtype=np.int16), offset=2, repeat=3)
+    assert buffer.address % 256 == 2
+    np.testing.assert_array_equal(driver.download(buffer, (15,), np.dtype(np.int16)), [0, 1, 2, 3, 4] * 3)
+    np.testing.assert_array_equal(driver.download(buffer, (2,), np.dtype(np.int16), first=8), [3, 4])
+    other = driver.allocate(buffer.size)
+    driver.copy(other, buffer)
+    np.testing.assert_array_equal(driver.download(other, (5,), np.dtype(np.int16)), [0, 1, 2, 3, 4])
+    driver.fill(buffer, 0xFF)
+    np.testing.assert_array_equal(driver.download(buffer, (15,), np.dtype(np.int16)), [-1] * 15)
+    assert live.value == before + 2
+    del buffer, other
+    assert live.value == before
+    with pytest.raises(gpu_driver.Error, match=r"^cuMemAlloc_v2: out of memory \(2\)$"):
+        driver.allocate(2**31)
+    driver.empty_kernel()()
+
+
+def test_time_of_one_call(fake):
+    import gpu_driver
+
+    driver, launches = gpu_driver.Driver(), ctypes.c_int.in_dll(fake, "fake_graph_launches")
+    ctypes.c_float.in_dll(fake, "fake_elapsed_ms").value = 0.5
+    launches.value, called = 0, []
+    # Half a millisecond a graph of five calls: four graphs make the two milliseconds that one measurement takes.
+    median, spread = driver.time_graph([lambda: called.append(0)] * 5)
+    assert len(called) == 10  # to set up, and to capture
+    assert launches.value == 1 + 1 + 21 * 4
+    assert median == pytest.approx(0.5 / (4 * 5)) and spread == 0
+
+
+def test_median_and_spread(fake):
+    import gpu_driver
+
+    driver, elapsed = gpu_driver.Driver(), ctypes.c_float.in_dll(fake, "fake_elapsed_ms")
+    times = iter([2.0, 2.0, *range(10, 31)])  # a warm-up, how often to repeat, 21 measurements
+    median, spread = driver.time(lambda: setattr(elapsed, "value", next(times)), count=2, stream=1)
+    assert median == 20 / 2 and spread == pytest.approx((25.5 - 14.5) / 2 / 2)
+
+
+# ---- The whole ----
+
+
+@pytest.fixture
+def check(tmp_path, fake, launchers, monkeypatch):
+    """Runs gpu_check on few small shapes; returns its exit code and what it wrote."""
+    import bench_shapes
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "ODD_SHAPES", ((0, 3, 3, 8), (2, 1, 1, 5), (2, 3, 5, 7)))
+    monkeypatch.setattr(gpu_check, "LARGE_SHAPES", ((2, 3, 5, 8),))
+    monkeypatch.setattr(gpu_check, "LATENCY_SHAPE", (1, 2, 2, 8))
+    monkeypatch.setattr(bench_shapes, "SHAPES", ((1, 4, 4, 8),))
+    monkeypatch.setattr(bench_shapes, "CHANNELS_FIRST_SHAPES", ((1, 4, 4, 8),))
+    monkeypatch.setenv("PATH", os.defpath)  # no compute-sanitizer
+    library = tmp_path / "libtf_agc_cuda.so"
+    library.touch()
+
+    def run(*arguments):
+        output = tmp_path / "output"
+        code = gpu_check.main(["--library", str(library), "--output", str(output), *arguments])
+        return code, json.loads((output / "gpu.json").read_text()), (output / "gpu.csv").read_text().splitlines()
+
+    return run
+
+
+def test_everything_is_right(check, launchers, capsys):
+    code, results, rows = check("--commit", "abc")
+    assert code == 0 and results["failures"] == []
+    assert results["machine"]["gpu"] == "Fake GPU" and results["machine"]["commit"] == "abc"
+    (correct,) = results["sections"]["correctness"]["notes"]
+    assert correct.startswith(f"{3 * 2 * 4 * 5 * 2 + 1 * 2 * 4} cases; the largest error is 0.")
+    assert results["sections"]["huge"]["notes"][0].startswith("left out: ")
+    assert results["sections"]["sanitizer"]["notes"] == ["left out: there is no compute-sanitizer on PATH"]
+    assert results["sections"]["latency"]["notes"][0] == "bfloat16 forward: 1.0 x an empty kernel"
+
+    assert "# gpu: Fake GPU" in rows and "# commit: abc" in rows
+    header, *rows = [row for row in rows if not row.startswith("#")]
+    assert header == "section,shape,data_format,dtype,passes,candidate,ms,spread_ms,copy_ms"
+    of_bandwidth = [row for row in rows if row.startswith("bandwidth,")]
+    assert len(of_bandwidth) == 3 * 3 * 2
+    # A pass backward is measured against one and a half copies.
+    bfloat16 = [row.split(",") for row in of_bandwidth if ",2x3x5x8,channels_last,bfloat16," in row]
+    assert [float(row[8]) / float(row[6]) for row in bfloat16] == pytest.approx([1, 1.5], rel=1e-3)
+    output = capsys.readouterr().out
+    assert "150% of the copy" in output and output.rstrip().splitlines()[-2] == "0 failed"
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_wrong_result_fails(check, launchers, name, capsys):
+    launchers.wrong[name] = 4
+    code, results, _ = check("--small", "--section", "correctness", "--section", "latency")
+    assert code == 1
+    assert results["failures"][0].startswith("correctness: 2x5x7x3 channels_last bfloat16 relu: " + name)
+    assert "times what is allowed" in results["failures"][0]
+    assert results["sections"]["latency"]["notes"]  # and the rest goes on
+    assert f"FAILED: 2x5x7x3 channels_last bfloat16 relu: {name} is off by" in capsys.readouterr().out
+
+
+def test_results_that_change_fail(check, launchers, monkeypatch):
+    once = launchers.launch
+
+    def launch(self, args, workspace, stream):
+        type(self).wrong = {"mean": 1 + 2.0**-23 * (launchers.launched // 2 % 2)}
+        once(self, args, workspace, stream)
+
+    monkeypatch.setattr(launchers, "launch", launch)
+    code, results, _ = check("--small", "--section", "correctness")
+    assert code == 1
+    assert "mean has other bits when it is computed again" in results["failures"][0]
+
+
+def test_a_section_that_breaks_does_not_stop_the_others(check, monkeypatch):
+    import gpu_check
+
+    def broken(self, report):
+        report.note("so far")
+        raise ValueError("something else")
+
+    monkeypatch.setattr(gpu_check.Check, "bandwidth", broken)
+    code, results, _ = check("--section", "bandwidth", "--section", "latency")
+    assert code == 1
+    assert results["failures"] == ["bandwidth: ValueError: something else"]
+    assert results["sections"]["bandwidth"]["notes"] == ["so far", "FAILED: ValueError: something else"]
+    assert len(results["sections"]["latency"]["notes"]) == 4
+
+
+def test_the_deadline_leaves_timings_out(check):
+    code, results, rows = check("--section", "bandwidth", "--minutes", "0")
+    assert code == 0 and not any(row.startswith("bandwidth") for row in rows)
+    (note,) = results["sections"]["bandwidth"]["notes"]
+    assert note == "left out for want of time, from (2, 3, 5, 8) channels_last bfloat16 on"
+
+
+def test_huge_tensors_repeat_a_sample(fake, launchers, monkeypatch, tmp_path):
+    import gpu_call
+    import gpu_driver
+    import gpu_numerics
+
+    driver, case = gpu_driver.Driver(), gpu_numerics.make_case(1, 9, 8, "float16", "relu", seed=1)
+    one, many = (gpu_call.Call(driver, launchers(None), case, "channels_last", repeat=n) for n in (1, 5))
+    one.run()
+    many.run()
+    for name in ("y", "mean", "dx"):
+        for sample in range(5):
+            np.testing.assert_array_equal(many.sample(name, sample), one.sample(name, 0))
+    assert many.results()["y"].shape == (5, 9, 8)
+
+
+def test_enough_sets_to_leave_the_cache(fake, launchers):
+    import gpu_check
+    import gpu_driver
+
+    check = gpu_check.Check(gpu_driver.Driver(), None, None, False, 0)
+    assert check.sets((1, 8, 8, 64), "float32") == 4 * 2**16 // (2 * 4 * 8 * 8 * 64)  # of an L2 cache of 64 KiB
+    assert check.sets((1024, 8, 8, 64), "float32") == 2
+    assert check.sets((1, 1, 1, 1), "float32") == 64
+
+
+# ---- Where there is nothing to check ----
+
+
+def test_without_a_gpu(monkeypatch, capsys, fake, tmp_path):
+    import gpu_check
+    import gpu_driver
+
+    ctypes.c_int.in_dll(fake, "fake_devices").value = 0
+    assert gpu_check.main(["--output", str(tmp_path / "output")]) == 2
+    assert capsys.readouterr().err == "tf_agc: nothing was checked: the driver finds no GPU.\n"
+    assert not (tmp_path / "output").exists()
+    monkeypatch.undo()
+    with pytest.raises(gpu_driver.NoGpu, match="^there is no GPU driver on this machine .*libnone.so"):
+        gpu_driver.Driver("libnone.so")
+
+
+def test_without_a_library_and_a_compiler(monkeypatch, capsys, fake, tmp_path):
+    import gpu_check
+
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_check.main(["--output", str(tmp_path / "output")]) == 2
+    assert "there is no nvcc to build the kernels with; name a built library" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_check.parse_arguments(["--library", "none.so"])
+    assert "--library must name a built libtf_agc_cuda.so, got none.so" in capsys.readouterr().err
+
+
+def test_the_script_needs_no_tensorflow(tmp_path):
+    # An interpreter in which neither can be imported; --help comes after all imports.
+    program = (
+        "import runpy, sys; sys.modules['tensorflow'] = sys.modules['keras'] = None; del sys.argv[0]; "
+        "sys.path[0] = sys.argv[0].rpartition('/')[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}" "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "tools" / "gpu_check.sh", "--help"],
+        env={"PATH": os.defpath, "PYTHON": python},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--tensorflow" in done.stdout
+
+
+# ---- TensorFlow ----
+
+
+def test_transposes_around_the_op(native_required):
+    # Two convolutions and two of our ops, on a GPU that only the layout optimizer believes in.
+    import gpu_tensorflow
+
+    counted = gpu_tensorflow.around_our_op(channels=8, layers=2)
+    assert 0 < counted["ours"] <= counted["all"]

@@ -1,0 +1,17 @@
+"""The shapes and types that the benchmarks of the op time, on the CPU and on a GPU. Imports nothing."""
+
+# (N, H, W, C)
+SHAPES = (
+    (32, 32, 32, 64),
+    (32, 56, 56, 64),
+    (16, 112, 112, 64),
+    (128, 14, 14, 256),
+    (32, 7, 7, 2048),
+    (128, 32, 32, 16),
+    (1, 56, 56, 64),
+    (1, 224, 224, 32),
+    (8, 28, 28, 513),
+)
+QUICK_SHAPES = ((32, 32, 32, 64), (1, 56, 56, 64), (8, 28, 28, 513))
+CHANNELS_FIRST_SHAPES = SHAPES[:4]
+DTYPES = ("float32", "bfloat16", "float16")

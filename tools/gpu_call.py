@@ -1,0 +1,118 @@
+"""One case of gpu_numerics.py in a GPU's memory: inputs, results and workspaces, and the launches of both passes."""
+
+import math
+
+import numpy as np
+
+import gpu_driver
+import gpu_numerics as numerics
+
+_RESULTS = ("y", "mean", "dx", "dgain", "dmean_scale")
+
+
+class Call:
+    """A case in device memory.
+
+    Args:
+        driver: of gpu_driver.
+        launchers: of gpu_driver.
+        case: what is computed.
+        layout: of the maps in memory, "channels_last" or "channels_first".
+        misaligned: whether maps start one element behind an aligned address.
+        repeat: how many times the case's samples follow each other in the batch.
+    """
+
+    def __init__(
+        self,
+        driver: gpu_driver.Driver,
+        launchers: gpu_driver.Launchers,
+        case: numerics.Case,
+        layout: str,
+        misaligned: bool = False,
+        repeat: int = 1,
+    ) -> None:
+        self._driver, self._launchers, self._case, self._layout = driver, launchers, case, layout
+        samples, positions, channels = case.x.shape
+        u, t = np.dtype(numerics.parameter_dtype(case.dtype)), numerics.storage(case.dtype)
+        batch = samples * repeat
+        maps = (batch, *self._in_memory(case.x).shape[1:]), t
+        self._kinds = {"y": maps, "mean": ((batch, channels), u), "dx": maps}
+        self._kinds |= {"dgain": ((channels,), u), "dmean_scale": ((channels,), u)}
+
+        offset = t.itemsize if misaligned else 0
+        self._buffers = {}
+        for name in ("x", "dy"):
+            encoded = numerics.encode(self._in_memory(getattr(case, name)), case.dtype)
+            self._buffers[name] = driver.upload(encoded, offset, repeat)
+        self._buffers["dmean"] = driver.upload(case.dmean.astype(u), repeat=repeat)
+        for name in ("gain", "mean_scale"):
+            self._buffers[name] = driver.upload(getattr(case, name).astype(u))
+        for name, (shape, kind) in self._kinds.items():
+            size = math.prod(shape) * kind.itemsize
+            self._buffers[name] = driver.allocate(size, offset if name in ("y", "dx") else 0)
+
+        shape = gpu_driver.Shape(batch, positions, channels, numerics.LAYOUTS.index(layout))
+        self._passes = {}
+        for name, kind in (("forward", gpu_driver.ForwardArgs), ("backward", gpu_driver.BackwardArgs)):
+            args = self._arguments(kind, shape)
+            size = launchers.workspace_bytes(args)
+            self._passes[name] = args, driver.allocate(max(0, size))  # -1: the launch says why
+
+    def _in_memory(self, maps: np.ndarray) -> np.ndarray:
+        """[N, P, C] as it lies in memory, and back."""
+        return maps if self._layout == "channels_last" else np.moveaxis(maps, 2, 1)
+
+    def _arguments(self, kind, shape):
+        args = kind(
+            shape,
+            numerics.DTYPES.index(self._case.dtype),
+            numerics.ACTIVATIONS.index(self._case.activation),
+            self._case.alpha,
+        )
+        kept = "x" if self._case.activation == "linear" else "y"
+        for name, _ in kind._fields_[4:]:
+            setattr(args, name, self._buffers[kept if name == "kept" else name].address)
+        return args
+
+    def forward(self) -> None:
+        self._launch("forward")
+
+    def backward(self) -> None:
+        self._launch("backward")
+
+    def both(self) -> None:
+        self.forward()
+        self.backward()
+
+    def _launch(self, name: str) -> None:
+        args, workspace = self._passes[name]
+        self._launchers.launch(args, workspace.address, self._driver.stream)
+
+    def copy_maps(self) -> None:
+        """A copy of one map tensor to another: the traffic that a pass forward has at least."""
+        self._driver.copy(self._buffers["y"], self._buffers["x"])
+
+    def run(self) -> None:
+        """Both passes, over results and workspaces that are full of NaN."""
+        for buffer in [self._buffers[name] for name in _RESULTS] + [space for _, space in self._passes.values()]:
+            self._driver.fill(buffer, 0xFF)
+        self.both()
+
+    def results(self) -> dict[str, np.ndarray]:
+        """What was stored, as it lies in memory."""
+        return {name: self._driver.download(self._buffers[name], *kind) for name, kind in self._kinds.items()}
+
+    def sample(self, name: str, index: int) -> np.ndarray:
+        """One sample of y, mean or dx, as it lies in memory."""
+        shape, kind = self._kinds[name]
+        return self._driver.download(self._buffers[name], (1, *shape[1:]), kind, index * math.prod(shape[1:]))
+
+    def errors(self, stored: dict[str, np.ndarray]) -> dict[str, float]:
+        """The largest error of each result as a multiple of what is allowed."""
+        got = {}
+        for name, values in stored.items():
+            if name in ("y", "dx"):
+                got[name] = numerics.decode(self._in_memory(values), self._case.dtype)
+            else:
+                got[name] = values.astype(np.float64)
+        return numerics.errors(self._case, numerics.expected(self._case), got)

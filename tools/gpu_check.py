@@ -1,0 +1,284 @@
+"""`tools/gpu_check.sh`: on a GPU, are the CUDA kernels right, and how fast are they against its memory and PyTorch?
+
+Options, the sections and their order, and what is printed and written; how things are run is in gpu_*.py. TensorFlow is
+needed for --tensorflow alone. A section that fails is reported and the next one runs; what was found until then is in
+the files already.
+
+Exit codes: 0; 1 if a result was wrong or a section failed; 2 if there is no GPU, or no library and nothing to build it.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import math
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import bench_shapes
+import gpu_driver
+import gpu_numerics as numerics
+from gpu_call import Call
+from gpu_report import Report, Row
+
+CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+
+# (N, H, W, C). Odd ones, for every type, layout and activation: no sample, one position, one channel, rows that 16
+# bytes do not divide, several tiles.
+ODD_SHAPES = (
+    (0, 3, 3, 8),
+    (2, 1, 1, 24),
+    (3, 5, 7, 1),
+    (2, 9, 11, 130),
+    (1, 33, 31, 67),
+    (5, 2, 2, 1025),
+    (2, 56, 56, 24),
+)
+# For the sanitizers, which take a hundred times as long.
+SMALL_SHAPES = ((2, 5, 7, 3), (2, 9, 11, 64), (1, 17, 13, 40))
+# Beyond those that the CPU is timed at. The goals are for the last two, of 64 MB and more in bfloat16.
+LARGE_SHAPES = ((32, 56, 56, 256), (32, 28, 28, 512), (32, 14, 14, 1024), (64, 112, 112, 64), (128, 56, 56, 256))
+LATENCY_SHAPE = (1, 56, 56, 64)
+
+# Passes over memory.
+_TRAFFIC = {"forward": 2, "backward": 3}
+# What is timed goes through this much more memory than the L2 cache holds before it comes back.
+_L2_TIMES = 4
+_MOST_SETS = 64
+
+
+@dataclasses.dataclass
+class Check:
+    """What the sections need."""
+
+    driver: gpu_driver.Driver
+    launchers: gpu_driver.Launchers
+    library: pathlib.Path
+    small: bool
+    deadline: float  # of time.monotonic: what is not begun until then is left out
+
+    # ---- Correctness ----
+
+    def correctness(self, report: Report) -> None:
+        """Every result against float64, twice: the second run must give the same bits."""
+        count, worst = 0, (0.0, "")
+        for shape, layout, dtype, activation, misaligned in self._cases():
+            n, h, w, c = shape
+            what = f"{'x'.join(map(str, shape))} {layout} {dtype} {activation}{' misaligned' if misaligned else ''}"
+            case = numerics.make_case(n, h * w, c, dtype, activation, seed=count)
+            call = Call(self.driver, self.launchers, case, layout, misaligned)
+            call.run()
+            stored = call.results()
+            for name, error in call.errors(stored).items():
+                if not error <= 1:  # NaN, too
+                    report.fail(f"{what}: {name} is off by {error:.3g} times what is allowed")
+                elif error > worst[0]:
+                    worst = error, f"{name} of {what}"
+            call.run()
+            again = call.results()
+            for name, values in stored.items():
+                if values.tobytes() != again[name].tobytes():
+                    report.fail(f"{what}: {name} has other bits when it is computed again")
+            count += 1
+        report.note(f"{count} cases; the largest error is {worst[0]:.2f} of what is allowed ({worst[1]})")
+
+    def _cases(self) -> Iterator[tuple]:
+        layouts, dtypes, activations = numerics.LAYOUTS, numerics.DTYPES, numerics.ACTIVATIONS
+        if self.small:
+            yield from itertools.product(SMALL_SHAPES, layouts, ("bfloat16", "float32"), ("relu", "elu"), (False,))
+            return
+        yield from itertools.product(ODD_SHAPES, layouts, dtypes, activations, (False, True))
+        yield from itertools.product(bench_shapes.SHAPES, layouts, dtypes, ("relu",), (False,))
+
+    def huge(self, report: Report) -> None:
+        """More than 2^31 elements: the same sample again and again, of which the last comes out as the first."""
+        positions, channels, dtype = 56 * 56, 64, "float16"
+        batch = 2**31 // (positions * channels) + 2
+        size = positions * channels * 2
+        if self.driver.free_bytes < 4 * batch * size + 2**30:
+            report.note(f"left out: {4 * batch * size / 2**30 + 1:.0f} GiB are needed")
+            return
+        case = numerics.make_case(1, positions, channels, dtype, "relu", seed=1)
+        one = Call(self.driver, self.launchers, case, "channels_last")
+        one.run()
+        many = Call(self.driver, self.launchers, case, "channels_last", repeat=batch)
+        many.run()
+        for sample in (0, batch // 2, batch - 2, batch - 1):
+            for name in ("y", "mean", "dx"):
+                if many.sample(name, sample).tobytes() != one.sample(name, 0).tobytes():
+                    report.fail(f"sample {sample} of {batch}: {name} is not what it is alone")
+        report.note(f"{batch} samples, {batch * positions * channels / 2**31:.4f} x 2^31 elements")
+
+    # ---- Time ----
+
+    def bandwidth(self, report: Report) -> None:
+        """Each pass against a copy of the same bytes, both in graphs that walk through more than the L2 cache."""
+        shapes = [(shape, "channels_last") for shape in (*reversed(LARGE_SHAPES), *bench_shapes.SHAPES)]
+        shapes += [(shape, "channels_first") for shape in bench_shapes.CHANNELS_FIRST_SHAPES]
+        for dtype, (shape, layout) in itertools.product(("bfloat16", "float32", "float16"), shapes):
+            if time.monotonic() > self.deadline:
+                report.note(f"left out for want of time, from {shape} {layout} {dtype} on")
+                return
+            calls = self.calls(shape, layout, dtype)
+            copy_ms, _ = self.driver.time_graph([call.copy_maps for call in calls])
+            for passes, traffic in _TRAFFIC.items():
+                ms, spread = self.driver.time_graph([getattr(call, passes) for call in calls])
+                report.row(Row("bandwidth", shape, layout, dtype, passes, "tf_agc", ms, spread, copy_ms * traffic / 2))
+
+    def calls(self, shape: tuple[int, int, int, int], layout: str, dtype: str) -> list[Call]:
+        """Calls of one shape, with memory of their own, that together go through more than the L2 cache holds."""
+        n, h, w, c = shape
+        case = numerics.make_timing_case(n, h * w, c, dtype, "relu")
+        return [Call(self.driver, self.launchers, case, layout) for _ in range(self.sets(shape, dtype))]
+
+    def sets(self, shape: tuple[int, int, int, int], dtype: str) -> int:
+        """How many sets of tensors that takes: of each, a pass reads and writes two at least."""
+        bytes_of_pass = 2 * math.prod(shape) * numerics.storage(dtype).itemsize
+        return min(_MOST_SETS, max(2, math.ceil(_L2_TIMES * self.driver.l2_bytes / bytes_of_pass)))
+
+    def latency(self, report: Report) -> None:
+        """One sample in the cache, in a graph, against a kernel that does nothing."""
+        empty = self.driver.empty_kernel()
+        empty_ms, spread = self.driver.time_graph([empty] * 100)
+        n, h, w, c = LATENCY_SHAPE
+        report.row(Row("latency", LATENCY_SHAPE, "", "", "", "empty kernel", empty_ms, spread))
+        for dtype in ("bfloat16", "float32"):
+            case = numerics.make_timing_case(n, h * w, c, dtype, "relu")
+            call = Call(self.driver, self.launchers, case, "channels_last")
+            for passes in _TRAFFIC:
+                ms, spread = self.driver.time_graph([getattr(call, passes)] * 100)
+                report.row(Row("latency", LATENCY_SHAPE, "channels_last", dtype, passes, "tf_agc", ms, spread))
+                report.note(f"{dtype} {passes}: {ms / empty_ms:.1f} x an empty kernel")
+
+    def pytorch(self, report: Report) -> None:
+        """A training step, forward and backward, of ours and of PyTorch's layers with ReLU."""
+        try:
+            import gpu_peers
+        except ImportError as error:
+            report.note(f"left out: PyTorch cannot be imported ({error})")
+            return
+        gpu_peers.compare(self, report, LARGE_SHAPES)
+
+    # ---- Tools ----
+
+    def sanitizer(self, report: Report) -> None:
+        """memcheck and racecheck over small shapes."""
+        tool = shutil.which("compute-sanitizer")
+        if tool is None:
+            report.note("left out: there is no compute-sanitizer on PATH")
+            return
+        for check in ("memcheck", "racecheck"):
+            with tempfile.TemporaryDirectory() as directory:
+                command = [tool, "--tool", check, "--error-exitcode", "86", sys.executable, __file__, "--small"]
+                command += ["--library", str(self.library), "--section", "correctness", "--output", directory]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if done.returncode == 0:
+                report.note(f"{check}: {done.stdout.strip().splitlines()[-1].strip('= ')}")
+            else:
+                report.fail(f"{check} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+
+    def tensorflow(self, report: Report) -> None:
+        """The Python tests on the GPU, the layout optimizer's transposes, and the op's time in a graph."""
+        import gpu_tensorflow
+
+        gpu_tensorflow.check(report)
+
+
+SECTIONS = ("correctness", "huge", "bandwidth", "latency", "pytorch", "sanitizer")
+
+
+def build(compute_capability: tuple[int, int], directory: pathlib.Path) -> pathlib.Path:
+    """Compiles cc/core/cuda for one GPU; needs nvcc and a C++ compiler, not Bazel.
+
+    Raises:
+        gpu_driver.Error: there is no nvcc, or it refuses the sources.
+    """
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if nvcc is None:
+        raise gpu_driver.Error(
+            "there is no nvcc to build the kernels with; name a built library with --library "
+            "(tools/bazel.sh build --config=cuda //cc/core/cuda:libtf_agc_cuda.so)"
+        )
+    sources = [file for kind in ("*.cu", "*.cc") for file in sorted((CHECKOUT / "cc/core/cuda").glob(kind))]
+    sources = [str(file) for file in sources if not file.stem.endswith(("_test", "_emulation"))]
+    library = directory / "libtf_agc_cuda.so"
+    name = "".join(map(str, compute_capability))
+    command = [nvcc, "-shared", "-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{CHECKOUT}", "-o", str(library)]
+    command += [f"-gencode=arch=compute_{name},code=sm_{name}", *sources]
+    print(f"building for sm_{name} with {nvcc}", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise gpu_driver.Error(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return library
+
+
+def describe(driver: gpu_driver.Driver, commit: str | None) -> dict[str, str]:
+    """What stands beside every result."""
+
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    changed = output("git", "status", "--porcelain", "--untracked-files=no", "--", "cc", "tools/*.py")
+    of_checkout = output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or of_checkout + (" with changes" if changed else ""),
+        **driver.describe(),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        or "unknown",
+        "python": platform.python_version(),
+    }
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tools/gpu_check.sh", description=__doc__.split("\n")[0])
+    parser.add_argument("--library", type=pathlib.Path, help="a built libtf_agc_cuda.so; otherwise nvcc builds one")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path("gpu_check"), help="the directory for gpu.csv and gpu.json"
+    )
+    parser.add_argument("--section", action="append", choices=SECTIONS, help="only this one; may be given again")
+    parser.add_argument("--tensorflow", action="store_true", help="the TensorFlow op as well")
+    parser.add_argument("--minutes", type=float, default=7, help="timings that are not begun by then are left out")
+    parser.add_argument("--small", action="store_true", help="few small shapes for correctness")
+    parser.add_argument("--commit", help="what is tested, where the checkout has no .git")
+    options = parser.parse_args(arguments)
+    if options.library is not None and not options.library.is_file():
+        parser.error(f"--library must name a built libtf_agc_cuda.so, got {options.library}")
+    options.library = options.library and options.library.resolve()  # without a slash it would be looked for elsewhere
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            driver = gpu_driver.Driver()
+            library = options.library or build(driver.compute_capability, pathlib.Path(directory))
+        except gpu_driver.Error as error:
+            print(f"tf_agc: nothing was checked: {error}.", file=sys.stderr)
+            return 2
+        check = Check(driver, gpu_driver.Launchers(library), library, options.small, deadline)
+        report = Report(options.output, describe(driver, options.commit))
+        for name in options.section or SECTIONS:
+            report.run(name, getattr(check, name))
+        if options.tensorflow:
+            report.run("tensorflow", check.tensorflow)
+    print(f"\n{len(report.failures)} failed" + "".join(f"\n  {failure}" for failure in report.failures))
+    print(f"results: {options.output}/gpu.csv, {options.output}/gpu.json")
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""PyTorch's layers beside ours in tools/gpu_check.py: a training step of each, forward and backward.
+
+Everything is timed in CUDA graphs, so what Python and launches cost is left out: that is in the peers' favour. A peer
+that cannot be captured is timed as it is launched, and its name says so.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+import bench_shapes
+import gpu_driver
+from gpu_report import Row
+
+
+def compare(check, report, large_shapes: tuple) -> None:
+    """Times ours and every peer, the large shapes first; leaves out what is not begun before the deadline.
+
+    Args:
+        check: gpu_check.Check.
+        report: gpu_report.Report.
+        large_shapes: (N, H, W, C), beyond those of the CPU's benchmark.
+    """
+    report.note(f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+    cases = [
+        (dtype, shape) for dtype in ("bfloat16", "float32") for shape in (*large_shapes[::-1], *bench_shapes.SHAPES)
+    ]
+    for dtype, shape in cases:
+        if time.monotonic() > check.deadline:
+            report.note(f"left out for want of time, from {shape} {dtype} on")
+            return
+
+        def row(candidate, times, shape=shape, dtype=dtype):
+            report.row(Row("pytorch", shape, "channels_last", dtype, "forward + backward", candidate, *times))
+            return times[0]
+
+        calls = check.calls(shape, "channels_last", dtype)
+        ours = row("tf_agc", check.driver.time_graph([call.both for call in calls]))
+        del calls
+        for name, module in _peers(shape[3]):
+            try:
+                suffix, times = _time(check.driver, module, shape, dtype, check.sets(shape, dtype))
+                theirs = row(name + suffix, times)
+                report.note(f"{name}: {theirs / ours:.2f} x the time of tf_agc")
+            except RuntimeError as error:  # cuDNN has no plan for it, memory is short
+                report.note(f"{name} does not run at {shape} {dtype}: {str(error).splitlines()[0]}")
+
+
+def _peers(channels: int) -> Iterator[tuple[str, torch.nn.Module]]:
+    def with_relu(norm):
+        return torch.nn.Sequential(norm, torch.nn.ReLU()).cuda()
+
+    groups = next(groups for groups in (32, 16, 8, 4, 3, 2, 1) if channels % groups == 0)
+    yield "BatchNorm2d + ReLU, eager", with_relu(torch.nn.BatchNorm2d(channels))
+    yield "BatchNorm2d + ReLU, compiled", torch.compile(with_relu(torch.nn.BatchNorm2d(channels)), dynamic=False)
+    yield f"GroupNorm({groups}) + ReLU, eager", with_relu(torch.nn.GroupNorm(groups, channels))
+    yield "InstanceNorm2d + ReLU, eager", with_relu(torch.nn.InstanceNorm2d(channels, affine=True))
+
+
+def _time(driver: gpu_driver.Driver, module, shape, dtype: str, sets: int) -> tuple[str, tuple[float, float]]:
+    """What to add to the name, and median and spread in milliseconds of one training step."""
+    n, h, w, c = shape
+    maps = [
+        torch.randn(n, c, h, w, device="cuda", dtype=getattr(torch, dtype)).to(memory_format=torch.channels_last)
+        for _ in range(2 * sets)
+    ]
+    steps = [_step(module, x.requires_grad_(), dy) for x, dy in zip(maps[:sets], maps[sets:], strict=True)]
+
+    # As PyTorch's documentation has it: a capture wants a stream on which all has run before.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in steps[:3]:
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    current = torch.cuda.current_stream().cuda_stream
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for step in steps:
+                step()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return " (no graph)", driver.time(lambda: [step() for step in steps], sets, current)
+    return "", driver.time(graph.replay, sets, current)
+
+
+def _step(module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
+    parameters = list(module.parameters())
+    return lambda: torch.autograd.grad(module(x), [x, *parameters], dy) and None
