@@ -20,17 +20,19 @@ if (($(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0) > 28)); then
   tests+=(--test_tag_filters=-sanitizer)
 fi
 
-"${ROOT}/tools/build.sh" --tensorflow "${RELEASE}"
-run_bazel test "${tests[@]}"
-# Programs that tests in Python start.
-run_bazel build //cc/serving:saved_model_runner //cc/serving:saved_model_runner_without_ops
 if command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
-  # For one architecture: this is about whether everything compiles and links.
+  # For one architecture: this is about whether everything compiles and links. Before the build, whose libraries lie in
+  # the same place and are the ones that tests in Python take.
   run_bazel test --config=cuda --repo_env=TF_AGC_CUDA_ARCHITECTURES=90 \
     //cc:cuda_symbols_test //cc/core/cuda:cuda_symbols_test
 else
   say "there is no nvcc: what only CUDA's compiler takes is not compiled"
 fi
+
+"${ROOT}/tools/build.sh" --tensorflow "${RELEASE}"
+run_bazel test "${tests[@]}"
+# Programs that tests in Python start.
+run_bazel build //cc/serving:saved_model_runner //cc/serving:saved_model_runner_without_ops
 
 cd "${ROOT}"
 python=(setup.py tests tf_agc tools)
