@@ -17,7 +17,7 @@ from agc_testing import EPSILON, python
 from tensorflow.python.framework import op_def_library  # stands for the wrapper of a custom op's library
 
 import tf_agc
-from tf_agc import AutomaticGainControl, export, native, reference, saved_graph
+from tf_agc import AutomaticGainControl, export, export_check, native, reference, saved_graph
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
 
@@ -356,9 +356,118 @@ def test_gradients_in_a_signature(tmp_path, native_required):
 
 
 def test_an_answer_that_varies_is_not_compared(tmp_path, capsys):
-    noise = tf.function(lambda x: x + tf.random.normal([3]), input_signature=[tf.TensorSpec([None, 3])])
-    tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures={"noise": noise})
-    assert "(not compared, since they vary from call to call: noise)" in capsys.readouterr().out
+    @tf.function(input_signature=[tf.TensorSpec([None, 3])])
+    def noise(x):
+        return {"noisy": x + tf.random.normal([3]), "exact": x + 1}
+
+    tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures={"serving_default": noise})
+    line = "answers differ from the model's by at most 0 of the largest; not compared: noisy of serving_default (varies"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda x: x + tf.random.normal([3]), "varies from call to call"),
+        (lambda x: tf.sqrt(-1 - tf.abs(x)), "no finite entry"),
+        (lambda x: x[:0], "no finite entry"),
+    ],
+)
+def test_an_export_that_compared_nothing_says_so(tmp_path, capsys, function, reason):
+    signatures = {"serving_default": tf.function(function, input_signature=[tf.TensorSpec([None, 3])])}
+    tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures=signatures)
+    line = f"; no answers were compared; not compared: output_0 of serving_default ({reason}).\n"
+    assert capsys.readouterr().out.endswith(line)
+
+
+def _rounded(factor):
+    """The definition, with other roundings or wrong."""
+    correct = reference.agc
+
+    def agc(*arguments):
+        y, mean = correct(*arguments)
+        return factor * y, mean
+
+    return agc
+
+
+def _discrete(dtype=None):
+    """Whether roundings turn a pixel, a depth in integers and a class."""
+    inputs = keras.Input((48, 48, 4))
+    x = AutomaticGainControl(dtype=dtype)(inputs)
+    shade = keras.ops.sigmoid(x)
+    pixels = keras.ops.cast(255 * shade, "uint8")
+    depth = keras.ops.cast(2.0**24 * keras.ops.cast(shade, "float32"), "int32")
+    return keras.Model(inputs, {"pixels": pixels, "depth": depth, "class": keras.ops.argmax(x, -1)})
+
+
+def test_roundings_turn_a_few_integers(tmp_path, monkeypatch, capsys, native_required):
+    monkeypatch.setattr(reference, "agc", _rounded(1 + 1e-4))
+    tf_agc.export_saved_model(_discrete(), tmp_path / "net")
+    line = capsys.readouterr().out
+    assert "answers differ from the model's in " in line and " of 41472 integers, bools and strings.\n" in line
+    assert " in 0 of" not in line
+
+
+@pytest.mark.parametrize(
+    "dtype, factor, message",
+    [
+        (
+            None,
+            1.05,
+            r"output 'pixels' .* in [1-9][0-9]\.\d\d% of 18432 entries \(by more than 0.001 .* the 1% that round",
+        ),
+        (None, -1, r"output 'pixels' .* differs from the model's in [89]\d\.\d\d% of 18432 entries"),
+        ("mixed_float16", -1, r"output 'pixels' .* in [5-9]\d\.\d\d% of 18432 entries .* more than the 10% that round"),
+        (
+            "mixed_bfloat16",
+            -1,
+            r"output 'pixels' .* in [3-9]\d\.\d\d% of 18432 entries .* more than the 25% that round",
+        ),
+    ],
+)
+def test_a_wrong_graph_turns_many_integers(tmp_path, monkeypatch, native_required, dtype, factor, message):
+    monkeypatch.setattr(reference, "agc", _rounded(factor))
+    with pytest.raises(RuntimeError, match=message):
+        tf_agc.export_saved_model(_discrete(dtype), tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_a_wrong_graph_turns_classes(tmp_path, monkeypatch, native_required, dtype):
+    monkeypatch.setattr(reference, "agc", _rounded(-1))
+    inputs = keras.Input((8, 8, 4))
+    model = keras.Model(inputs, keras.ops.argmax(AutomaticGainControl(dtype=dtype)(inputs), -1))
+    with pytest.raises(RuntimeError, match=r"'output_0' .* differs from the model's in 100.00% of 128 entries"):
+        tf_agc.export_saved_model(model, tmp_path / "net")
+
+
+class Flipping:
+    """A signature that is wrong in one of its two answers, in some of the calls."""
+
+    variables = ()
+
+    def __init__(self, calls):
+        self.calls, self.count = calls, 0
+
+    def __call__(self, x):
+        self.count += 1
+        positive = x > 0
+        return {"output_0": tf.stack([positive[0] ^ (self.count in self.calls), positive[1]])}
+
+
+@pytest.mark.parametrize("calls, asked, off", [((), 1, 0), ((1,), 50, 1), ((1, 2), 2, 2), ((1, 49), 49, 2)])
+def test_few_integers_are_compared_for_more_inputs(calls, asked, off):
+    function = tf.function(lambda x: x > 0, input_signature=[tf.TensorSpec([None])])
+    endpoint = export_check.Endpoint(function, function.input_signature, function.get_concrete_function())
+    signature = Flipping(calls)
+    if off > 1:
+        with pytest.raises(RuntimeError, match=rf"in {off / (2 * asked):.2%} of {2 * asked} entries"):
+            export_check._compare("f", endpoint, signature, None, 1e-3, 0.01)
+    else:
+        comparison = export_check._compare("f", endpoint, signature, None, 1e-3, 0.01)["output_0"]
+        assert (comparison.entries, comparison.off) == (2 * asked, off)
+    assert signature.count == asked
 
 
 _SPEC = [tf.TensorSpec([None, 6, 5, 4])]
