@@ -43,7 +43,8 @@ class Endpoint:
     @property
     def inputs(self) -> dict[str, tf.TensorSpec]:
         """The signature's inputs by name, in the order of the flattened arguments."""
-        specs = tf.nest.flatten(self.concrete.structured_input_signature)
+        arguments = tf.nest.flatten(self.concrete.structured_input_signature)
+        specs = [spec for spec in arguments if isinstance(spec, tf.TensorSpec)]  # others have a default
         # Private: the names that the SavedModel gives them, which are not the specs' where those are nested.
         return dict(zip(self.concrete._arg_keywords, specs, strict=True))
 
