@@ -47,40 +47,52 @@ def export_saved_model(
     Model servers watch a directory and load its subdirectories that are named by a number: the first
     export writes `path/1`, the next one `path/2`. A version is checked before it appears, complete, in
     one rename: its graph has only ops that it may have, it loads, and each signature answers random
-    inputs (those in `warmup`, where it takes no random ones) like the model; where the model's own
-    answers vary from call to call, only their shapes are compared. One printed line says so. An error
-    leaves nothing behind. The model stays as it was. The check needs the memory of a second copy.
+    inputs (those in `warmup`, where it takes no random ones) like the model. Of integers, bools and
+    strings a few may differ, since a rounding can turn a class or a truncated pixel: 1 % of an output's
+    entries, 10 % where the graph has float16, 25 % where it has bfloat16. Only shapes are compared where
+    the model's own answers vary from call to call or are not finite. One printed line says what was
+    compared and what was not. An error leaves nothing behind; an export that is killed leaves a directory
+    `path/.export-...`. The model stays as it was. The check needs the memory of a second copy.
 
     Args:
-        model: a built model of any kind. A subclassed one must have been called, or `signatures` must
-            have a "serving_default".
+        model: a built model of any kind. A subclassed one must have been called, with all its inputs in
+            one argument, or `signatures` must have a "serving_default".
         path: a local directory, whose name is the model's for a server; it is made where there is none.
+            Without the characters * ? [ and backslash.
         portable: True: stock TensorFlow ops only, for any model server, TensorFlow Lite and ONNX. Each op
             TfAgc>Agc is replaced by its definition in stock ops, also in functions that were traced
-            before. False: keeps the op, for programs that load or link it.
-        signatures: more signatures by name, each a `tf.function` with an `input_signature`.
-            "serving_default" is the model itself, its inputs with any batch size and named as in
-            the model, its outputs named output_0, output_1, ... or by the keys of a dict, unless it is
-            given here.
+            before. False: keeps the op, for programs that load or link it, whichever `implementation`
+            is chosen.
+        signatures: more signatures by name, each a `tf.function` with an `input_signature` of
+            `tf.TensorSpec`s, which returns a tensor, or a list, tuple or dict with str keys of tensors.
+            "serving_default" is the model itself, unless it is given here: its inputs named as in the
+            model, with any batch size or the one that `keras.Input(batch_shape=...)` fixes (in a
+            Sequential model: where a layer is stateful), its outputs named output_0, output_1, ... or
+            by the keys of a dict. In Python, the inputs of a loaded signature are named as arguments
+            can be: "image-1" and "a.b" are image_1 and a_b there, "1st" is arg_1st.
         warmup: example inputs that the server runs before it takes requests: for "serving_default" a
             tensor, or a list, tuple or dict (by name) of them; with more signatures, a dict of such inputs
             by signature, for all of them. They are cast to the signature's dtypes. Needs the package
             tensorflow-serving-api.
-        overwrite: True: replaces the newest version, where there is one. A server that has loaded it
-            notices that only when it restarts.
+        overwrite: True: replaces the newest version, where there is one; for a moment there is none. A
+            server that has loaded it notices that only when it restarts.
 
     Returns:
         The version directory.
 
     Raises:
-        TypeError: the model is no Keras model, path no path, or a signature no `tf.function`.
-        ValueError: path is remote, or a SavedModel itself; the model is not built; a signature has no
-            `input_signature` or no possible name; inputs in warmup do not fit, or are needed since
-            random ones do not; the graph calls Python, or a portable one has custom ops (named).
+        TypeError: the model is no Keras model, path no path, a signature no `tf.function` or one of
+            ragged or sparse inputs, portable or overwrite no bool.
+        ValueError: path is remote, has one of the characters above, is a SavedModel itself, or has the
+            last number that a server reads; the model is not built, or its call takes several inputs; a
+            signature has no `input_signature` or no possible name, an input none, or outputs that are
+            nested or no tensors; inputs in warmup do not fit, or are needed since random ones do not;
+            the graph calls Python, a portable one has custom ops (named), or one of portable=False has
+            no native op for a model with AGC layers.
         OSError: path cannot be written, or the version to replace is not a SavedModel.
         ImportError: warmup without the package tensorflow-serving-api.
-        RuntimeError: a signature does not answer like the model; or portable=False where the native
-            library is not available.
+        RuntimeError: a signature does not answer like the model; the call is inside the scope of a
+            `tf.distribute` strategy; or portable=False where the native library is not available.
     """
     base = _check_path(path)
     signatures = {} if signatures is None else signatures
