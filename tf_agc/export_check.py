@@ -175,7 +175,7 @@ def _add(
         comparison.off += _count_off(got, want, tolerance)
     else:
         comparison.varies |= not _difference(again, want) <= tolerance
-        comparison.entries += np.count_nonzero(tf.math.is_finite(tf.abs(want)))
+        comparison.entries += int(np.count_nonzero(tf.math.is_finite(tf.abs(want))))
         comparison.difference = max(comparison.difference, _difference(got, want))
 
 
@@ -241,9 +241,9 @@ def _unchanged(variables: Iterable[Any]) -> Iterator[None]:
 def _count_off(got: tf.Tensor, want: tf.Tensor, tolerance: float) -> int:
     """The number of entries that differ: by more than `tolerance` of the largest, where they are numbers."""
     if want.dtype == tf.string:
-        return np.count_nonzero(got.numpy() != want.numpy())
+        return int(np.count_nonzero(got.numpy() != want.numpy()))
     got, want = tf.cast(got, tf.float64).numpy(), tf.cast(want, tf.float64).numpy()
-    return np.count_nonzero(np.abs(got - want) > tolerance * np.abs(want).max(initial=0))
+    return int(np.count_nonzero(np.abs(got - want) > tolerance * np.abs(want).max(initial=0)))
 
 
 def _difference(got: tf.Tensor, want: tf.Tensor) -> float:
