@@ -1,5 +1,6 @@
 """`tf_agc.export_saved_model`: models of all kinds, answered for by a process that has no tf_agc; what it refuses."""
 
+import collections
 import dataclasses
 import errno
 import pathlib
@@ -17,7 +18,7 @@ from agc_testing import EPSILON, python
 from tensorflow.python.framework import op_def_library  # stands for the wrapper of a custom op's library
 
 import tf_agc
-from tf_agc import AutomaticGainControl, export, native, reference, saved_graph
+from tf_agc import AutomaticGainControl, export, export_check, native, reference, saved_graph
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
 
@@ -356,9 +357,245 @@ def test_gradients_in_a_signature(tmp_path, native_required):
 
 
 def test_an_answer_that_varies_is_not_compared(tmp_path, capsys):
-    noise = tf.function(lambda x: x + tf.random.normal([3]), input_signature=[tf.TensorSpec([None, 3])])
-    tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures={"noise": noise})
-    assert "(not compared, since they vary from call to call: noise)" in capsys.readouterr().out
+    @tf.function(input_signature=[tf.TensorSpec([None, 3])])
+    def noise(x):
+        return {"noisy": x + tf.random.normal([3]), "exact": x + 1}
+
+    tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures={"serving_default": noise})
+    line = "answers differ from the model's by at most 0 of the largest; not compared: noisy of serving_default (varies"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda x: x + tf.random.normal([3]), "varies from call to call"),
+        (lambda x: tf.sqrt(-1 - tf.abs(x)), "no finite entry"),
+        (lambda x: x[:0], "no finite entry"),
+    ],
+)
+def test_an_export_that_compared_nothing_says_so(tmp_path, capsys, function, reason):
+    signatures = {"serving_default": tf.function(function, input_signature=[tf.TensorSpec([None, 3])])}
+    tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures=signatures)
+    line = f"; no answers were compared; not compared: output_0 of serving_default ({reason}).\n"
+    assert capsys.readouterr().out.endswith(line)
+
+
+def _rounded(factor):
+    """The definition, with other roundings or wrong."""
+    correct = reference.agc
+
+    def agc(*arguments):
+        y, mean = correct(*arguments)
+        return factor * y, mean
+
+    return agc
+
+
+def _discrete(dtype=None):
+    """Whether roundings turn a pixel, a depth in integers and a class."""
+    inputs = keras.Input((48, 48, 4))
+    x = AutomaticGainControl(dtype=dtype)(inputs)
+    shade = keras.ops.sigmoid(x)
+    pixels = keras.ops.cast(255 * shade, "uint8")
+    depth = keras.ops.cast(2.0**24 * keras.ops.cast(shade, "float32"), "int32")
+    return keras.Model(inputs, {"pixels": pixels, "depth": depth, "class": keras.ops.argmax(x, -1)})
+
+
+def test_roundings_turn_a_few_integers(tmp_path, monkeypatch, capsys, native_required):
+    monkeypatch.setattr(reference, "agc", _rounded(1 + 1e-4))
+    tf_agc.export_saved_model(_discrete(), tmp_path / "net")
+    line = capsys.readouterr().out
+    assert "answers differ from the model's in " in line and " of 41472 integers, bools and strings.\n" in line
+    assert " in 0 of" not in line
+
+
+@pytest.mark.parametrize(
+    "dtype, factor, message",
+    [
+        (
+            None,
+            1.05,
+            r"output 'pixels' .* in [1-9][0-9]\.\d\d% of 18432 entries \(by more than 0.001 .* the 1% that round",
+        ),
+        (None, -1, r"output 'pixels' .* differs from the model's in [89]\d\.\d\d% of 18432 entries"),
+        ("mixed_float16", -1, r"output 'pixels' .* in [5-9]\d\.\d\d% of 18432 entries .* more than the 10% that round"),
+        (
+            "mixed_bfloat16",
+            -1,
+            r"output 'pixels' .* in [3-9]\d\.\d\d% of 18432 entries .* more than the 25% that round",
+        ),
+    ],
+)
+def test_a_wrong_graph_turns_many_integers(tmp_path, monkeypatch, native_required, dtype, factor, message):
+    monkeypatch.setattr(reference, "agc", _rounded(factor))
+    with pytest.raises(RuntimeError, match=message):
+        tf_agc.export_saved_model(_discrete(dtype), tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_a_wrong_graph_turns_classes(tmp_path, monkeypatch, native_required, dtype):
+    monkeypatch.setattr(reference, "agc", _rounded(-1))
+    inputs = keras.Input((8, 8, 4))
+    model = keras.Model(inputs, keras.ops.argmax(AutomaticGainControl(dtype=dtype)(inputs), -1))
+    with pytest.raises(RuntimeError, match=r"'output_0' .* differs from the model's in 100.00% of 128 entries"):
+        tf_agc.export_saved_model(model, tmp_path / "net")
+
+
+class Flipping:
+    """A signature that is wrong in one of its two answers, in some of the calls."""
+
+    variables = ()
+
+    def __init__(self, calls):
+        self.calls, self.count = calls, 0
+
+    def __call__(self, x):
+        self.count += 1
+        positive = x > 0
+        return {"output_0": tf.stack([positive[0] ^ (self.count in self.calls), positive[1]])}
+
+
+@pytest.mark.parametrize("calls, asked, off", [((), 1, 0), ((1,), 50, 1), ((1, 2), 2, 2), ((1, 49), 49, 2)])
+def test_few_integers_are_compared_for_more_inputs(calls, asked, off):
+    function = tf.function(lambda x: x > 0, input_signature=[tf.TensorSpec([None])])
+    endpoint = export_check.Endpoint(function, function.input_signature, function.get_concrete_function())
+    signature = Flipping(calls)
+    if off > 1:
+        with pytest.raises(RuntimeError, match=rf"in {off / (2 * asked):.2%} of {2 * asked} entries"):
+            export_check._compare("f", endpoint, signature, None, 1e-3, 0.01)
+    else:
+        comparison = export_check._compare("f", endpoint, signature, None, 1e-3, 0.01)["output_0"]
+        assert (comparison.entries, comparison.off) == (2 * asked, off)
+    assert signature.count == asked
+
+
+Pair = collections.namedtuple("Pair", ["first", "second"])
+
+
+@pytest.mark.parametrize(
+    "outputs, names",
+    [
+        (lambda x: Pair(x, 2 * x), {"first", "second"}),
+        (lambda x: (x, 3), {"output_0", "output_1"}),
+        (lambda x: {"a b": x}, {"a b"}),
+        (lambda x, scale=2.0: scale * x, {"output_0"}),
+    ],
+)
+def test_outputs_have_names(tmp_path, outputs, names):
+    signatures = {"serving_default": tf.function(outputs, input_signature=[tf.TensorSpec([None, 3])])}
+    version = tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures=signatures)
+    assert set(tf.saved_model.load(str(version)).signatures["serving_default"].structured_outputs) == names
+
+
+@pytest.mark.parametrize(
+    "outputs, got",
+    [
+        (lambda x: {"a": {"b": x}, "c": x}, "'a': dict"),
+        (lambda x: [x, {"b": x}], "'output_1': dict"),
+        (lambda x: [x, [x, x]], "'output_1': list"),
+        (lambda x: {1: x}, "the key 1"),
+        (lambda x: {"a": x, "b": None}, "'b': NoneType"),
+        (lambda x: None, "'output_0': NoneType"),
+        (lambda x: {}, "no output"),
+        (tf.RaggedTensor.from_tensor, "'output_0': RaggedTensor"),
+        (tf.sparse.from_dense, "'output_0': SparseTensor"),
+    ],
+)
+def test_bad_outputs(tmp_path, outputs, got):
+    signatures = {"f": tf.function(outputs, input_signature=[tf.TensorSpec([None, 3])])}
+    message = (
+        f"signature 'f' must return a dense tensor, or a list, a tuple or a dict with str keys of them, got {got}$"
+    )
+    with pytest.raises(ValueError, match=message):
+        tf_agc.export_saved_model(_functional(), tmp_path / "net", signatures=signatures)
+    assert not (tmp_path / "net").exists()
+
+
+def _of_inputs(*names):
+    inputs = [keras.Input((3,), name=name) for name in names]
+    return keras.Model(inputs, keras.layers.add([*inputs, inputs[0]]))
+
+
+def test_input_names(tmp_path):
+    # A server has the model's names; Python's loaded signature takes names of arguments.
+    names = ["image-1", "a.b", "1st", "plain"]
+    version = tf_agc.export_saved_model(_of_inputs(*names), tmp_path / "net", warmup=[np.ones((1, 3))] * 4)
+    signature = tf.saved_model.load(str(version)).signatures["serving_default"]
+    assert set(signature.structured_input_signature[1]) == {"image_1", "a_b", "arg_1st", "plain"}
+    assert set(_records(version)[0].inputs) == set(names)
+    assert set(saved_graph._read(version).meta_graphs[0].signature_def["serving_default"].inputs) == set(names)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (
+            ["x y"],
+            "an input of signature 'serving_default' must have a name of the characters .*, got 'x y': rename it",
+        ),
+        (["bär"], "must have a name of the characters A-Z a-z 0-9 _ . - that does not begin with _ or -.*, got 'bär'"),
+        (["_x"], "that does not begin with _ or - and is not 'self', got '_x'"),
+        (["self"], "and is not 'self', got 'self'"),
+        (
+            ["a-b", "a.b"],
+            "of signature 'serving_default' must have different names where each . and - is a _, got a-b, a.b",
+        ),
+    ],
+)
+def test_bad_input_names(tmp_path, names, message):
+    with pytest.raises(ValueError, match=message):
+        tf_agc.export_saved_model(_of_inputs(*names), tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+class TwoInputs(keras.Model):
+    def call(self, x, y, training):
+        return x + y
+
+
+def test_a_model_of_two_arguments_needs_a_signature(tmp_path):
+    model = TwoInputs(name="two")
+    model(X, X, training=False)
+    message = r"the call\(\) of model 'two' takes more than one input \(y\): pass a signature 'serving_default'"
+    with pytest.raises(ValueError, match=message):
+        tf_agc.export_saved_model(model, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+    spec = tf.TensorSpec([None, 3])
+    function = tf.function(lambda x, y: model(x, y, training=False), input_signature=[spec, spec])
+    tf_agc.export_saved_model(model, tmp_path / "net", signatures={"serving_default": function})
+
+
+def _fixed(kind):
+    inputs = keras.Input(batch_shape=(4, 8, 3), name="steps")
+    if kind == "sequential":
+        return keras.Sequential([inputs, AutomaticGainControl(), keras.layers.LSTM(2, stateful=True)])
+    x = AutomaticGainControl()(inputs)
+    x = keras.ops.reshape(x, (4, 24)) if kind == "reshape" else keras.layers.LSTM(2, stateful=True)(x)
+    return keras.Model({"steps": inputs}, x)
+
+
+@pytest.mark.parametrize("kind", ["reshape", "stateful", "sequential"])
+def test_a_fixed_batch_size_stays(tmp_path, kind):
+    model = _fixed(kind)
+    version = tf_agc.export_saved_model(model, tmp_path / "net")
+    signature = tf.saved_model.load(str(version)).signatures["serving_default"]
+    (spec,) = signature.structured_input_signature[1].values()
+    assert spec.shape.as_list() == [4, 8, 3]
+    x = tf.constant(np.random.default_rng(1).standard_normal((4, 8, 3)), tf.float32)
+    got = signature(**{spec.name: x})["output_0"]
+    np.testing.assert_allclose(got, model({"steps": x} if kind != "sequential" else x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_first_call_fixes_no_batch_size(tmp_path):
+    model = keras.Sequential(_layers())
+    model(X)
+    signature = tf.saved_model.load(str(tf_agc.export_saved_model(model, tmp_path / "net"))).signatures[
+        "serving_default"
+    ]
+    (spec,) = signature.structured_input_signature[1].values()
+    assert spec.shape.as_list() == [None, *X.shape[1:]]
 
 
 _SPEC = [tf.TensorSpec([None, 6, 5, 4])]
@@ -377,6 +614,11 @@ _SPEC = [tf.TensorSpec([None, 6, 5, 4])]
             {"a": tf.function(lambda x: tf.reshape(x, [-1, 7]), input_signature=[tf.TensorSpec([None, None])])},
             ValueError,
             r"signature 'a' takes no random inputs .*\(x \(None, None\)\): pass example inputs as warmup. .* multiple",
+        ),
+        (
+            {"a": tf.function(abs, input_signature=[tf.RaggedTensorSpec([None, None])])},
+            TypeError,
+            r"the input_signature of signatures\['a'\] must have tf.TensorSpecs only, got a RaggedTensorSpec: a model",
         ),
         (
             {"a": tf.function(lambda x: tf.py_function(abs, [x], tf.float32), input_signature=_SPEC)},
@@ -476,6 +718,17 @@ def test_exports_at_the_same_time_take_different_numbers(tmp_path):
     assert all((version / content).exists() for version, content in versions)
 
 
+def test_numbers_that_no_server_reads(tmp_path):
+    # Those of an int64 are read.
+    base = tmp_path / "net"
+    (base / str(2**63)).mkdir(parents=True)
+    assert tf_agc.export_saved_model(_functional(), base).name == "1"
+    (base / str(2**63 - 1)).mkdir()
+    with pytest.raises(ValueError, match=f"path has the last version .*, there is no next one: .*{2**63 - 1}"):
+        tf_agc.export_saved_model(_functional(), base)
+    assert _names(base) == ["1", str(2**63 - 1), str(2**63)]
+
+
 # ---------------------------------------------------------------- warm-up
 
 
@@ -524,6 +777,9 @@ def test_warmup_is_what_the_check_uses_where_random_inputs_do_not_do(tmp_path):
         ({"picture": X}, "warmup of 'serving_default' must have the inputs image, got picture"),
         ([X, X], r"'image' must have dtype float32 and shape .*, got float32 and \(2, 3, 6, 5, 4\)"),
         ("cat.jpg", "'image' must be convertible to float32: "),
+        (X[:0], r"warmup of 'serving_default': 'image' must have entries, got the shape \(0, 6, 5, 4\)"),
+        (tf.RaggedTensor.from_tensor(X), "'image' must be a dense tensor, got a RaggedTensor"),
+        (tf.sparse.from_dense(X), "'image' must be a dense tensor, got a SparseTensor"),
     ],
 )
 def test_bad_warmup(tmp_path, warmup, message):
@@ -565,7 +821,25 @@ def test_bad_models(tmp_path, model, error, message):
         tf_agc.export_saved_model(model, tmp_path)
 
 
-@pytest.mark.parametrize("path", ["file", "file/below", "dangling/below"])
+@pytest.mark.parametrize("name", ["portable", "overwrite"])
+def test_switches_are_bools(tmp_path, name):
+    with pytest.raises(TypeError, match=f"{name} must be a bool, got 'no'"):
+        tf_agc.export_saved_model(_functional(), tmp_path, **{name: "no"})
+
+
+def test_the_scope_of_a_strategy(tmp_path):
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = _functional()
+        message = (
+            "must be called outside of the scope of a tf.distribute strategy, got the scope of a MirroredStrategy: "
+        )
+        with pytest.raises(RuntimeError, match=message):
+            tf_agc.export_saved_model(model, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+    tf_agc.export_saved_model(model, tmp_path / "net")
+
+
+@pytest.mark.parametrize("path", ["file", "file/below", "dangling/below", "n" * 256])
 def test_paths_that_cannot_be_made(tmp_path, path):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "file" / "nowhere")
@@ -581,6 +855,15 @@ def test_paths_that_cannot_be_made(tmp_path, path):
         (b"net", TypeError, "path must be a str or a pathlib.Path, got bytes"),
         ("", ValueError, "path must be a local directory, got ''"),
         ("gs://bucket/net", ValueError, "path must be a local directory, got 'gs://bucket/net' .export locally"),
+        (
+            "a[1]/net",
+            ValueError,
+            r"path must be without the characters \* \? \[ \\ and NUL, got '\[' in '.*/a\[1\]/net'",
+        ),
+        ("net*", ValueError, r"path must be without .*, got '\*' in"),
+        ("net?", ValueError, r"path must be without .*, got '\?' in"),
+        ("a\\net", ValueError, r"path must be without .*, got '\\\\' in"),
+        ("net\0", ValueError, r"path must be without .*, got '\\x00' in"),
         (FIXTURE / "model", ValueError, "for numbered versions, got one with a SavedModel in it"),
     ],
 )
@@ -663,6 +946,24 @@ def test_a_wrong_answer_is_an_error(tmp_path, monkeypatch, native_required):
     with pytest.raises(RuntimeError, match=message):
         tf_agc.export_saved_model(_functional(), tmp_path / "net")
     assert _names(tmp_path / "net") == []
+
+
+def test_native_is_native_in_every_scope(tmp_path, native_required):
+    with tf_agc.implementation("reference"):
+        version = tf_agc.export_saved_model(_functional(), tmp_path / "net", portable=False)
+    assert _ops(version).count("TfAgc>Agc") == 2
+
+
+def test_native_without_the_op(tmp_path, native_required):
+    model = keras.Sequential([keras.Input(X.shape[1:]), AutomaticGainControl(name="agc")])
+    signatures = {"serving_default": tf.function(lambda x: 2 * x, input_signature=_SPEC)}
+    with pytest.raises(
+        ValueError, match="the graph has none, though the model has the layers agc: let a signature run"
+    ):
+        tf_agc.export_saved_model(model, tmp_path / "net", portable=False, signatures=signatures)
+    assert not (tmp_path / "net").exists()
+    plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    tf_agc.export_saved_model(plain, tmp_path / "net", portable=False)
 
 
 def test_native_without_the_library(tmp_path, monkeypatch):
