@@ -417,7 +417,7 @@ def _can_be_constructed(kind: type[keras.Model]) -> bool:
 
 
 def _calls(model: keras.Model) -> list[Any]:
-    """The nodes of a model's graph, in the order of execution: `operation`, `input_tensors`, `outputs`.
+    """The nodes of a model's graph, in the order of execution: `operation`, `arguments`, `input_tensors`, `outputs`.
 
     Private, as Keras has no public way to see who reads a tensor, but for configurations, which
     exist only for layers that can be saved.
