@@ -317,9 +317,12 @@ def test_errors():
         calibrate(model, np.where(_X > 3, np.nan, _X))
     with pytest.raises(TypeError, match="batch must be one batch of inputs, got a tf.data.Dataset"):
         calibrate(model, tf.data.Dataset.from_tensors(_X))
-    for bad in (0.0, -1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="target_std must be finite and > 0, got"):
+    with pytest.raises(TypeError, match="batch must be one batch of inputs, as arrays or tensors, got NoneType"):
+        calibrate(model, None)
+    for bad in (0.0, -1.0, np.nan, np.inf, "a", None):
+        with pytest.raises(ValueError, match=f"target_std must be a number, finite and > 0, got {bad!r}"):
             calibrate(model, _X, target_std=bad)
+    calibrate(model, _X, target_std=np.float32(2))
 
 
 def test_not_finite_inside_names_the_layer():

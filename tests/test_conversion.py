@@ -272,6 +272,18 @@ def test_a_second_reader_keeps_the_activation(fresh):
     assert np.min(convert(model)(_X)) < 0
 
 
+def test_an_activity_regularizer_is_kept_and_sees_what_it_saw(fresh):
+    def make(norm):
+        inputs = keras.Input((8, 9, 3))
+        return keras.Model(inputs, layers.ReLU()(norm(inputs)))
+
+    converted = convert(make(_norm(activity_regularizer="l1")))
+    assert [layer._fused for layer in _agc_layers(converted)] == ["linear"]
+    expected = make(AutomaticGainControl(activity_regularizer="l1"))
+    _assert_same(converted, expected, _X)
+    assert converted.losses == expected.losses and converted.losses[0] > 0
+
+
 def test_an_output_of_the_model_keeps_the_activation(fresh):
     inputs = keras.Input((8, 9, 3))
     x = _norm("norm")(inputs)
@@ -341,6 +353,66 @@ def test_a_shared_layer_with_one_map_of_one_position_is_left_alone(fresh):
     with _warning("norm: left alone, a map of one position is its own mean: input shape (None, 1, 1, 3)"):
         converted = convert(model)
     assert len(_norm_layers(converted)) == 1 and len(_agc_layers(converted)) == 1
+
+
+def _halved(name, size=None):
+    """A model that halves its maps between two BatchNormalization layers."""
+    inputs = keras.Input((size, size, 3))
+    x = layers.Conv2D(4, 3, strides=2, padding="same")(_norm("first")(inputs))
+    return keras.Model(inputs, layers.ReLU()(_norm("second")(x)), name=name)
+
+
+@pytest.mark.parametrize("outer", ["functional", "Sequential", "TimeDistributed", "two levels", "called by name"])
+def test_a_size_that_only_the_outer_model_knows(outer, fresh):
+    """The nested model's own Input has no size, and its second BatchNormalization gets 1x1 maps."""
+    inner, shape = _halved("inner"), (5, 2, 2, 3) if outer == "TimeDistributed" else (2, 2, 3)
+    inputs, path = keras.Input(shape), "inner"
+    if outer == "functional":
+        model = keras.Model(inputs, 2 * inner(inputs))
+    elif outer == "Sequential":
+        model = keras.Sequential([inputs, inner])
+    elif outer == "TimeDistributed":
+        model, path = keras.Model(inputs, layers.TimeDistributed(inner, name="steps")(inputs)), "steps/inner"
+    elif outer == "two levels":
+        between = keras.Input((None, None, 3))
+        between = keras.Model(between, inner(layers.Rescaling(2.0)(between)), name="between")
+        model, path = keras.Model(inputs, between(inputs)), "between/inner"
+    else:
+        model = keras.Model(inputs, inner(training=False, inputs=inputs))
+    _randomize(model)
+    before = _state(model)
+    with _warning(f"{path}/second: left alone, a map of one position is its own mean: input shape (None, 1, 1, 4)"):
+        converted = convert(model, calibrate_with=_batch(3, *shape))
+    assert _state(model) == before
+    assert [layer.name for layer in _agc_layers(converted)] == ["first"]
+    samples = converted(_batch(2, *shape))
+    assert not np.allclose(samples[0], samples[1])
+
+
+def test_every_call_of_a_shared_model_counts(fresh):
+    inner, inputs = _halved("inner"), [keras.Input((size, size, 3)) for size in (8, 2, 4)]
+    model = keras.Model(inputs, [inner(x) for x in inputs])
+    assert [(row.layer, bool(row.reason)) for row in conversion_table(model)] == [
+        ("inner/first", False),
+        ("inner/second", True),
+    ]
+    inputs = [keras.Input((size, size, 3)) for size in (8, 4)]
+    (_, row) = conversion_table(keras.Model(inputs, [inner(x) for x in inputs]))
+    assert (row.activation, len(row.fused)) == ("relu", 1)
+
+
+def test_a_size_that_only_the_nested_model_knows(fresh):
+    inputs = keras.Input((None, None, 3))
+    model = keras.Model(inputs, _halved("inner", size=2)(inputs))
+    with _warning("inner/second: left alone, a map of one position is its own mean: input shape (None, 1, 1, 4)"):
+        convert(model)
+
+
+def test_a_size_that_only_the_batch_knows(fresh):
+    model = _halved("model")
+    with _warning("second: replaced, but constant on calibrate_with, as maps of one position are"):
+        convert(model, calibrate_with=_batch(3, 2, 2, 3))
+    convert(model, calibrate_with=_batch(3, 4, 4, 3))
 
 
 # Kinds of models.

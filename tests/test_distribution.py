@@ -76,10 +76,22 @@ def test_losses_and_what_is_exchanged(where, one_process, native_required):
     losses = np.array(two["batch_norm"].losses)
     assert np.abs(losses / one_process["batch_norm"].losses - 1).max() > 1e-3
 
-    # Logical devices sum the gradients once each, workers the gradients and the loss. Statistics would be counted.
+    # Logical devices sum the gradients, listed once for each of them, workers the gradients and the loss. Statistics
+    # would be counted.
     gradients = two["agc"].trainable
     assert two["agc"].sums == ([gradients, gradients] if where == "--replicas" else [gradients, 1])
     assert len(two["synchronized_batch_norm"].sums) > 10
+
+
+@pytest.mark.parametrize("config", ["{bad", ""])
+def test_a_cluster_description_that_is_no_json(monkeypatch, config):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import distributed_training
+
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(SystemExit, match=re.escape(f"TF_CONFIG must be JSON, got '{config}': Expect")):
+        distributed_training.main()
 
 
 def test_a_worker_that_fails_ends_the_others(monkeypatch):

@@ -214,6 +214,56 @@ def test_steps(tmp_path, steps_per_execution, update_freq, steps):
     assert [int(row["step"]) for row in _rows(tmp_path)] == steps
 
 
+@pytest.mark.parametrize(
+    ("steps_per_execution", "arguments", "update_freq", "steps"),
+    [
+        (1, {}, "epoch", [0, 7, 14]),
+        (1, {}, 1, list(range(15))),
+        (3, {}, "epoch", [0, 7, 14]),
+        (3, {}, 3, [0, 3, 6, 7, 10, 13, 14]),
+        (3, {"gradient_accumulation_steps": 2}, "epoch", [0, 7, 14]),
+        (8, {}, "epoch", [0, 7, 14]),
+    ],
+)
+def test_steps_of_data_of_unknown_length(tmp_path, steps_per_execution, arguments, update_freq, steps):
+    model = keras.Sequential([keras.Input((6, 7, 3)), AutomaticGainControl()])
+    optimizer = keras.optimizers.SGD(1e-3, **arguments)
+    model.compile(optimizer, "mse", steps_per_execution=steps_per_execution)
+    batch = tf.constant(_X[:2])
+    data = tf.data.Dataset.from_tensors((batch, batch)).repeat(7).filter(lambda *_: True)
+    model.fit(data, epochs=2, verbose=0, callbacks=[GainMonitor(tmp_path, _X, update_freq)])
+    assert [int(row["step"]) for row in _rows(tmp_path)] == steps
+
+    # Continued, with the state that the optimizer has.
+    model.fit(data, epochs=1, verbose=0, callbacks=[GainMonitor(tmp_path, _X, append=True)])
+    assert [int(row["step"]) for row in _rows(tmp_path)] == [*steps, 14, 21]
+
+
+def test_steps_with_loss_scaling(tmp_path):
+    model = keras.Sequential([keras.Input((6, 7, 3)), AutomaticGainControl()])
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1e-3), initial_scale=1e38)
+    model.compile(optimizer, "mse")
+    batch = tf.constant(_X[:2])
+    data = tf.data.Dataset.from_tensors((batch, 100 * batch)).repeat(7).filter(lambda *_: True)
+    model.fit(data, epochs=2, verbose=0, callbacks=[GainMonitor(tmp_path, _X)])
+    assert int(optimizer.iterations) < 14  # some were left out
+    assert [int(row["step"]) for row in _rows(tmp_path)] == [0, 7, 14]
+
+
+class Stopping(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.stop_training = batch >= 2
+
+
+@pytest.mark.parametrize(("steps_per_execution", "step"), [(1, 3), (2, 4)])
+def test_steps_of_a_training_that_is_stopped(tmp_path, steps_per_execution, step):
+    model = keras.Sequential([keras.Input((6, 7, 3)), AutomaticGainControl()])
+    model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
+    callbacks = [GainMonitor(tmp_path, _X), Stopping()]
+    model.fit(_X, _X, batch_size=1, verbose=0, callbacks=callbacks)
+    assert [int(row["step"]) for row in _rows(tmp_path)] == [0, step]
+
+
 def _stateful():
     inputs = keras.Input(batch_shape=(2, 6, 7, 3))
     x = keras.layers.BatchNormalization()(_conv(4)(inputs))
@@ -243,6 +293,20 @@ def test_fit_again_goes_on(tmp_path):
     assert [(row["epoch"], row["step"]) for row in _rows(tmp_path)[::3]] == [("0", "0"), ("0", "4"), ("1", "8")]
 
 
+def test_one_monitor_one_model(tmp_path):
+    first, monitor = _sequential(), GainMonitor(tmp_path, _X)
+    _fit(first, monitor)
+    second = keras.models.clone_model(first)
+    second.name = "second"
+    message = (
+        f"records the model '{first.name}' of its first training, got another model, 'second': make a GainMonitor for"
+    )
+    with pytest.raises(ValueError, match=message):
+        _fit(second, monitor)
+    _fit(first, monitor)
+    assert [row["step"] for row in _rows(tmp_path)[::3]] == ["0", "4", "8"]
+
+
 def test_an_existing_file_is_kept_or_continued(tmp_path):
     _fit(_sequential(), GainMonitor(tmp_path / "new" / "log", _X))
     path = tmp_path / "new" / "log" / "gains.csv"
@@ -261,22 +325,27 @@ def test_an_existing_file_is_kept_or_continued(tmp_path):
     ("change", "message"),
     [
         (lambda text: "a,b\n1,2\n", "was not written by GainMonitor: its first line must be epoch,step,layer,gain_"),
+        (lambda text: "\udcff\udcfe", "was not written by GainMonitor: its first line must be epoch,step,layer,gain_"),
         (lambda text: text[:-1], "ends within a record: remove its last line"),
+        (lambda text: text[:-30], "ends within a record: remove its last line"),
         (lambda text: text[: text.index("\n") + 1], "ends within a record"),
-        (lambda text: text + "1,8,agc,1\n", "line 8 must have epoch, step, layer and 12 numbers, got ['1', '8',"),
+        (
+            lambda text: text + "1,8,agc,1\n",
+            "line 8 must have epoch, step, layer and 12 numbers, got ['1', '8', 'agc', '1']: remove it",
+        ),
         (lambda text: text.replace("\n0,4", "\n0,x"), "line 5 must have epoch, step, layer and 12 numbers, got ['0', "),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_continued_or_drawn(tmp_path, change, message):
     _fit(_sequential(), GainMonitor(tmp_path, _X))
     path = tmp_path / "gains.csv"
-    path.write_text(change(path.read_text()))
-    before = path.read_text()
+    path.write_text(change(path.read_text()), errors="surrogateescape")
+    before = path.read_bytes()
     with pytest.raises(ValueError, match=re.escape(f"{path}") + ",? " + re.escape(message)):
         _fit(_sequential(), GainMonitor(tmp_path, _X, append=True))
     with pytest.raises(ValueError, match=re.escape(message)):
         plot_gains(tmp_path)
-    assert path.read_text() == before and not (tmp_path / "gains.png").exists()
+    assert path.read_bytes() == before and not (tmp_path / "gains.png").exists()
 
 
 class Failing(keras.callbacks.Callback):
@@ -370,6 +439,13 @@ def test_errors(tmp_path):
         GainMonitor(tmp_path, _X[:0])
     with pytest.raises(TypeError, match="batch must be one batch of inputs, got a tf.data.Dataset"):
         GainMonitor(tmp_path, tf.data.Dataset.from_tensors(_X))
+    with pytest.raises(TypeError, match="batch must be one batch of inputs, as arrays or tensors, got NoneType"):
+        GainMonitor(tmp_path, None)
+    for bad in (None, b"log", 3):
+        with pytest.raises(TypeError, match=f"log_dir must be a path, as str or os.PathLike, got {bad!r}"):
+            GainMonitor(bad, _X)
+    with pytest.raises(ValueError, match="log_dir must be a local directory, got ''"):
+        GainMonitor("", _X)
     plain = keras.Sequential([keras.Input((6, 7, 3)), _conv(3)], name="plain")
     with pytest.raises(ValueError, match="model 'plain' has no AutomaticGainControl layer to monitor"):
         _fit(plain, GainMonitor(tmp_path, _X))
@@ -379,8 +455,8 @@ def test_errors(tmp_path):
 def test_plot(tmp_path):
     _fit(_sequential(), GainMonitor(tmp_path, _X, update_freq=1), epochs=4)
     assert plot_gains(tmp_path) == tmp_path / "gains.png"
-    assert plot_gains(tmp_path / "gains.csv", tmp_path / "other") == tmp_path / "other"
-    for name in ("gains.png", "other"):
+    assert plot_gains(tmp_path / "gains.csv", tmp_path / "other.PNG") == tmp_path / "other.PNG"
+    for name in ("gains.png", "other.PNG"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
@@ -389,6 +465,19 @@ def test_plot_errors(tmp_path, monkeypatch):
         FileNotFoundError, match="log must be a directory with gains.csv, or that file, got .*gains.csv"
     ):
         plot_gains(tmp_path)
+    with pytest.raises(TypeError, match="log must be a path, as str or os.PathLike, got None"):
+        plot_gains(None)
+    _fit(_sequential(), GainMonitor(tmp_path, _X))
+    for name in ("gains.pdf", "gains"):
+        with pytest.raises(ValueError, match=re.escape(f"path must end in .png, got '{tmp_path / name}'")):
+            plot_gains(tmp_path, tmp_path / name)
+    with pytest.raises(TypeError, match="path must be a path, as str or os.PathLike, got 3"):
+        plot_gains(tmp_path, 3)
+    picture = plot_gains(tmp_path)
+    with pytest.raises(
+        ValueError, match=re.escape(f"{picture} was not written by GainMonitor: its first line must be")
+    ):
+        plot_gains(picture)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="plot_gains needs the package matplotlib: pip install matplotlib"):
         plot_gains(tmp_path)

@@ -6,6 +6,7 @@ means are the reference's.
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import keras
@@ -88,15 +89,15 @@ def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> Calibr
         last. Printing it shows a table.
 
     Raises:
-        TypeError: model is not a Keras model, or batch is a data set.
+        TypeError: model is not a Keras model, or batch is a data set or nothing that becomes tensors.
         ValueError: the model is not built or has no such layer; the batch is empty or not finite;
             a layer's input is not finite (the message names the layer); target_std is not positive.
         RuntimeError: a layer is only called in traced code (the message names it).
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {type(model).__name__}")
-    if not (math.isfinite(target_std) and target_std > 0):
-        raise ValueError(f"target_std must be finite and > 0, got {target_std:g}")
+    if not (isinstance(target_std, numbers.Real) and math.isfinite(target_std) and target_std > 0):
+        raise ValueError(f"target_std must be a number, finite and > 0, got {target_std!r}")
     if not model.built:
         raise ValueError(
             f"model '{model.name}' is not built: call it on a batch, or call its build() with an "

@@ -61,26 +61,29 @@ def convert(model: keras.Model, calibrate_with: Any = None) -> keras.Model:
     training; `calibrate_with`, or `tf_agc.calibrate` later, gives it initial gains that fit, without
     which a deep network may diverge.
 
-    A ReLU, LeakyReLU or ELU layer, an Activation of relu, relu6, leaky_relu or elu, or an operation
-    such as keras.ops.relu, becomes part of the AGC before it and is no layer any more, where it is all
-    that reads the BatchNormalization, at every place where that is used. It stays a layer of its own
-    where AGC cannot compute the same (a threshold, another max_value than 6), where it has another
-    compute dtype or an activity regularizer, and where it is one of several outputs of its model.
+    A ReLU (max_value None or 6), LeakyReLU or ELU layer, an Activation layer of relu, relu6, leaky_relu
+    or elu (by name, or the function of keras.activations), or an operation such as keras.ops.relu,
+    becomes part of the AGC before it and is no layer any more, where it is all that reads the
+    BatchNormalization, at every place where that is used. It stays a layer of its own where AGC cannot
+    compute the same (a threshold), where it has another compute dtype, where it or the
+    BatchNormalization has an activity regularizer, and where it is one of several outputs of its model.
 
     What stays as it was: names (an AGC has the name of the layer that it replaces), `trainable`, dtype
-    policies, shared layers and models, the structure of inputs and outputs, the state of preprocessing
-    layers. The original is not changed, and shares no weights with the copy. The copy is not compiled:
-    its weights need an optimizer of their own. Other layers are copied through `get_config()`, so
-    custom ones must have it, and custom functions that they name must be registered.
+    policies, activity regularizers, shared layers and models, the structure of inputs and outputs, the
+    state of preprocessing layers. The original is not changed, and shares no weights with the copy. The
+    copy is not compiled: its weights need an optimizer of their own. Other layers are copied through
+    `get_config()`, so custom ones must have it, and custom functions that they name must be registered.
+    What Keras does not save of a layer starts anew, such as a `tf.Variable` that is none of its weights.
 
     Models may be nested, also in TimeDistributed. A BatchNormalization is left alone, with one warning
-    that lists all of them and why, where its maps have one position (their mean is the map itself),
-    where it has no spatial axes (behind a Dense layer), where its axis is not that of the channels,
-    where it is called with a mask, where a subclass has a `call` of its own, and inside
-    custom layers and subclassed models, whose code `convert` does not rewrite. A model class whose
-    constructor does not take (inputs, outputs, name) cannot be made again: such a model is copied as
-    a plain functional or Sequential model, and listed too. `tf_agc.conversion_table(model)` tells all
-    of it before anything is done.
+    that lists all of them and why, where a call's map has one position, as far as sizes are known now
+    (its mean is the map itself), where it has no spatial axes (behind a Dense layer), where its axis is
+    not that of the channels, where it is called with a mask, where a subclass has a `call` of its own,
+    and inside custom layers and subclassed models, whose code `convert` does not rewrite. A model class
+    whose constructor does not take (inputs, outputs, name) cannot be made again: such a model is copied
+    as a plain functional or Sequential model, and listed too. `tf_agc.conversion_table(model)` tells all
+    of it before anything is done. Of sizes that only a batch has, the warning lists what is seen with
+    `calibrate_with`: an AGC all of whose channels are constant there.
 
     Args:
         model: a functional or Sequential model, built; compiled or not.
@@ -104,7 +107,9 @@ def convert(model: keras.Model, calibrate_with: Any = None) -> keras.Model:
         raise ValueError(f"model '{model.name}' has no BatchNormalization layer that can be replaced:{notes}")
     copy = _Copier(survey).copy(model)
     if calibrate_with is not None:
-        calibration.calibrate(copy, calibrate_with)
+        for row in calibration.calibrate(copy, calibrate_with):
+            if row.calls and len(row.kept) == row.gain.size:
+                notes += f"\n  {row.layer}: replaced, but constant on calibrate_with, as maps of one position are"
     if notes:
         warnings.warn(f"convert did not carry over all of model '{model.name}':{notes}", stacklevel=2)
     return copy
@@ -176,6 +181,7 @@ class _Norm:
             activation,
             data_format=self._data_format,
             alpha=alpha,
+            activity_regularizer=self.layer.activity_regularizer,
             name=self.layer.name,
             dtype=self.layer.dtype_policy,
         )
@@ -194,24 +200,27 @@ class _Survey:
     def __init__(self, model: keras.Model) -> None:
         _check_model(model)
         self.norms: dict[int, _Norm] = {}  # by the layer's identity
-        self._lost_classes: list[ConvertedLayer] = []
-        self._visited: set[int] = set()
-        self._visit_model(model, model.name, "")
+        self._lost_classes: dict[int, ConvertedLayer] = {}  # by the model's identity
+        self._visited: set[tuple[Any, ...]] = set()
+        self._visit_model(model, model.inputs, model.name, "")
 
     def replacement_of(self, operation: Any) -> _Norm | None:
         norm = self.norms.get(id(operation))
         return None if norm is None or norm.reason() else norm
 
     def table(self) -> ConversionTable:
-        return ConversionTable([*(norm.row() for norm in self.norms.values()), *self._lost_classes])
+        return ConversionTable([*(norm.row() for norm in self.norms.values()), *self._lost_classes.values()])
 
-    def _visit_model(self, model: keras.Model, path: str, prefix: str) -> None:
-        if id(model) in self._visited:
+    def _visit_model(self, model: keras.Model, inputs: list[Any], path: str, prefix: str) -> None:
+        """Visits a model as it is called with these inputs, whose sizes may be known where its own are not."""
+        inputs = [_input(own, given) for own, given in zip(model.inputs, inputs, strict=True)]
+        visit = (id(model), *(x.shape for x in inputs))
+        if visit in self._visited:
             return
-        self._visited.add(id(model))
+        self._visited.add(visit)
         if not _can_be_constructed(type(model)):
             reason = f"copied without its class {type(model).__name__}, which has a constructor of its own"
-            self._lost_classes.append(ConvertedLayer(path, reason=reason))
+            self._lost_classes.setdefault(id(model), ConvertedLayer(path, reason=reason))
 
         calls = _calls(model)
         readers = collections.defaultdict(list)
@@ -219,8 +228,8 @@ class _Survey:
             for tensor in set(map(id, call.input_tensors)):
                 readers[tensor].append(call)
         model_outputs = set(map(id, model.outputs))
-        for call in calls:
-            self._visit_call(call.operation, tuple(call.input_tensors[0].shape), prefix)
+        for call, arguments in zip(calls, _arguments(model, calls, inputs), strict=True):
+            self._visit_call(call.operation, arguments, prefix)
             norm = self.norms.get(id(call.operation))
             if norm is None:
                 continue
@@ -231,22 +240,23 @@ class _Survey:
                 (reader,) = readers[output]
                 several = len(model.outputs) > 1 and not model_outputs.isdisjoint(map(id, reader.outputs))
                 # Losses and metrics may be given by the name of an output.
-                if not several and _compute_dtype(reader.operation, norm.layer) == norm.layer.compute_dtype:
+                if not several and _is_computed_alike(norm.layer, reader.operation):
                     norm.calls[-1].activation = _fusible(reader.operation)
                     norm.calls[-1].activation_layer = reader.operation.name
 
-    def _visit_call(self, operation: Any, shape: tuple[int | None, ...], prefix: str) -> None:
+    def _visit_call(self, operation: Any, arguments: list[Any], prefix: str) -> None:
         path = prefix + operation.name
         if isinstance(operation, keras.layers.BatchNormalization):
             norm = self._norm(operation, path)
-            norm.calls.append(_Call(shape))
+            norm.calls.append(_Call(arguments[0].shape))
             if not _keras_defines_call(operation):
                 norm.obstacle = f"left alone, its class {type(operation).__name__} has a call() of its own"
         elif _is_graph(operation):
-            self._visit_model(operation, path, f"{path}/")
+            self._visit_model(operation, arguments[: len(operation.inputs)], path, f"{path}/")
         elif type(operation) is keras.layers.TimeDistributed:
             # Nothing is fused here: an activation behind it is in another TimeDistributed.
-            self._visit_call(operation.layer, shape[:1] + shape[2:], f"{path}/")
+            step = keras.KerasTensor(arguments[0].shape[:1] + arguments[0].shape[2:], arguments[0].dtype)
+            self._visit_call(operation.layer, [step], f"{path}/")
         elif isinstance(operation, keras.Layer):
             for layer in _sublayers(operation):
                 if isinstance(layer, keras.layers.BatchNormalization):
@@ -407,7 +417,7 @@ def _can_be_constructed(kind: type[keras.Model]) -> bool:
 
 
 def _calls(model: keras.Model) -> list[Any]:
-    """The nodes of a model's graph, in the order of execution: `operation`, `input_tensors`, `outputs`.
+    """The nodes of a model's graph, in the order of execution: `operation`, `arguments`, `input_tensors`, `outputs`.
 
     Private, as Keras has no public way to see who reads a tensor, but for configurations, which
     exist only for layers that can be saved.
@@ -418,14 +428,39 @@ def _calls(model: keras.Model) -> list[Any]:
     return [node for _, nodes in depths for node in nodes if not node.is_input]
 
 
+def _input(own: keras.KerasTensor, given: Any) -> keras.KerasTensor:
+    """An input of a model in one call, with the sizes that the model knows or the call."""
+    if not isinstance(given, keras.KerasTensor) or len(given.shape) != len(own.shape):
+        return own
+    shape = tuple(a if b is None else b for a, b in zip(own.shape, given.shape, strict=True))
+    return own if shape == own.shape else keras.KerasTensor(shape, own.dtype, sparse=own.sparse)
+
+
+def _arguments(model: keras.Model, calls: list[Any], inputs: list[Any]) -> Iterator[list[Any]]:
+    """The arguments of each of a model's calls when the model is called with these inputs, flat.
+
+    Shapes are inferred as Keras does it for the model's output.
+    """
+    known = all(x is own for x, own in zip(inputs, model.inputs, strict=True))
+    tensors = dict(zip(map(id, model.inputs), inputs, strict=True))
+    for call in calls:
+        args, kwargs = call.arguments.fill_in(tensors)
+        outputs = call.outputs if known else call.operation.compute_output_spec(*args, **kwargs)
+        tensors.update(zip(map(id, call.outputs), keras.tree.flatten(outputs), strict=True))
+        yield keras.tree.flatten((args, kwargs))  # keywords by name: `inputs` stands first
+
+
 def _sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """The layer itself and all layers in it; private, as Keras has no public way to list them."""
     return layer._flatten_layers()
 
 
-def _compute_dtype(operation: Any, default: keras.Layer) -> str:
-    """That of a layer; an operation, which has none, computes in that of its input."""
-    return operation.compute_dtype if isinstance(operation, keras.Layer) else default.compute_dtype
+def _is_computed_alike(norm: keras.layers.BatchNormalization, activation: Any) -> bool:
+    """Whether one layer can stand for both: of one compute dtype, and nothing regularizes what is between them."""
+    if norm.activity_regularizer:
+        return False
+    # An operation is no layer, and computes in the dtype of its input.
+    return not isinstance(activation, keras.Layer) or activation.compute_dtype == norm.compute_dtype
 
 
 def _input_layer(tensor: keras.KerasTensor) -> keras.layers.InputLayer:

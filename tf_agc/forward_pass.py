@@ -27,12 +27,17 @@ def convert_batch(batch: Any) -> Any:
     """The batch with tensors as its leaves.
 
     Raises:
-        TypeError: batch is a data set.
+        TypeError: batch is a data set, or nothing that becomes tensors.
         ValueError: batch is empty or not finite.
     """
     if isinstance(batch, tf.data.Dataset):
         raise TypeError("batch must be one batch of inputs, got a tf.data.Dataset: pass one of its batches")
-    batch = keras.tree.map_structure(tf.convert_to_tensor, batch)
+    try:
+        batch = keras.tree.map_structure(tf.convert_to_tensor, batch)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"batch must be one batch of inputs, as arrays or tensors, got {type(batch).__name__}"
+        ) from error
     leaves = keras.tree.flatten(batch)
     if not leaves or any(tf.size(leaf) == 0 for leaf in leaves):
         shapes = [leaf.shape.as_list() for leaf in leaves]

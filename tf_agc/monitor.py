@@ -45,8 +45,10 @@ class GainMonitor(keras.callbacks.Callback):
     Each has one value a channel. `gains.csv` has one row for each record and layer, with their mean, minimum and
     maximum over the channels: `epoch`, `step`, `layer`, `gain_mean`, `gain_min`, `gain_max`, `mean_scale_mean`, ...,
     `output_std_mean`, ..., `sparsity_mean`, .... `epoch` counts from 0 as in Keras's logs, `step` is the number of
-    batches trained so far. TensorBoard shows the means as scalars and the channels as histograms over `step`, where the
-    package `tensorboard` is installed; otherwise a warning says that only the CSV file is written.
+    batches trained so far; the last execution of an epoch counts as a whole one where it cannot be seen how long it was
+    (with `steps_per_execution`, data of unknown length, and loss scaling or an optimizer that is not called once for
+    each batch). TensorBoard shows the means as scalars and the channels as histograms over `step`, where the package
+    `tensorboard` is installed; otherwise a warning says that only the CSV file is written.
 
     Outputs are those of one fixed batch, in an eager forward pass as in inference (`training=False`) that leaves the
     model's state as it was: records can be compared with each other, and training goes on as it would without them. All
@@ -65,9 +67,10 @@ class GainMonitor(keras.callbacks.Callback):
         append: whether an existing `gains.csv` is continued, its steps too. Without it an existing one is an error.
 
     Raises:
-        TypeError: batch is a data set.
-        ValueError: batch is empty or not finite; another update_freq; log_dir is not local. Before the first step: the
-            model has no such layer, or the `gains.csv` to continue was not written by GainMonitor, or not to its end.
+        TypeError: batch is a data set, or nothing that becomes tensors; log_dir is no path.
+        ValueError: batch is empty or not finite; another update_freq; log_dir is empty or not local. Before the first
+            step: the model has no such layer, or is another one than in the monitor's first training, or the
+            `gains.csv` to continue was not written by GainMonitor, or not to its end.
         FileExistsError: before the first step, where `gains.csv` exists and append is False.
     """
 
@@ -78,15 +81,18 @@ class GainMonitor(keras.callbacks.Callback):
         is_steps = isinstance(update_freq, int) and not isinstance(update_freq, bool) and update_freq >= 1
         if update_freq != "epoch" and not is_steps:
             raise ValueError(f"update_freq must be 'epoch' or a number of steps >= 1, got {update_freq!r}")
-        if "://" in os.fspath(log_dir):
-            raise ValueError(f"log_dir must be a local directory, got {os.fspath(log_dir)!r}")
-        self.log_dir = pathlib.Path(log_dir)
+        directory = _as_text("log_dir", log_dir)
+        if not directory or "://" in directory:
+            raise ValueError(f"log_dir must be a local directory, got {directory!r}")
+        self.log_dir = pathlib.Path(directory)
         self.update_freq = update_freq
         self.append = append
         self._batch = forward_pass.convert_batch(batch)
-        self._started = False
+        self._recorded_model: keras.Model | None = None
         self._epoch = 0
         self._epoch_start = 0  # steps before this epoch
+        self._epoch_batches = 0  # of this epoch, up to the execution that ended last, if that was a whole one
+        self._epoch_updates = 0  # the optimizer's count before this epoch
         self._step = 0  # steps before the execution that began last
         self._recorded_step: int | None = None
         self._tensorboard = _tensorboard_summaries()
@@ -94,31 +100,52 @@ class GainMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._epoch_start = self._step
-        if self._started:
+        first = self._recorded_model
+        if first is not None and first is not self.model:
+            raise ValueError(
+                f"this GainMonitor records the model '{first.name}' of its first training, got another model, "
+                f"'{self.model.name}': make a GainMonitor for it, with another log_dir"
+            )
+        if first is not None:
             return
         path = self.log_dir / CSV_NAME
         if _is_written(path):
             if not self.append:
                 raise FileExistsError(f"{path} exists: choose another log_dir, or continue it with append=True")
             self._epoch_start = max(row["step"] for row in _read(path))
-        self._started = True
+        self._recorded_model = self.model
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch, self._step = epoch, self._epoch_start
+        self._epoch_batches, self._epoch_updates = 0, _updates(self.model)
         if self._step != self._recorded_step:
             self._record()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        # Not on_train_batch_end: Keras then waits for every step's loss, to hand it over.
         before, self._step = self._step - self._epoch_start, self._epoch_start + batch
         if isinstance(self.update_freq, int) and batch // self.update_freq > before // self.update_freq:
+            self._step = self._epoch_start + self._trained(batch)
             self._record()
 
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._epoch_batches = batch + 1
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        # The last execution may have been a shorter one.
-        steps = self._step - self._epoch_start + self.model.steps_per_execution
-        self._step = self._epoch_start = self._epoch_start + min(steps, self.params.get("steps") or steps)
-        self._record()
+        # Not from what began last: where the length of the data is unknown, that is one that finds no batch any more.
+        batches = min(self._epoch_batches, self.params.get("steps") or self._epoch_batches)
+        self._step = self._epoch_start = self._epoch_start + self._trained(batches)
+        if self._step != self._recorded_step:
+            self._record()
+
+    def _trained(self, batches: int) -> int:
+        """How many batches of this epoch were trained: `batches`, if the last execution was a whole one.
+
+        At the end of data of unknown length it may not have been, and only the optimizer's count tells. Executions of
+        one step do without that: their count may rise once more at the end of the data, without a batch.
+        """
+        longest = self.model.steps_per_execution
+        updates = _updates(self.model) - self._epoch_updates if longest > 1 else 0
+        return updates if max(0, batches - longest) < updates < batches else batches
 
     def on_train_end(self, logs: Any = None) -> None:
         if self._writer is not None:
@@ -227,6 +254,15 @@ class _Outputs:
         return known
 
 
+def _updates(model: keras.Model) -> int:
+    """How often the model's optimizer was called, 0 where it does not say (with loss scaling, or without one).
+
+    Not `iterations`, which leaves out the batches whose gradients are only accumulated.
+    """
+    variables = getattr(getattr(model, "optimizer", None), "variables", ())
+    return next((int(variable.numpy()) for variable in variables if variable.name == "iteration"), 0)
+
+
 def _tensorboard_summaries() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     try:
         # tf.summary.scalar and histogram are these functions, each behind an op of its own.
@@ -248,16 +284,28 @@ def _unique(name: str, taken: Container[str]) -> str:
     return next(one for one in itertools.chain([name], numbered) if one not in taken)
 
 
+def _as_text(name: str, path: Any) -> str:
+    """The path in an argument of this name."""
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a path, as str or os.PathLike, got {path!r}")
+    return text
+
+
 def _is_written(path: pathlib.Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a file that GainMonitor wrote: epoch and step as int, values as float, NaN where there is none."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")  # what is not text fails below
+    header = ",".join(_COLUMNS) + "\n"
+    if not text.startswith(header):
+        raise ValueError(f"{path} was not written by GainMonitor: its first line must be {header.rstrip()}")
+    if text == header or not text.endswith("\n"):
+        raise ValueError(f"{path} ends within a record: remove its last line")
     reader = csv.reader(io.StringIO(text))
-    if next(reader, None) != _COLUMNS:
-        raise ValueError(f"{path} was not written by GainMonitor: its first line must be {','.join(_COLUMNS)}")
+    next(reader)
     rows = []
     for cells in reader:
         try:
@@ -266,10 +314,8 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
             row = dict(zip(_COLUMNS, [int(epoch), int(step), layer, *numbers], strict=True))
         except ValueError:
             expected = f"epoch, step, layer and {len(_COLUMNS) - 3} numbers"
-            raise ValueError(f"{path}, line {reader.line_num} must have {expected}, got {cells}") from None
+            raise ValueError(f"{path}, line {reader.line_num} must have {expected}, got {cells}: remove it") from None
         rows.append(row)
-    if not rows or not text.endswith("\n"):
-        raise ValueError(f"{path} ends within a record: remove its last line")
     return rows
 
 
@@ -281,15 +327,17 @@ def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None 
 
     Args:
         log: the `log_dir` of a GainMonitor, or the path of its `gains.csv`.
-        path: the PNG file to write; None means `gains.png` beside the CSV file. An earlier one is replaced.
+        path: the file to write, its name ending in .png; None means `gains.png` beside the CSV file. An earlier one is
+            replaced.
 
     Returns:
         The path of the PNG file.
 
     Raises:
         ImportError: the package matplotlib is not installed.
+        TypeError: log or path is no path.
         FileNotFoundError: there is no such log.
-        ValueError: the file was not written by GainMonitor, or not to its end.
+        ValueError: the file was not written by GainMonitor, or not to its end; path does not end in .png.
     """
     try:
         from matplotlib import colormaps, colors
@@ -298,12 +346,14 @@ def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None 
     except ImportError as error:
         raise ImportError("plot_gains needs the package matplotlib: pip install matplotlib") from error
 
-    log = pathlib.Path(log)
+    log = pathlib.Path(_as_text("log", log))
     log = log / CSV_NAME if log.is_dir() else log
     if not log.is_file():
         raise FileNotFoundError(f"log must be a directory with {CSV_NAME}, or that file, got {log}")
+    path = log.with_name(PNG_NAME) if path is None else pathlib.Path(_as_text("path", path))
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path must end in .png, got {str(path)!r}")
     rows = _read(log)
-    path = log.with_name(PNG_NAME) if path is None else pathlib.Path(path)
 
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     records = {step: {row["layer"]: row for row in rows if row["step"] == step} for step in _moments(rows)}

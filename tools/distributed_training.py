@@ -75,7 +75,10 @@ def train(strategy, normalization: str) -> None:
         operations = step.get_concrete_function(*batch).graph.get_operations()
         reduced = [op.inputs[0].shape.num_elements() for op in operations if op.type == "CollectiveReduceV2"]
         trainable = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
-        print(f"{trainable} trainable parameters; sums over all replicas in a step, of so many numbers each: {reduced}")
+        print(
+            f"{trainable} trainable parameters; numbers in each sum over all replicas in a step, listed once for every "
+            f"replica of this process: {reduced}"
+        )
 
 
 def main() -> None:
@@ -95,6 +98,10 @@ def main() -> None:
     import tensorflow as tf
 
     if "TF_CONFIG" in os.environ:
+        try:
+            json.loads(os.environ["TF_CONFIG"])
+        except ValueError as error:
+            sys.exit(f"TF_CONFIG must be JSON, got {os.environ['TF_CONFIG']!r}: {error}")
         strategy = tf.distribute.MultiWorkerMirroredStrategy()  # before anything else that runs an op
     elif options.replicas > 1:
         (cpu,) = tf.config.list_physical_devices("CPU")
