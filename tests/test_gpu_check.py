@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -421,6 +422,23 @@ def test_without_a_library_and_a_compiler(monkeypatch, capsys, fake, tmp_path):
     with pytest.raises(SystemExit):
         gpu_check.parse_arguments(["--library", "none.so"])
     assert "--library must name a built libtf_agc_cuda.so, got none.so" in capsys.readouterr().err
+
+
+def test_compiles_what_bazel_does(monkeypatch, tmp_path):
+    # What only tests compile lies in the same directory, and is no CUDA.
+    import gpu_check
+
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/arguments\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    gpu_check.build((9, 0), tmp_path)
+    compiled = {pathlib.Path(argument) for argument in (tmp_path / "arguments").read_text().splitlines()}
+    directory = ROOT / "cc" / "core" / "cuda"
+    libraries = [rule for rule in (directory / "BUILD").read_text().split("\n)\n") if "library(" in rule]
+    sources = [re.findall(r'^    srcs = \["(.*)"\]', rule, re.M) for rule in libraries if "testonly" not in rule]
+    assert {file for file in compiled if file.parent == directory} == {directory / name for (name,) in sources}
 
 
 def test_the_script_needs_no_tensorflow(tmp_path):

@@ -47,6 +47,9 @@ SMALL_SHAPES = ((2, 5, 7, 3), (2, 9, 11, 64), (1, 17, 13, 40))
 LARGE_SHAPES = ((32, 56, 56, 256), (32, 28, 28, 512), (32, 14, 14, 1024), (64, 112, 112, 64), (128, 56, 56, 256))
 LATENCY_SHAPE = (1, 56, 56, 64)
 
+# Of //cc/core/cuda:agc_cuda, in that directory.
+_SOURCES = ("agc_kernels.cu", "plan.cc")
+
 # Passes over memory.
 _TRAFFIC = {"forward": 2, "backward": 3}
 # What is timed goes through this much more memory than the L2 cache holds before it comes back.
@@ -207,8 +210,7 @@ def build(compute_capability: tuple[int, int], directory: pathlib.Path) -> pathl
             "there is no nvcc to build the kernels with; name a built library with --library "
             "(tools/bazel.sh build --config=cuda //cc/core/cuda:libtf_agc_cuda.so)"
         )
-    sources = [file for kind in ("*.cu", "*.cc") for file in sorted((CHECKOUT / "cc/core/cuda").glob(kind))]
-    sources = [str(file) for file in sources if not file.stem.endswith(("_test", "_emulation"))]
+    sources = [str(CHECKOUT / "cc/core/cuda" / name) for name in _SOURCES]
     library = directory / "libtf_agc_cuda.so"
     name = "".join(map(str, compute_capability))
     command = [nvcc, "-shared", "-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{CHECKOUT}", "-o", str(library)]
