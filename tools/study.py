@@ -174,7 +174,8 @@ def _unfinished(options: argparse.Namespace) -> tuple[Results, list[Cell], int]:
             raise
 
     cells = plan.search() if options.search else plan.comparison(best_learning_rate)
-    todo = [cell for cell in cells if cell not in results.finished()]
+    finished = results.finished()
+    todo = [cell for cell in cells if cell not in finished]
     return results, todo, len(cells) - len(todo)
 
 
