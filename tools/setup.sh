@@ -69,6 +69,15 @@ need_file() {
   [[ -e ${file} ]] || install "$@"
 }
 
+need_sanitizers() {
+  local library
+  for library in libasan libubsan libtsan; do
+    # A path where g++ has it, else the bare name. Debian's g++ always has them.
+    [[ $(g++ -print-file-name="${library}.so") == /* ]] ||
+      fail "g++ has no ${library}, with which the C++ is tested: install the package of that name."
+  done
+}
+
 check_compiler() {
   local options=(-std=c++17)
   command -v g++ >/dev/null || install "a C++ compiler" g++

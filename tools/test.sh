@@ -8,11 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-dev
 need_file /usr/bin/dot "Graphviz, which keras.utils.plot_model calls" graphviz
-for library in libasan libubsan libtsan; do
-  # A path where g++ has it, else the bare name. Debian's g++ always has them.
-  [[ $(g++ -print-file-name="${library}.so") == /* ]] ||
-    fail "g++ has no ${library}, with which the CUDA kernels' source is tested: install the package of that name."
-done
+need_sanitizers
 tests=(//cc/...)
 # What GCC's sanitizers need of Linux; some distributions set more, and a container cannot change it.
 if (($(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0) > 28)); then

@@ -8,7 +8,6 @@
 #include <limits>
 #include <random>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -20,16 +19,6 @@ namespace tf_agc {
 namespace core {
 namespace {
 
-std::vector<InstructionSet> Levels() {
-  std::vector<InstructionSet> levels;
-  for (InstructionSet level : {InstructionSet::kBaseline, InstructionSet::kX86_64_V2, InstructionSet::kX86_64_V3,
-                               InstructionSet::kX86_64_V4}) {
-    const bool x86 = BestInstructionSet() != InstructionSet::kBaseline;
-    if (level <= BestInstructionSet() && (level != InstructionSet::kBaseline) == x86) levels.push_back(level);
-  }
-  return levels;
-}
-
 struct CpuTensors : Tensors {
   using Tensors::Tensors;
 
@@ -40,18 +29,6 @@ struct CpuTensors : Tensors {
     Backward(PrepareBackward(c, over), parallel, level);
   }
 };
-
-// Real threads, one a task, started from the last to the first: nothing may depend on the order.
-Parallel Backwards(int threads) {
-  auto run = [](void*, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
-    for (int64_t i = tasks - 1; i >= 0; i -= 2) {
-      std::thread other([&] { task(context, i); });
-      if (i > 0) task(context, i - 1);
-      other.join();
-    }
-  };
-  return {threads, nullptr, run};
-}
 
 class EverySize : public testing::TestWithParam<std::tuple<int, int, int>> {};
 

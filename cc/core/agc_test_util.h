@@ -11,9 +11,11 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cc/core/agc.h"
+#include "cc/core/cpu.h"
 #include "gtest/gtest.h"
 
 namespace tf_agc {
@@ -320,6 +322,31 @@ const DataType kTypes[] = {DataType::kHalf, DataType::kBfloat16, DataType::kFloa
 const Layout kLayouts[] = {Layout::kChannelsLast, Layout::kChannelsFirst};
 
 inline double AlphaOf(Activation a) { return a == Activation::kLeakyRelu ? 0.2 : a == Activation::kElu ? 1.3 : 0; }
+
+// ---- Ways to run on a CPU ----
+
+// The instruction-set levels that this machine runs.
+inline std::vector<InstructionSet> Levels() {
+  std::vector<InstructionSet> levels;
+  for (InstructionSet level : {InstructionSet::kBaseline, InstructionSet::kX86_64_V2, InstructionSet::kX86_64_V3,
+                               InstructionSet::kX86_64_V4}) {
+    const bool x86 = BestInstructionSet() != InstructionSet::kBaseline;
+    if (level <= BestInstructionSet() && (level != InstructionSet::kBaseline) == x86) levels.push_back(level);
+  }
+  return levels;
+}
+
+// Real threads, one a task, started from the last to the first: nothing may depend on the order.
+inline Parallel Backwards(int threads) {
+  auto run = [](void*, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
+    for (int64_t i = tasks - 1; i >= 0; i -= 2) {
+      std::thread other([&] { task(context, i); });
+      if (i > 0) task(context, i - 1);
+      other.join();
+    }
+  };
+  return {threads, nullptr, run};
+}
 
 }  // namespace core
 }  // namespace tf_agc
