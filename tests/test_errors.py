@@ -4,6 +4,7 @@ import re
 
 import pytest
 import tensorflow as tf
+from agc_testing import python
 
 from tf_agc import native
 
@@ -130,3 +131,52 @@ def test_integers_are_refused_by_tensorflow():
 def test_unknown_activation_is_refused_by_tensorflow():
     with pytest.raises(tf.errors.InvalidArgumentError, match="tanh"):
         _forward(activation="tanh")
+
+
+def test_sizes_without_elements_may_be_anything():
+    # Their product, 2**80, is 0 to 64 bits: it is not taken for a map without positions, nor computed.
+    y, mean = native._ops.tf_agc_agc(
+        tf.zeros([2, 0, 2**40, 2**40]), tf.ones([0]), tf.ones([0]), activation="relu", alpha=0.0, data_format="NC..."
+    )
+    assert y.shape == [2, 0, 2**40, 2**40] and mean.shape == [2, 0]
+
+
+_WITHOUT_MEMORY = """
+import resource
+import tensorflow as tf
+from tf_agc import native
+
+channels = 2**21
+maps, means, parameters = tf.ones([64, 1, channels], tf.float16), tf.ones([64, channels]), tf.ones([channels])
+
+def backward(maps, means, parameters):
+    return native._ops.tf_agc_agc_grad(
+        maps, means, maps, means, parameters, parameters, activation="relu", alpha=0.0, data_format="N...C"
+    )
+
+jit = JIT
+call = tf.function(backward, jit_compile=True) if jit else backward
+few = maps[:1], means[:1], parameters
+if jit:
+    call = call.get_concrete_function(maps, means, parameters)
+else:
+    call(*few)  # TensorFlow's own first allocations
+with open("/proc/self/statm") as statm:
+    pages = int(statm.read().split()[0])
+# Enough for dx, not for the 2 GiB of the groups' sums.
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1792 * 2**20, resource.RLIM_INFINITY))
+try:
+    call(maps, means, parameters)
+except tf.errors.ResourceExhaustedError as error:
+    print(error.message)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(backward(*few)[0].shape)
+"""
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_no_memory_is_an_error_and_not_the_end(jit):
+    done = python("-c", _WITHOUT_MEMORY.replace("JIT", str(jit)))
+    message, shape = done.stdout.splitlines()
+    assert "tf_agc got no memory for its sums" in message
+    assert shape == "(1, 1, 2097152)"

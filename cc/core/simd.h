@@ -323,7 +323,7 @@ inline FloatVector Expm1(FloatVector z) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const FloatVector expm1_r = p * (r * r) + r;
-  const FloatVector scale = BitCast<FloatVector>((BitCast<IntVector>(shifted) + 127) << 23);
+  const FloatVector scale = BitCast<FloatVector>((BitCast<UintVector>(shifted) + 127) << 23);
   return scale * expm1_r + (scale - 1.0f);
 }
 
@@ -331,9 +331,11 @@ inline FloatVector Expm1(FloatVector z) {
 inline FloatVector Log1p(FloatVector t) {
   const FloatVector u = t + 1.0f;
   // u = m 2^e with m in [sqrt(1/2), sqrt(2)). For e = 0, m - 1 is t itself, which has bits that 1 + t rounds away.
-  const IntVector bits = BitCast<IntVector>(u);
-  const IntVector e = (bits - 0x3f3504f3) >> 23;
-  const FloatVector m = BitCast<FloatVector>(bits - (e << 23));
+  // Unsigned but for the shift that keeps the sign of e: of a u outside of the domain, too, whose result is thrown
+  // away.
+  const UintVector bits = BitCast<UintVector>(u);
+  const IntVector e = BitCast<IntVector>(bits - 0x3f3504f3) >> 23;
+  const FloatVector m = BitCast<FloatVector>(bits - (BitCast<UintVector>(e) << 23));
   const FloatVector f = e == 0 ? t : m - 1.0f;
   // log(1 + f), the minimax polynomial of Cephes' logf.
   FloatVector p = f * 7.0376836292e-2f - 1.1514610310e-1f;

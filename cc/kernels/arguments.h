@@ -58,8 +58,12 @@ inline absl::Status ReadShape(const tensorflow::TensorShape& maps, core::Layout 
   }
   const int channel_axis = layout == core::Layout::kChannelsLast ? rank - 1 : 1;
   *shape = {maps.dim_size(0), 1, maps.dim_size(channel_axis), layout};
+  // The sizes of a map without elements may be anything: their product may overflow, and nobody will use it.
+  const bool has_elements = maps.num_elements() > 0;
   for (int i = 1; i < rank; ++i) {
-    if (i != channel_axis) shape->positions *= maps.dim_size(i);
+    if (i == channel_axis) continue;
+    if (has_elements) shape->positions *= maps.dim_size(i);
+    if (maps.dim_size(i) == 0) shape->positions = 0;
   }
   if (shape->positions == 0 && shape->batch > 0) {
     return absl::InvalidArgumentError(absl::StrCat("x has no positions (a spatial size is 0) but a batch of ",

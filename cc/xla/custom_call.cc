@@ -6,17 +6,17 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <memory>
-#include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <utility>
 
 #include "cc/core/agc.h"
+#include "cc/xla/job.h"
 #include "xla/ffi/api/ffi.h"
 #ifdef TF_AGC_CUDA
 #include "cc/core/cuda/agc_cuda.h"
@@ -45,38 +45,6 @@ enum Counter {
 std::atomic<int64_t> counters[kCounters];
 
 void Count(Counter counter) { counters[counter].fetch_add(1, std::memory_order_relaxed); }
-
-// Tasks that threads take from, until none are left.
-class Job {
- public:
-  Job(int64_t tasks, void (*task)(const void*, int64_t), const void* context)
-      : tasks_(tasks), task_(task), context_(context) {}
-
-  // Takes and runs tasks. A thread that comes too late touches nothing but this object.
-  void Help() {
-    int64_t run = 0;
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_; ++run) task_(context_, i);
-    if (run == 0) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    done_ += run;
-    if (done_ == tasks_) all_done_.notify_all();
-  }
-
-  // Waits for the tasks that other threads took.
-  void Wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return done_ == tasks_; });
-  }
-
- private:
-  const int64_t tasks_;
-  void (*const task_)(const void*, int64_t);
-  const void* const context_;
-  std::atomic<int64_t> next_{0};
-  std::mutex mutex_;
-  std::condition_variable all_done_;
-  int64_t done_ = 0;
-};
 
 // Below this, waking a thread costs more than it saves.
 constexpr int64_t kCyclesPerThread = 40000;
@@ -192,14 +160,23 @@ auto BindBackward(Binding context) {
 
 // ---- On the CPU ----
 
-constexpr auto Forward = [](ffi::ThreadPool pool, auto... arguments) {
-  core::Forward(ForwardArgsOf(arguments...), ParallelOf(&pool));
+// XLA is compiled without exceptions: one that leaves the call ends the process.
+template <class Call>
+ffi::Error Run(const Call& call) {
+  try {
+    call();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "tf_agc got no memory for its sums");
+  }
   return ffi::Error::Success();
+}
+
+constexpr auto Forward = [](ffi::ThreadPool pool, auto... arguments) {
+  return Run([&] { core::Forward(ForwardArgsOf(arguments...), ParallelOf(&pool)); });
 };
 
 constexpr auto Backward = [](ffi::ThreadPool pool, auto... arguments) {
-  core::Backward(BackwardArgsOf(arguments...), ParallelOf(&pool));
-  return ffi::Error::Success();
+  return Run([&] { core::Backward(BackwardArgsOf(arguments...), ParallelOf(&pool)); });
 };
 
 XLA_FFI_DEFINE_HANDLER(kForwardHandler, Forward, BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
