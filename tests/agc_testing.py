@@ -237,12 +237,12 @@ class Counters:
         return dict(zip(self._NAMES, values, strict=True))
 
 
-def python(*arguments, path=None, check=True, **environment):
-    """Runs a fresh Python that imports the tf_agc under test, or the one under `path`."""
+def python(*arguments, path=None, check=True, prefix=(), **environment):
+    """Runs a fresh Python that imports the tf_agc under test, or the one under `path`; `prefix` starts it."""
     root = path or os.path.dirname(os.path.dirname(native.__file__))
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TF_AGC_")}
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [*prefix, sys.executable, *map(str, arguments)],
         cwd="/",  # Python would look for packages in this process's, the checkout
         env={**inherited, "PYTHONPATH": str(root), "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
         capture_output=True,
