@@ -6,6 +6,7 @@ No test lives here, and no formula of the layer: expectations come from `tf_agc.
 import ctypes
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 
@@ -218,6 +219,15 @@ def assert_close(got, want, tolerance):
         one, other = (tf.cast(value, tf.float64).numpy() for value in (one, other))
         assert one.shape == other.shape and np.isfinite(other).all()
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max(initial=1e-300))
+
+
+def floating_point_control():
+    """This thread's rounding mode, masks of exceptions and treatment of denormals; not which exceptions occurred."""
+    environment = (ctypes.c_uint32 * 8)()  # fenv_t of glibc
+    assert ctypes.CDLL("libm.so.6").fegetenv(environment) == 0
+    if platform.machine() == "x86_64":
+        return environment[0] & 0xFFFF, environment[7] & 0xFFC0  # of x87; of SSE, MXCSR
+    return environment[0]  # FPCR of aarch64
 
 
 class Counters:
