@@ -6,6 +6,7 @@ No test lives here, and no formula of the layer: expectations come from `tf_agc.
 import ctypes
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 
@@ -220,6 +221,15 @@ def assert_close(got, want, tolerance):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max(initial=1e-300))
 
 
+def floating_point_control():
+    """This thread's rounding mode, masks of exceptions and treatment of denormals; not which exceptions occurred."""
+    environment = (ctypes.c_uint32 * 8)()  # fenv_t of glibc
+    assert ctypes.CDLL("libm.so.6").fegetenv(environment) == 0
+    if platform.machine() == "x86_64":
+        return environment[0] & 0xFFFF, environment[7] & 0xFFC0  # of x87; of SSE, MXCSR
+    return environment[0]  # FPCR of aarch64
+
+
 class Counters:
     """Calls and in-place calls since `reset`, counted in the kernels."""
 
@@ -237,12 +247,12 @@ class Counters:
         return dict(zip(self._NAMES, values, strict=True))
 
 
-def python(*arguments, path=None, check=True, **environment):
-    """Runs a fresh Python that imports the tf_agc under test, or the one under `path`."""
+def python(*arguments, path=None, check=True, prefix=(), **environment):
+    """Runs a fresh Python that imports the tf_agc under test, or the one under `path`; `prefix` starts it."""
     root = path or os.path.dirname(os.path.dirname(native.__file__))
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TF_AGC_")}
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [*prefix, sys.executable, *map(str, arguments)],
         cwd="/",  # Python would look for packages in this process's, the checkout
         env={**inherited, "PYTHONPATH": str(root), "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
         capture_output=True,

@@ -1,7 +1,8 @@
-"""Bit-equal results, whatever the thread count, the batch size and a sample's place in the batch.
+"""Bit-equal results, whatever the thread count, the process, enable_op_determinism, jit_compile, the batch size and a
+sample's place in the batch.
 
-Run as a program, prints a hash of results for `sys.argv[1]` threads: TensorFlow's pool has one size
-for the life of a process.
+Run as a program, prints a hash of results for `sys.argv[1]` threads, `sys.argv[2]` being "deterministic" or not:
+TensorFlow's pool has one size for the life of a process, and determinism is not switched off again.
 """
 
 import hashlib
@@ -12,11 +13,12 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import config  # private: the public name only switches determinism on
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, _HERE)  # as a program, conftest has not done it
 
-from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, make_case, run  # noqa: E402
+from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, check, make_case, results_of, run, step_of  # noqa: E402
 
 from tf_agc import native  # noqa: E402
 
@@ -36,25 +38,41 @@ def _hash():
     return digest.hexdigest()
 
 
-def test_thread_counts(native_required):
+# Each is a process of its own, so equal results are equal in two processes too.
+_PROCESSES = [(1, "-"), (2, "-"), (8, "-"), (2, "deterministic")]
+
+
+def test_thread_counts_processes_and_op_determinism(native_required):
     root = os.path.dirname(os.path.dirname(native.__file__))
     environment = {**os.environ, "PYTHONPATH": root, "TF_CPP_MIN_LOG_LEVEL": "3"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(threads)],
+            [sys.executable, __file__, str(threads), determinism],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for threads in (1, 2, 8)
+        for threads, determinism in _PROCESSES
     ]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs
-    hashes = [output.split() for output, _ in outputs]
-    # The process says how many threads it really had.
-    assert [threads for threads, _ in hashes] == ["1", "2", "8"]
-    assert len({digest for _, digest in hashes}) == 1, hashes
+    lines = [output.split() for output, _ in outputs]
+    # The process says how many threads it really had, and whether TensorFlow was to be deterministic.
+    assert [(int(threads), determinism) for threads, determinism, _ in lines] == _PROCESSES
+    assert len({digest for *_, digest in lines}) == 1, lines
+
+
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize("index", range(len(_SHAPES)))
+def test_under_jit(index, data_format, native_required):
+    # On the CPU XLA's program calls the same loops, from its own threads: more than the tolerance of `check`, which is
+    # what a program in XLA's operations has to keep (test_xla.py).
+    case = make_case(_SHAPES[index], DTYPES[index % 4], ACTIVATIONS[index % 5], data_format)
+    got = results_of(tf.function(step_of(case, native.agc), jit_compile=True)(*case.tensors))
+    check(case, got)
+    for name, want in vars(run(case, native.agc)).items():
+        np.testing.assert_array_equal(getattr(got, name), want, err_msg=name)
 
 
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
@@ -84,4 +102,7 @@ def test_repeated_calls(native_required):
 if __name__ == "__main__":
     tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    print(tf.config.threading.get_intra_op_parallelism_threads(), _hash())
+    if sys.argv[2] == "deterministic":
+        tf.config.experimental.enable_op_determinism()
+    deterministic = "deterministic" if config.is_op_determinism_enabled() else "-"
+    print(tf.config.threading.get_intra_op_parallelism_threads(), deterministic, _hash())

@@ -1,14 +1,20 @@
 """Finding and loading the library; what `import tf_agc` and `python -m tf_agc` say without it."""
 
+import contextlib
 import importlib.util
+import os
 import pathlib
 import re
 import shutil
+import subprocess
+import unittest.mock
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from agc_testing import python
+from tensorflow.python.framework import op_def_registry
 
 import tf_agc
 from tf_agc import __main__, native
@@ -36,12 +42,24 @@ def _install(package, content, version=tf.__version__):
     return library
 
 
-def _status(package):
-    """The status that a fresh import of the copy's native.py comes to, in this process."""
+def _status(package, op_is_registered=False):
+    """The status that a fresh import of the copy's native.py comes to, in this process.
+
+    This process has the op already; a library that is opened all the same must not have it.
+    """
+    registered = contextlib.nullcontext() if op_is_registered else _PATCH_OPS
+    with registered:
+        return _imported_again(package).STATUS
+
+
+_PATCH_OPS = unittest.mock.patch.object(op_def_registry, "get", return_value=None)
+
+
+def _imported_again(package):
     spec = importlib.util.spec_from_file_location("copied_native", package / "native.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.STATUS
+    return module
 
 
 def test_available(native_required):
@@ -110,13 +128,65 @@ def test_truncated(package, kept, native_required):
     content = native.STATUS.library.read_bytes()
     size = int(len(content) * kept) if kept < 1 else kept
     library = _install(package, content[:size])
-    if not native._is_truncated(library):
+    if not native._is_truncated(library.read_bytes()):
         # What is lost behind the last segment (symbol tables) nobody needs to run it. Not opened
         # here: this process has the same ops already.
         assert kept > 0.9
         return
     status = _status(package)
     assert not status.available and status.reason.startswith(f"{library} is truncated")
+
+
+@pytest.mark.parametrize("kept", [0.999, 0.9, 0.5, 0.1, 64])
+def test_zeros_at_the_end(package, kept, native_required):
+    # What a full disk or a power failure leaves: the right size, and no content.
+    content = native.STATUS.library.read_bytes()
+    size = int(len(content) * kept) if kept < 1 else kept
+    library = _install(package, content[:size].ljust(len(content), b"\0"))
+    assert _status(package).reason == f"{library} is truncated (reinstall tf-agc)"
+
+
+def test_without_a_table_of_sections(native_required):
+    # Programs that make libraries smaller remove it; it runs without.
+    content = bytearray(native.STATUS.library.read_bytes())
+    content[40:48] = bytes(8)  # where it is
+    content[60:62] = bytes(2)  # how many there are
+    assert not native._is_truncated(bytes(content))
+
+
+def test_not_readable(package):
+    library = _install(package, b"")
+    library.unlink()
+    library.symlink_to("/proc/self/mem")  # a file whose first bytes nobody can read, root included
+    reason = _status(package).reason
+    assert reason == f"{library} is not readable: [Errno 5] Input/output error (reinstall tf-agc)"
+
+
+def test_wrappers_that_cannot_be_made(package, monkeypatch):
+    # TensorFlow reads the ops' names from the library, and a damaged one may hold anything.
+    library = _install(package, b"damaged")
+    monkeypatch.setattr(tf, "load_op_library", lambda _: b"\xab".decode())
+    assert _status(package).reason.startswith(f"{library} cannot be loaded: 'utf-8' codec can't decode byte 0xab")
+
+
+def test_the_op_from_another_library(package, native_required):
+    # A second copy would register the kernels again, and TensorFlow then runs neither.
+    library = _install(package, native.STATUS.library)
+    status = _status(package, op_is_registered=True)
+    assert not status.available
+    assert status.reason == f"this process has the op TfAgc>Agc already, from another library than {library}"
+    assert native.agc(tf.ones([1, 2, 3]), *[tf.ones([3])] * 2, "relu", 0.0, "channels_last")[0].shape == (1, 2, 3)
+
+
+def test_imported_again(native_required):
+    # Notebooks and tests drop modules and import them anew; TensorFlow forgets nothing.
+    again = _imported_again(_PACKAGE)
+    assert again.STATUS.available and again.XLA_STATUS.available
+    x = tf.constant([[[1.0], [3.0]]])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y, _ = again.agc(x, tf.constant([2.0]), tf.ones([1]), "relu", 0.0, "channels_last")
+    np.testing.assert_array_equal([y, tape.gradient(y, x)], [[[[0], [2]]], [[[-1], [1]]]])
 
 
 def test_another_library(package):
@@ -156,6 +226,136 @@ def test_import_without_a_library(package):
     )
     assert result == "[0. 2.]"
     assert error.startswith("the native implementation is not available: ")
+
+
+_FAULTS = """
+import sys, warnings
+import tensorflow as tf
+for path in sys.argv[1:]:
+    sys.path.insert(0, path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        import tf_agc
+    print(*[w.message for w in caught if "tf_agc" in str(w.message)], sep=" AND ")
+    print(tf_agc.agc(tf.constant([[[1.0], [3.0]]]), 2.0, 1.0, "relu").numpy().ravel())
+    for name in [name for name in sys.modules if name.split(".")[0] == "tf_agc"]:
+        del sys.modules[name]
+    sys.path.remove(path)
+"""
+
+
+def test_import_with_a_bad_library(package, tmp_path, native_required):
+    # One process for all: none of them loads, so each import finds TensorFlow as it was.
+    whole = native.STATUS.library.read_bytes()
+    other_machine = bytearray(whole)
+    other_machine[18:20] = b"\x28\0" if whole[18] == 0xB7 else b"\xb7\0"  # Arm, else aarch64
+    unresolved = tmp_path / "unresolved.so"
+    source = "extern int of_another_tensorflow(void); int call(void) { return of_another_tensorflow(); }"
+    command = ["gcc", "-shared", "-fPIC", "-Wl,-z,now", "-x", "c", "-", "-o", unresolved]
+    subprocess.run(command, input=source, text=True, check=True)
+    libz = next(pathlib.Path("/usr/lib").rglob("libz.so.1*"))
+    # What is installed, the version beside it, and how the reason begins or what is in it.
+    file = f"{tmp_path}/{{}}/tf_agc/native_library/libtf_agc.so {{}}".format
+    faults = {
+        "truncated": (whole[: len(whole) // 2], tf.__version__, file("truncated", "is truncated")),
+        "zeros": (whole[: len(whole) // 2].ljust(len(whole), b"\0"), tf.__version__, file("zeros", "is truncated")),
+        "machine": (bytes(other_machine), tf.__version__, file("machine", "cannot be loaded")),
+        "unresolved": (unresolved, tf.__version__, "undefined symbol: of_another_tensorflow"),
+        "foreign": (libz, tf.__version__, file("foreign", "does not contain the ops")),
+        "version": (native.STATUS.library, "2.0.0", "built for TensorFlow 2.0.0, this is TensorFlow"),
+    }
+    for name, (content, version, _) in faults.items():
+        copy = tmp_path / name / "tf_agc"
+        shutil.copytree(package, copy)
+        _install(copy, content, version)
+    lines = python("-c", _FAULTS, *[tmp_path / name for name in faults]).stdout.splitlines()
+    assert len(lines) == 2 * len(faults)
+    for warning, result, (name, (_, _, reason)) in zip(lines[::2], lines[1::2], faults.items(), strict=True):
+        assert warning.startswith("tf_agc uses its slower reference in stock TensorFlow ops: "), name
+        assert reason in warning and " AND " not in warning, name
+        assert result == "[0. 2.]", name
+
+
+# What a process does to others: files opened for writing, made, changed or removed; sockets; programs.
+_AUDIT = """
+import os, sys
+import keras, tensorflow
+events = []
+changes = ("mkdir", "rename", "remove", "rmdir", "link", "symlink", "chmod", "chown", "utime", "truncate", "setxattr")
+outside = ("socket", "subprocess", "urllib", "http", "ftplib", "smtplib", "tempfile", "shutil")
+programs = ("system", "exec", "posix_spawn", "fork", "forkpty")
+def hook(event, arguments):
+    module, _, name = event.partition(".")
+    opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    if opened or module in outside or module == "os" and name in changes + programs:
+        events.append(f"{event} {arguments[0]}")
+sys.addaudithook(hook)
+import tf_agc
+print(tf_agc.native.STATUS.available and tf_agc.native.XLA_STATUS.available, events)
+events.clear()
+os.close(os.open(os.devnull, os.O_WRONLY))  # the hook sees what it is for
+import socket
+socket.socket().close()
+print(events)
+"""
+
+
+def test_import_writes_nothing_and_calls_nobody(native_required):
+    # Beyond TensorFlow's and Keras's own imports. -B: the cache of bytecode is Python's, and pip has filled it.
+    imported, seen = python("-B", "-c", _AUDIT).stdout.splitlines()
+    assert imported == "True []"
+    assert seen.startswith("['open /dev/null', 'socket.__new__ ")
+
+
+_READ_ONLY = """
+import os, pathlib, sys
+for directory in sys.argv[1:]:
+    try:
+        (pathlib.Path(directory) / "written").touch()
+    except OSError as error:
+        print(error.strerror)
+import tensorflow as tf
+import tf_agc
+print(tf_agc.__file__, tf_agc.native.STATUS.available, tf_agc.native.XLA_STATUS.available)
+print(tf_agc.agc(tf.constant([[[1.0], [3.0]]]), 2.0, 1.0, "relu").numpy().ravel())
+"""
+
+
+def test_nothing_can_be_written(package, tmp_path, native_required):
+    shutil.copytree(_PACKAGE / "native_library", package / "native_library", dirs_exist_ok=True)
+    home = tmp_path / "home"
+    home.mkdir()
+    directories = [package, package / "native_library", home]
+    for directory in directories:
+        directory.chmod(0o555)
+    # root has the right to write where the bits forbid it, and gives it up.
+    drop = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-all"] if os.access(home, os.W_OK) else []
+    program = ["-c", _READ_ONLY, *directories]
+    environment = {"HOME": str(home), "XDG_CACHE_HOME": str(home)}
+    lines = python(*program, path=tmp_path, prefix=drop, **environment).stdout.splitlines()
+    assert lines == ["Permission denied"] * 3 + [f"{package / '__init__.py'} True True", "[0. 2.]"]
+    assert list(home.iterdir()) == []
+
+
+_BESIDE = """
+import sys
+import tensorflow as tf
+from tensorflow.python.framework import op_def_registry
+other = tf.load_op_library(sys.argv[1])
+import tf_agc
+assert op_def_registry.get("TfAgc>Agc") and op_def_registry.get("AudioMicrofrontend")
+for _ in range(2):
+    print(tf_agc.agc(tf.constant([[[1.0], [3.0]]]), 2.0, 1.0, "relu").numpy().ravel())
+    print(other.audio_microfrontend(tf.zeros([2000], tf.int16)).shape)
+print(tf_agc.native.STATUS.available, tf_agc.native.XLA_STATUS.available)
+"""
+
+
+def test_beside_another_library_of_ops(native_required):
+    # One that TensorFlow's package brings, a library of its own like ours.
+    library = pathlib.Path(tf.__file__).parent / "lite/experimental/microfrontend/python/ops/_audio_microfrontend_op.so"
+    lines = python("-c", _BESIDE, library).stdout.splitlines()
+    assert lines == ["[0. 2.]", "(11, 32)"] * 2 + ["True True"]
 
 
 def test_main(native_required, capsys):

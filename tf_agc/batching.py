@@ -4,6 +4,7 @@ Only shapes change here: the mapped axis is folded into the batch or into the ch
 No arithmetic.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -28,13 +29,15 @@ _INTO_CHANNELS = {
 
 
 def register(ops: Any) -> None:
-    """Registers how both ops are vectorized; once in a process.
+    """Registers how both ops are vectorized, where that is not done: as `gradients.register`.
 
     Args:
         ops: the module of generated op wrappers, as `tf.load_op_library` returns it.
     """
-    pfor.RegisterPFor("TfAgc>Agc")(functools.partial(_convert_agc, ops.tf_agc_agc))
-    pfor.RegisterPFor("TfAgc>AgcGrad")(functools.partial(_convert_agc_grad, ops.tf_agc_agc_grad))
+    with contextlib.suppress(AssertionError):
+        pfor.RegisterPFor("TfAgc>Agc")(functools.partial(_convert_agc, ops.tf_agc_agc))
+    with contextlib.suppress(AssertionError):
+        pfor.RegisterPFor("TfAgc>AgcGrad")(functools.partial(_convert_agc_grad, ops.tf_agc_agc_grad))
 
 
 def _convert_agc(agc: Callable[..., Any], loop: Any) -> list[Any]:

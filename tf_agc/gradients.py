@@ -4,6 +4,7 @@ Made of our own two ops and stock ops, all of which have gradients: any order fo
 gradient computes is in the kernels, not here; loading the library is `native`'s.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +14,16 @@ import tensorflow as tf
 
 
 def register(ops: Any) -> None:
-    """Registers both gradients; once in a process.
+    """Registers both gradients, where they are not: TensorFlow keeps the first for the life of a process.
+
+    They outlive the package's modules, which a notebook or a test may drop and import again.
 
     Args:
         ops: the module of generated op wrappers, as `tf.load_op_library` returns it.
     """
-    tf.RegisterGradient("TfAgc>Agc")(functools.partial(_agc_gradient, ops))
-    tf.RegisterGradient("TfAgc>AgcGrad")(functools.partial(_agc_grad_gradient, ops))
+    for name, gradient in (("TfAgc>Agc", _agc_gradient), ("TfAgc>AgcGrad", _agc_grad_gradient)):
+        with contextlib.suppress(KeyError):
+            tf.RegisterGradient(name)(functools.partial(gradient, ops))
 
 
 def _agc_gradient(ops: Any, op: tf.Operation, dy: tf.Tensor, dmean: tf.Tensor) -> Sequence[tf.Tensor]:

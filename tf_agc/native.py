@@ -6,12 +6,16 @@ Nothing here decides which implementation runs, and nothing computes.
 
 import ctypes
 import dataclasses
+import os
 import pathlib
 import re
 import struct
 from typing import Any
 
 import tensorflow as tf
+
+# Private, and without a public counterpart: the one way to learn whether an op is registered.
+from tensorflow.python.framework import op_def_registry
 
 from tf_agc import batching, gradients
 
@@ -82,8 +86,12 @@ def _find(name: str) -> Status:
     checkout = (package.parent / "WORKSPACE").is_file()
     cure = f"run ./tools/build.sh in {package.parent}" if checkout else "reinstall tf-agc"
 
-    if not library.is_file():
-        return Status(False, f"there is no native library at {library} ({cure})", library, None)
+    try:
+        if not library.is_file():
+            return Status(False, f"there is no native library at {library} ({cure})", library, None)
+        content = library.read_bytes()
+    except OSError as error:
+        return Status(False, f"{library} is not readable: {error} ({cure})", library, None)
     try:
         built_for = version_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -99,18 +107,18 @@ def _find(name: str) -> Status:
             f"the native library was built for TensorFlow {built_for}, this is TensorFlow {tf.__version__} ({cure})"
         )
         return Status(False, reason, library, built_for)
-    if _is_truncated(library):
+    if _is_truncated(content):
         return Status(False, f"{library} is truncated ({cure})", library, built_for)
     return Status(True, f"built for TensorFlow {built_for}", library, built_for)
 
 
-def _is_truncated(library: pathlib.Path) -> bool:
-    """Whether an ELF file ends before its last segment does.
+def _is_truncated(content: bytes) -> bool:
+    """Whether an ELF file ends before its last segment does, or has zeros where its end should be.
 
-    dlopen maps such a file all the same, and the process dies of SIGBUS when it touches the rest.
+    dlopen maps such a file all the same, and the process dies of SIGBUS or SIGSEGV when it comes to
+    the rest. Zeros are what a full disk or a power failure leaves of a file that was being written.
     What is not a 64-bit little-endian ELF file, dlopen refuses by itself.
     """
-    content = library.read_bytes()
     if len(content) < 64 or content[:6] != b"\x7fELF\x02\x01":
         return False
     (table,) = struct.unpack_from("<Q", content, 32)
@@ -124,7 +132,21 @@ def _is_truncated(library: pathlib.Path) -> bool:
         (size,) = struct.unpack_from("<Q", content, entry + 32)
         if offset + size > len(content):
             return True
-    return False
+    # Linkers write the table of sections last, and its last entry is never empty. Nobody needs it to run the
+    # library, so it may be absent: some tools that make files smaller remove it.
+    (table,) = struct.unpack_from("<Q", content, 40)
+    entry_size, entries = struct.unpack_from("<HH", content, 58)
+    last = content[table + entry_size * (entries - 1) : table + entry_size * entries] if entries else b""
+    return len(last) == entry_size and not any(last) and entries > 0
+
+
+def _is_loaded(library: pathlib.Path) -> bool:
+    """Whether this process has loaded this very file."""
+    try:
+        ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True
 
 
 def _load() -> tuple[Status, Any]:
@@ -132,9 +154,13 @@ def _load() -> tuple[Status, Any]:
     status = _find("libtf_agc.so")
     if not status.available:
         return status, None
+    if op_def_registry.get("TfAgc>Agc") is not None and not _is_loaded(status.library):
+        # TensorFlow would register the kernels once more, and then refuse to run either.
+        reason = f"this process has the op TfAgc>Agc already, from another library than {status.library}"
+        return dataclasses.replace(status, available=False, reason=reason), None
     try:
         ops = tf.load_op_library(str(status.library))
-    except (tf.errors.OpError, OSError) as error:
+    except Exception as error:  # of a damaged library: UnicodeDecodeError, for one, from the wrappers that it generates
         reason = f"{status.library} cannot be loaded: {error}"
         return dataclasses.replace(status, available=False, reason=reason), None
     if not hasattr(ops, "tf_agc_agc") or not hasattr(ops, "tf_agc_agc_grad"):
@@ -154,7 +180,7 @@ def _load_xla() -> Status:
         return status
     try:
         tf.load_library(str(status.library))
-    except (tf.errors.OpError, OSError) as error:
+    except Exception as error:
         return dataclasses.replace(status, available=False, reason=f"{status.library} cannot be loaded: {error}")
     return status
 
