@@ -244,8 +244,6 @@ def test_denormal_gain_of_large_maps(activation, mode):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
-# cc/core/agc.cc: FinishParameterGradients runs on the calling thread, which TensorFlow has flush denormals in a kernel.
-@pytest.mark.xfail(strict=True, reason="the parameters' gradients are made of a gain that was flushed to 0")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_parameter_gradients_of_a_denormal_gain(activation, mode):
     results = _denormal_gain_case(activation)

@@ -205,6 +205,7 @@ void Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
 }
 
 void Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet level) {
+  const ScopedKeepDenormals keep;  // A gain may be one, and the calling thread divides by it.
   const Shape& shape = args.shape;
   const Activation activation = Effective(args.activation, args.alpha);
   const int64_t bytes = ElementBytes(args.data_type);

@@ -22,8 +22,8 @@ const char* InstructionSetName(InstructionSet level);
 int64_t L2CacheBytes();
 int64_t L3CacheBytes();
 
-// While it lives, this thread computes with denormals. TensorFlow's pool threads flush them and its calling threads do
-// not, so that a result would depend on where it was computed.
+// While it lives, this thread computes with denormals. TensorFlow's pool threads flush them, calling threads do where
+// it told them to, and other programs' do not: a result would depend on where it was computed.
 class ScopedKeepDenormals {
  public:
   ScopedKeepDenormals();

@@ -413,15 +413,15 @@ struct Passes {
     SumChunk<T>([&](int64_t) { return terms; }, Chunk(args.shape, plan, begin, end, chunk), sums);
   }
 
-  // Turns sums into means and parameters. Every chunk of a map does this for itself; all write the same mean.
-  static void ForwardParameters(const ForwardArgs& args, int64_t sample, int64_t begin, int64_t end,
+  // Turns sums into means and parameters. Every chunk of a map does this for itself; the first one writes the means.
+  static void ForwardParameters(const ForwardArgs& args, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
                                 const double* totals, Parameters<T, 2>* parameters) {
     const S* gain = static_cast<const S*>(args.gain) + begin;
     const S* mean_scale = static_cast<const S*>(args.mean_scale) + begin;
     S* mean = static_cast<S*>(args.mean) + sample * args.shape.channels + begin;
     for (int64_t c = 0; c < end - begin; ++c) {
       const S m = static_cast<S>(totals[c] / static_cast<double>(args.shape.positions));
-      mean[c] = m;
+      if (chunk == 0) mean[c] = m;
       parameters->values[0][c] = QuietNan(gain[c]);
       parameters->values[1][c] = QuietNan(mean_scale[c] * m);
     }
@@ -439,7 +439,7 @@ struct Passes {
     double totals[kForwardSums * kMaxColumns];
     AddChunks(sums, plan.chunks, kForwardSums * (end - begin), totals);
     Parameters<T, 2> parameters;
-    ForwardParameters(args, sample, begin, end, totals, &parameters);
+    ForwardParameters(args, sample, begin, end, chunk, totals, &parameters);
     ForwardWrite(args, plan, sample, begin, end, chunk, &parameters);
   }
 
@@ -451,7 +451,7 @@ struct Passes {
       for (int64_t i = 0; i < kForwardSums * (end - begin); ++i) totals[i] += sums[i];
     }
     Parameters<T, 2> parameters;
-    ForwardParameters(args, sample, begin, end, totals, &parameters);
+    ForwardParameters(args, sample, begin, end, 0, totals, &parameters);
     for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
       ForwardWrite(args, plan, sample, begin, end, chunk, &parameters);
     }
