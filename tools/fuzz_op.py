@@ -32,7 +32,8 @@ import agc_testing  # noqa: E402
 MODES = (*["eager"] * 20, *["function"] * 6, *["unknown shapes"] * 6, "jit")
 VALUES = ("normal", "offset", "constant", "zero", "tiny", "huge", "nan", "inf", "-inf", "max")
 PARAMETERS = (1.0, 0.5, -2.0, 3.0, 0.0, -0.0, 1e-45, -1e-38, 1e-4, 1e4, 1e30, math.nan, math.inf, -math.inf)
-ALPHAS = (0.0, 0.1, 0.2, 1.0, 1.7, 1e-45, 1e-6, 1e6, 1e30, 3.4e38)
+# No denormal one: whether it is 0 depends on the thread.
+ALPHAS = (0.0, 0.1, 0.2, 1.0, 1.7, 1.2e-38, 1e-6, 1e6, 1e30, 3.4e38)
 # TensorFlow's own gradients stop at sizes of 2**31. Twice 2**20 is more than memory, where nothing else is 0.
 HUGE = 2**20
 
@@ -111,7 +112,9 @@ def examples(draw: Callable) -> Example:
 def _wrong(example: Example) -> st.SearchStrategy:
     channels = example.sizes[-1]
     small = st.lists(st.integers(0, 5), max_size=10).map(tuple)
-    anything = st.one_of(st.none(), st.text(max_size=12), st.binary(max_size=3), st.integers(), st.floats(), st.just([]))
+    anything = st.one_of(
+        st.none(), st.text(max_size=12), st.binary(max_size=3), st.integers(), st.floats(), st.just([])
+    )
     bad_x = small.filter(lambda shape: not 3 <= len(shape) <= 8 or shape[0] > 0 and 0 in _positions(shape, example))
     tensor = st.one_of(
         st.sampled_from([*_NOT_TENSORS]),
@@ -157,7 +160,8 @@ def _values(example: Example, name: str) -> np.ndarray:
         if kind == "offset":
             part += 1000
         elif kind == "constant":
-            part[:] = part[:, :1]
+            # Of few digits, whose sums are exact: the reference's own in float64 are no better than the op's.
+            part[:] = part[:, :1].astype(np.float16)
         elif kind in ("zero", "tiny"):
             part *= 0 if kind == "zero" else agc_testing.SMALLEST_NORMAL[example.dtype]
         elif kind == "huge":
@@ -257,6 +261,8 @@ def _check(case: agc_testing.Case, y: np.ndarray, dx: np.ndarray, dgain: np.ndar
     fits = 4 * samples * positions * largest(x) * largest(dy) * factors < tf.as_dtype(parameter).max
     fits &= 2 * np.maximum(largest(x), largest(dy)) * factors < float(case.x.dtype.max)
     finite_parameters = np.isfinite(gain) & np.isfinite(mean_scale)
+    smallest = agc_testing.SMALLEST_NORMAL[parameter]
+    flushed = ((gain != 0) & (np.abs(gain) < smallest)) | ((mean_scale != 0) & (np.abs(mean_scale) < smallest))
     clean = fits & finite_parameters & np.isfinite(x).all(1) & np.isfinite(dy).all(1)
 
     # Every clean map as a channel of its own.
@@ -272,8 +278,9 @@ def _check(case: agc_testing.Case, y: np.ndarray, dx: np.ndarray, dgain: np.ndar
     got = dataclasses.replace(want, dgain=dgain[channel], dmean_scale=dmean_scale[channel])
     agc_testing.check(part, got, want)
 
-    # y of the others, coarsely: NaN and infinities where float64 has them, or where T overflows.
-    sample, channel = np.nonzero(fits_forward & finite_parameters & ~clean)
+    # y of the others, coarsely: NaN and infinities where float64 has them, or where T overflows. The reference flushes
+    # denormals, and 0 * Inf is NaN.
+    sample, channel = np.nonzero(fits_forward & finite_parameters & ~flushed & ~clean)
     part = _part(case, x[sample, :, channel].T[np.newaxis], dy[sample, :, channel].T[np.newaxis] * 0, channel)
     want, maximum, epsilon = _expected(part).y[0].T, float(case.x.dtype.max), agc_testing.EPSILON[case.dtype]
     got = y[sample, :, channel]
