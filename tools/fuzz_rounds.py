@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import hypothesis
 
-EXAMPLES = 200  # of a round
+EXAMPLES = 100  # of a round
 _HANGS_AFTER = 300  # seconds; a busy machine compiles for XLA in a few
 
 
