@@ -161,6 +161,7 @@ def test_a_wrong_graph_is_found(tools, monkeypatch, op, native_required):
         (("attribute", "node", "data_format", ("i", 3)), "ValueError"),
         (("remove", "node", "activation"), "ValueError"),
         (("feed", 1, (7,)), "InvalidArgumentError"),
+        (("op", "node", "TfAgc>Other"), "NotFoundError"),  # TensorFlow's own
     ],
 )
 def test_a_wrong_graph_is_refused(tools, native_required, mutation, outcome):
