@@ -31,6 +31,8 @@ INPUTS = {
 }
 _FORMATS = {"channels_last": "N...C", "channels_first": "NC..."}
 _REFUSALS = (ValueError, TypeError, tf.errors.InvalidArgumentError)
+# TensorFlow's own sentences about ops and attributes that it does not know, as NotFoundError or UnimplementedError.
+_UNKNOWN = "Op type not registered|Attr .* is not found|Placeholder value is not supported for attributes not in OpDef"
 
 Mutation = tuple[Any, ...]
 
@@ -225,15 +227,18 @@ def outcome(example: Example) -> str:
                 content[index : index + 1] = [] if byte < 0 else [byte]
             graph = tf.compat.v1.GraphDef.FromString(bytes(content))
         operation, outputs, inputs = _run(graph, feeds, example.in_function)
-    except (*_REFUSALS, DecodeError, tf.errors.NotFoundError) as error:
-        # TensorFlow's own, for an op or for the attribute of a function that it does not know.
-        unknown = re.search("Op type not registered|Attr .* is not found", str(error))
-        assert unknown or not isinstance(error, tf.errors.NotFoundError), error
-        assert kind != "right", f"a right graph was refused: {error}"
-        return f"{kind}, refused: {type(error).__name__}"
-    if operation is None or operation.type not in INPUTS:
-        return f"{kind}, without our node"
-    return f"{kind}, {_compared(case, tensors, operation, outputs, inputs)}"
+    except (*_REFUSALS, DecodeError) as error:
+        refusal: Exception = error
+    except (tf.errors.NotFoundError, tf.errors.UnimplementedError) as error:
+        if not re.search(_UNKNOWN, str(error)):
+            raise
+        refusal = error
+    else:
+        if operation is None or operation.type not in INPUTS:
+            return f"{kind}, without our node"
+        return f"{kind}, {_compared(case, tensors, operation, outputs, inputs)}"
+    assert kind != "right", f"a right graph was refused: {refusal}"
+    return f"{kind}, refused: {type(refusal).__name__}"
 
 
 def _run(graph: tf.compat.v1.GraphDef, feeds: dict[str, np.ndarray], in_function: bool) -> tuple:
