@@ -2,6 +2,7 @@
 
 import re
 from decimal import Decimal
+from fractions import Fraction
 
 import keras
 import numpy as np
@@ -56,6 +57,7 @@ def test_defaults():
     [
         3,
         3.0,
+        Fraction(3),
         np.float64(3),
         np.array(3),
         tf.constant(3.0),
@@ -118,6 +120,21 @@ _ERRORS = [
      {"x": tf.ones([2, 4, 3], tf.float64), "mean_scale": tf.ones([3])}),
     (TypeError, "mean_scale must have dtype float32 for x of dtype bfloat16, got bfloat16",
      {"x": tf.ones([2, 4, 3], tf.bfloat16), "mean_scale": tf.ones([3], tf.bfloat16)}),
+    (ValueError, "x must be a tensor or what converts to one, got list: ", {"x": [[[1.0, 2.0], [3.0]]]}),
+    (ValueError, "x must be a tensor or what converts to one, got list: ",
+     {"x": [tf.ones([4, 3]), tf.ones([4, 2])]}),
+    ((TypeError, ValueError), "x must be a tensor or what converts to one, got object: ", {"x": object()}),
+    (ValueError, "gain must be a tensor or what converts to one, got NoneType: ", {"gain": None}),
+    (ValueError, "mean_scale must be a tensor or what converts to one, got list: ",
+     {"mean_scale": [[1.0], [1.0, 2.0]]}),
+    ((TypeError, ValueError), "gain must be a tensor or what converts to one, got RaggedTensor: ",
+     {"gain": tf.ragged.constant([[1.0], [1.0, 2.0]])}),
+    ((TypeError, ValueError), "gain must be a tensor or what converts to one, got ndarray: ",
+     {"gain": np.full(3, None)}),
+    (TypeError, "gain must be a tensor or what converts to one, got list: ", {"gain": ["a"] * 3}),
+    ((TypeError, ValueError), "gain must be a tensor or what converts to one, got list: ",
+     {"gain": [10**400] * 3}),
+    (ValueError, "gain must be a tensor or what converts to one, got int: ", {"gain": 10**400}),
     (TypeError, "gain must have dtype float32 for x of dtype float32, got string",
      {"gain": np.array(["a", "b", "c"])}),
     (TypeError, "gain must have dtype float32 for x of dtype float32, got complex128",
@@ -132,6 +149,10 @@ _ERRORS = [
     (ValueError, "alpha must be finite and >= 0, got nan",
      {"activation": "leaky_relu", "alpha": float("nan")}),
     (ValueError, "alpha must be finite and >= 0, got 1e+39", {"activation": "elu", "alpha": 1e39}),
+    (ValueError, "alpha must be finite and >= 0, got inf", {"activation": "elu", "alpha": 10**400}),
+    (ValueError, "alpha must be finite and >= 0, got -inf", {"activation": "elu", "alpha": -(10**400)}),
+    (ValueError, "alpha must be finite and >= 0, got -0.333333",
+     {"activation": "elu", "alpha": Fraction(-1, 3)}),
     (ValueError, "alpha must be None for the activation 'relu': only 'leaky_relu' and 'elu' have "
      "one, got 0.2", {"activation": "relu", "alpha": 0.2}),
     (ValueError, "alpha must be None for the activation 'linear'", {"activation": None, "alpha": 0}),
@@ -140,6 +161,10 @@ _ERRORS = [
     (ValueError, "activation must be None or one of", {"activation": keras.activations.relu}),
     (ValueError, 'data_format must be "channels_last" or "channels_first", got \'NHWC\'',
      {"data_format": "NHWC"}),
+    (ValueError, 'data_format must be "channels_last" or "channels_first", got array(',
+     {"data_format": np.array(["channels_last", "channels_first"])}),
+    (ValueError, 'data_format must be "channels_last" or "channels_first", got <tf.Tensor',
+     {"data_format": tf.constant("channels_last")}),
     (ValueError, "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape [2,3]",
      {"x": tf.ones([2, 3])}),
     (ValueError, "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape "

@@ -70,7 +70,8 @@ def agc(
     """
     activation = "linear" if activation is None else activation
     alpha = resolve_alpha(activation, alpha)
-    if data_format not in DATA_FORMATS:
+    # A string first: an array compares element by element, and a tensor in a graph not at all.
+    if not isinstance(data_format, str) or data_format not in DATA_FORMATS:
         raise ValueError(f'data_format must be "channels_last" or "channels_first", got {data_format!r}')
     x = _convert_x(x)
     _check_shape(x.shape, data_format)
@@ -107,10 +108,14 @@ def resolve_alpha(activation: str, alpha: float | None) -> float:
         )
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
+    try:
+        value = float(alpha)
+    except OverflowError:  # an integer or a fraction that no float64 holds
+        value = math.inf if alpha > 0 else -math.inf
     # As the kernel sees it: a double may overflow to a float32 infinity.
-    if not (math.isfinite(alpha) and 0 <= alpha <= float(np.finfo(np.float32).max)):
-        raise ValueError(f"alpha must be finite and >= 0, got {alpha:g}")
-    return float(alpha)
+    if not 0 <= value <= float(np.finfo(np.float32).max):
+        raise ValueError(f"alpha must be finite and >= 0, got {value:g}")
+    return value
 
 
 def _convert_x(x: Any) -> tf.Tensor:
@@ -119,13 +124,24 @@ def _convert_x(x: Any) -> tf.Tensor:
             f"x must be a dense tensor, got a {type(x).__name__} (to_tensor() and "
             "tf.sparse.to_dense() convert; the padding would count in the mean)"
         )
-    x = tf.convert_to_tensor(x)
+    x = _convert("x", x)
     if x.dtype not in _DTYPES:
         raise TypeError(
             f"x must have dtype {', '.join(dtype.name for dtype in _DTYPES[:-1])} or "
             f"{_DTYPES[-1].name}, got {x.dtype.name}"
         )
     return x
+
+
+def _convert(name: str, value: Any, dtype: tf.DType | None = None) -> tf.Tensor:
+    """tf.convert_to_tensor, but that its errors name the argument."""
+    try:
+        if dtype is not None and isinstance(value, numbers.Real):
+            value = float(value)  # TensorFlow takes no fractions
+        return tf.convert_to_tensor(value, dtype)
+    except (TypeError, ValueError, OverflowError, tf.errors.InvalidArgumentError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be a tensor or what converts to one, got {type(value).__name__}: {error}") from error
 
 
 def _check_shape(shape: tf.TensorShape, data_format: str) -> None:
@@ -146,14 +162,14 @@ def _check_shape(shape: tf.TensorShape, data_format: str) -> None:
 def _convert_parameter(name: str, value: Any, x: tf.Tensor, axis: int) -> tf.Tensor:
     dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
     if isinstance(value, (np.ndarray, np.generic)):
-        value = tf.convert_to_tensor(value)
+        value = _convert(name, value)
         # NumPy's float64 is a default more often than a wish: cast it like Python's numbers.
         if value.dtype.is_floating or value.dtype.is_integer:
             value = tf.cast(value, dtype)
     elif isinstance(value, (numbers.Real, list, tuple)):
-        value = tf.convert_to_tensor(value, dtype)
+        value = _convert(name, value, dtype)
     else:
-        value = tf.convert_to_tensor(value)
+        value = _convert(name, value)
     if value.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype.name} for x of dtype {x.dtype.name}, got {value.dtype.name}")
     if value.shape.rank == 0:
