@@ -24,6 +24,7 @@ from agc_testing import (
 )
 from hypothesis import strategies as st
 
+import tf_agc
 from tf_agc import native, reference
 
 pytestmark = pytest.mark.usefixtures("native_required")
@@ -250,6 +251,17 @@ def test_parameter_gradients_of_a_denormal_gain(activation, mode):
     got, want = results(native.agc, np.float32, mode == "function"), results(reference.agc, np.float64, False)
     for one, other in zip(got[2:], want[2:], strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-3 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "elu"])
+def test_a_denormal_alpha_is_0(activation, mode):
+    x, ones, zeros = tf.fill([1, 5, 2], -3e38), tf.ones([2]), tf.zeros([2])
+    for agc in (
+        lambda x: tf_agc.agc(x, ones, zeros, activation, 1e-40),
+        lambda x: native.agc(x, ones, zeros, activation, 1e-40, "channels_last")[0],
+    ):
+        y = tf.function(agc)(x) if mode == "function" else agc(x)
+        np.testing.assert_array_equal(y, np.zeros(x.shape))
 
 
 @pytest.mark.parametrize("data_format", DATA_FORMATS)

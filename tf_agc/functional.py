@@ -91,7 +91,7 @@ def channel_axis(data_format: str) -> int:
 
 
 def resolve_alpha(activation: str, alpha: float | None) -> float:
-    """The number that the implementations take: the default for None, 0 where there is no alpha.
+    """The number that the implementations take: the default for None, 0 where there is no alpha or a denormal one.
 
     Raises:
         TypeError: alpha is not a number.
@@ -115,7 +115,8 @@ def resolve_alpha(activation: str, alpha: float | None) -> float:
     # As the kernel sees it: a double may overflow to a float32 infinity.
     if not 0 <= value <= float(np.finfo(np.float32).max):
         raise ValueError(f"alpha must be finite and >= 0, got {value:g}")
-    return value
+    # Whether a denormal float32 is 0 would depend on the thread that looks at it.
+    return value if value >= float(np.finfo(np.float32).tiny) else 0.0
 
 
 def _convert_x(x: Any) -> tf.Tensor:

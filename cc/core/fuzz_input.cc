@@ -41,12 +41,10 @@ class Reader {
   size_t size_;
 };
 
-// Small sizes are the most likely ones; each next kind of size has its own byte.
+// Mostly small ones: a large map takes as long as thousands of them.
 int64_t ReadSize(Reader* reader, int64_t most) {
-  const int64_t kind = reader->Below(4);
-  if (kind == 0) return reader->Below(std::min<int64_t>(most, 4));
-  if (kind == 1) return reader->Below(std::min<int64_t>(most, 70));
-  return reader->Below(most);
+  constexpr int64_t kLimits[] = {4, 4, 20, 20, 70, 70, 600, 100000};
+  return reader->Below(std::min(most, kLimits[reader->Below(8)]));
 }
 
 Case ReadCase(Reader* reader) {

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "cc/core/agc.h"
@@ -38,9 +39,15 @@ struct Attributes {
           absl::StrCat("activation must be linear, relu, relu6, leaky_relu or elu, got ", name));
     }
     TF_RETURN_IF_ERROR(context->GetAttr("alpha", &alpha));
-    if (!std::isfinite(alpha) || alpha < 0) {
+    // Threads that flush denormals compare them as 0: the bits say the same in all threads.
+    uint32_t bits;
+    std::memcpy(&bits, &alpha, sizeof(bits));
+    const bool negative = bits > 0x80000000u;
+    if (!std::isfinite(alpha) || negative) {
       return absl::InvalidArgumentError(absl::StrCat("alpha must be finite and >= 0, got ", alpha));
     }
+    const bool denormal = (bits & 0x7f800000u) == 0;
+    if (denormal) alpha = 0;
     TF_RETURN_IF_ERROR(context->GetAttr("data_format", &name));
     if (name != "N...C" && name != "NC...") {
       return absl::InvalidArgumentError(absl::StrCat("data_format must be N...C or NC..., got ", name));
