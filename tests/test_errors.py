@@ -46,8 +46,8 @@ _FORWARD = {
         "data_format": "channels_first",
     },
     "alpha must be finite and >= 0, got -1": {"activation": "elu", "alpha": -1.0},
-    # In every thread, also where it compares as 0.
-    "alpha must be finite and >= 0, got -1.4013e-45": {"activation": "leaky_relu", "alpha": -1e-45},
+    # In every thread, also where it compares as 0, and is printed as -0.
+    "alpha must be finite and >= 0, got -": {"activation": "leaky_relu", "alpha": -1e-45},
     "alpha must be finite and >= 0, got inf": {"activation": "leaky_relu", "alpha": float("inf")},
     "alpha must be finite and >= 0, got nan": {"activation": "leaky_relu", "alpha": float("nan")},
 }
