@@ -1,4 +1,5 @@
-"""Long runs: `threads`, many callers at once, results compared bit for bit; `memory`, what training leaves resident.
+"""Long runs: `threads`, many callers at once, results compared bit for bit; `memory`, what training leaves resident;
+`large`, more elements than 32 bits count.
 
 What is called, and what is a finding: exits with 1 on one. Nothing is timed. Control: TF_AGC_IMPLEMENTATION=reference.
 """
@@ -22,6 +23,7 @@ os.environ.setdefault("TF_AGC_IMPLEMENTATION", "native")  # an error where there
 import keras  # noqa: E402
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import machine  # noqa: E402
@@ -35,6 +37,7 @@ _INTER_OP_THREADS = 8  # more than a small machine has cores, so that nodes meet
 _CHAINS = 64  # of one graph, that need not wait for each other
 _WARM_UP = 0.2  # of the steps: pools, traces and the allocator's arenas fill
 _SAMPLES = 100
+_LARGE_GIB = 18  # two tensors
 _ALLOWED = 0.1  # MiB in 1000 steps: 100 bytes a step
 
 Task = Callable[[], list[np.ndarray]]
@@ -58,6 +61,8 @@ def main() -> None:
     steps.add_argument("--csv", type=pathlib.Path, help="write the results here")
     steps.add_argument("--plot", type=pathlib.Path, help="write the plot here (PNG)")
     steps.set_defaults(run=run_memory)
+    large = commands.add_parser("large", help=f"2**32 and more halves in one map; needs {_LARGE_GIB} GiB of memory")
+    large.set_defaults(run=run_large)
     options = parser.parse_args()
     tf.config.threading.set_inter_op_parallelism_threads(_INTER_OP_THREADS)
     sys.exit(1 if options.run(options) else 0)
@@ -178,6 +183,27 @@ def growth_of(rows: list[Resident]) -> tuple[float, float, float]:
     steps, resident = np.array([(row.step / 1000, row.resident_mib) for row in rows]).T
     (slope, start), covariance = np.polyfit(steps - steps[0], resident, 1, cov=True)
     return float(slope), float(np.sqrt(covariance[0, 0])), float(start)
+
+
+def run_large(_: argparse.Namespace) -> bool:
+    available = psutil.virtual_memory().available / 2**30
+    if available < _LARGE_GIB:
+        sys.exit(f"error: {_LARGE_GIB} GiB of memory are needed, {available:.1f} are available")
+    rows, columns = 2**16 + 1, 2**16
+    row = np.random.default_rng(_SEED).integers(0, 8, columns).astype("float16")
+
+    @tf.function
+    def call(row):
+        x = tf.tile(row[None, None, :, None], [1, rows, 1, 1])
+        y = tf_agc.agc(x, 2.0, 1.0, "relu")
+        return [y[0, index, :, 0] for index in (0, rows // 2, rows - 1)]
+
+    exact = row.astype("float64")
+    want = np.maximum(2 * (exact - exact.mean()), 0)
+    error = max(float(np.abs(got.numpy().astype("float64") - want).max()) for got in call(tf.constant(row)))
+    allowed = 2.0**-11 * float(want.max())  # one rounding to half
+    print(f"{rows * columns} elements: first, middle and last row within {error:.2g} of float64, {allowed:.2g} allowed")
+    return not error <= allowed
 
 
 def _draw(rows: list[Resident], meta: dict[str, str], path: pathlib.Path) -> None:

@@ -14,8 +14,9 @@ namespace tf_agc {
 namespace core {
 namespace {
 
-// Enough for maps of several chunks, which threads share; the plain loops take a second for more.
-constexpr int64_t kMaxElements = 80000;
+// Elements of a call, at most. The last is enough for maps of several chunks, which threads share; but the plain loops
+// take a thousand times as long for it as for the first.
+constexpr int64_t kBudgets[] = {100, 100, 100, 100, 1000, 1000, 1000, 80000};
 
 // Reads numbers off the bytes; zeros when there are no more.
 class Reader {
@@ -41,24 +42,18 @@ class Reader {
   size_t size_;
 };
 
-// Mostly small ones: a large map takes as long as thousands of them.
-int64_t ReadSize(Reader* reader, int64_t most) {
-  constexpr int64_t kLimits[] = {4, 4, 20, 20, 70, 70, 600, 100000};
-  return reader->Below(std::min(most, kLimits[reader->Below(8)]));
-}
-
 Case ReadCase(Reader* reader) {
   Case c;
   c.shape.layout = kLayouts[reader->Below(2)];
   c.type = kTypes[reader->Below(4)];
   c.activation = kActivations[reader->Below(5)];
   c.alpha = reader->Below(2) == 0 ? AlphaOf(c.activation) : 0;
-  // Below kMaxColumns and above it; more samples than groups of them.
-  c.shape.channels = ReadSize(reader, 2100);
-  c.shape.batch = ReadSize(reader, 130);
-  const int64_t maps = std::max<int64_t>(c.shape.batch * c.shape.channels, 1);
-  if (maps > kMaxElements) c.shape.batch = 1;
-  c.shape.positions = 1 + ReadSize(reader, std::max<int64_t>(kMaxElements / maps, 1));
+  // Channels below kMaxColumns and above it; more samples than groups of them.
+  const int64_t budget = kBudgets[reader->Below(8)];
+  c.shape.channels = reader->Below(std::min<int64_t>(budget, 2100));
+  const int64_t maps = budget / std::max<int64_t>(c.shape.channels, 1);
+  c.shape.batch = reader->Below(std::min<int64_t>(maps, 130) + 1);
+  c.shape.positions = 1 + reader->Below(std::max<int64_t>(maps / std::max<int64_t>(c.shape.batch, 1), 1));
   return c;
 }
 
