@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 #include "cc/core/agc.h"
@@ -61,18 +60,6 @@ void FillQuarter(const Repeated& memory, uint16_t value) {
 struct Sizes {
   int64_t batch, positions, channels;
 };
-
-// Two threads, each with every second task.
-Parallel TwoThreads() {
-  auto run = [](void*, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
-    std::thread other([&] {
-      for (int64_t i = 1; i < tasks; i += 2) task(context, i);
-    });
-    for (int64_t i = 0; i < tasks; i += 2) task(context, i);
-    other.join();
-  };
-  return {2, nullptr, run};
-}
 
 // As if for two threads, but of all tasks the first and the last one only: no more than a few pages are touched.
 Parallel FirstAndLast() {
@@ -132,7 +119,7 @@ TEST_P(Large, FirstAndLastTask) {
 
 // Minutes: by hand, with --gtest_also_run_disabled_tests.
 TEST_P(Large, DISABLED_EveryTask) {
-  for (Layout layout : kLayouts) CheckEnds(GetParam(), layout, TwoThreads(), /*all=*/true);
+  for (Layout layout : kLayouts) CheckEnds(GetParam(), layout, Backwards(2), /*all=*/true);
 }
 
 // Large in positions, in samples, in channels. Odd numbers of channels, and maps of 4 n positions, so that a quarter of
@@ -164,7 +151,7 @@ TEST(Forward, MeanOfEqualValues) {
                &mean_scale,
                y.data(),
                &mean},
-              TwoThreads(), level);
+              Backwards(2), level);
       EXPECT_NEAR(mean, 0.1f, 0x1p-27);  // One unit in the last place.
       EXPECT_NEAR(reinterpret_cast<const float*>(y.data())[kCount - 1], 0, 0x1p-27);
     }
