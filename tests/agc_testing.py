@@ -203,8 +203,9 @@ def check(case, results, expected=None):
         "y": gain * x_max * (1 + mean_scale) * slope,
         "mean": x_max,
         "dx": gain * dz_max * (1 + mean_scale) + np.abs(case.dmean).max(initial=0) / positions,
-        # u is a difference: with one rounding of what it is the difference of, which may be far larger.
-        "dgain": slope * (dy * (np.abs(u) + x_max * (1 + mean_scale) / 16 + from_y)).sum(samples_and_positions),
+        # u is a difference: with one rounding of what it is the difference of, which may be larger. x may be flushed.
+        "dgain": slope
+        * (dy * (np.abs(u) + (x_max / 16 + flushed) * (1 + mean_scale) + from_y)).sum(samples_and_positions),
         # A mean of terms that cancel has the error of the terms.
         "dmean_scale": gain * x_max * dz_sum.sum(0),
     }

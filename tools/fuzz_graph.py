@@ -228,6 +228,9 @@ def outcome(example: Example) -> str:
         operation, outputs, inputs = _run(graph, feeds, example.in_function)
     except (*_REFUSALS, DecodeError) as error:
         refusal: Exception = error
+    except _NotImportedError as error:
+        assert kind != "right", f"a right graph was not imported: {error.__cause__}"
+        return f"{kind}, not imported: {error}"
     except (tf.errors.NotFoundError, tf.errors.UnimplementedError) as error:
         if not re.search(_UNKNOWN, str(error)):
             raise
@@ -240,15 +243,28 @@ def outcome(example: Example) -> str:
     return f"{kind}, refused: {type(refusal).__name__}"
 
 
+class _NotImportedError(Exception):
+    """Any error of TensorFlow's importer, which has bugs of its own; what it asks of us are shapes, and comes to errors
+    of one kind.
+    """
+
+
+def _import(graph: tf.compat.v1.GraphDef) -> None:
+    try:
+        tf.compat.v1.import_graph_def(graph, name="")
+    except Exception as error:
+        raise _NotImportedError(type(error).__name__) from error
+
+
 def _run(graph: tf.compat.v1.GraphDef, feeds: dict[str, np.ndarray], in_function: bool) -> tuple:
     """The imported node, None where there is none, and the values of its outputs and inputs."""
     if in_function:
-        function = tf.compat.v1.wrap_function(lambda: tf.compat.v1.import_graph_def(graph, name=""), [])
+        function = tf.compat.v1.wrap_function(lambda: _import(graph), [])
         imported = function.graph
     else:
         imported = tf.Graph()
         with imported.as_default():
-            tf.compat.v1.import_graph_def(graph, name="")
+            _import(graph)
     operations = {operation.name: operation for operation in imported.get_operations()}
     operation = operations.get(NODE)
     if operation is None:
