@@ -14,7 +14,7 @@ namespace {
 
 TEST(FuzzInput, RandomBytes) {
   std::mt19937 random(1);
-  for (int i = 0; i < 300; ++i) {
+  for (int i = 0; i < 1000; ++i) {
     std::vector<uint8_t> bytes(random() % 64);
     for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
     RunFuzzInput(bytes.data(), bytes.size());
