@@ -101,7 +101,8 @@ def without_kinks(case):
     dtype, exact = case.dtype, _to_float64(case)
     z, x = (_channels_last(value, case) for value in (_z(exact), exact.x.numpy()))
     gain, mean_scale = np.abs(exact.gain.numpy()), np.abs(exact.mean_scale.numpy())
-    terms = gain * np.abs(x).max(tuple(range(x.ndim - 1)), initial=0) * (1 + mean_scale)
+    finite = np.where(np.isfinite(x), np.abs(x), 0)  # what is not makes no kink of the others
+    terms = gain * finite.max(tuple(range(x.ndim - 1)), initial=0) * (1 + mean_scale)
     close = np.zeros_like(z, bool)
     for kink in {"linear": (), "relu6": (0, 6)}.get(case.activation, (0,)):
         rounding = 4 * EPSILON[dtype] * max(kink, 1) + 16 * EPSILON[parameter_dtype(dtype)] * terms
