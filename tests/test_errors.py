@@ -135,11 +135,13 @@ def test_unknown_activation_is_refused_by_tensorflow():
         _forward(activation="tanh")
 
 
-def test_sizes_without_elements_may_be_anything():
+@pytest.mark.parametrize("jit", [False, True])
+def test_sizes_without_elements_may_be_anything(jit):
     # Their product, 2**80, is 0 to 64 bits: it is not taken for a map without positions, nor computed.
-    y, mean = native._ops.tf_agc_agc(
-        tf.zeros([2, 0, 2**40, 2**40]), tf.ones([0]), tf.ones([0]), activation="relu", alpha=0.0, data_format="NC..."
-    )
+    def agc(x, ones):
+        return native.agc(x, ones, ones, "relu", 0.0, "channels_first")
+
+    y, mean = tf.function(agc, jit_compile=jit)(tf.zeros([2, 0, 2**40, 2**40]), tf.ones([0]))
     assert y.shape == [2, 0, 2**40, 2**40] and mean.shape == [2, 0]
 
 

@@ -23,13 +23,16 @@ TOOLS = pathlib.Path(__file__).resolve().parent
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=["op", "graph"])
-    parser.add_argument("--minutes", type=_not_negative, default=1.0, help="0 is one round (default: 1)")
+    parser.add_argument("--minutes", type=not_negative, default=1.0, help="0 is one round (default: 1)")
     parser.add_argument("--seed", type=int, help="of the first round; the next one has the next (default: any)")
     return parser.parse_args(arguments)
 
 
-def _not_negative(text: str) -> float:
-    value = float(text)
+def not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be >= 0 and finite, got {text}")
     return value

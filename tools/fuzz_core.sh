@@ -14,7 +14,8 @@ set --
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-# Clang 14 and newer have been seen to work; the runtime is a package of its own.
+need_googletest
+# Clang 14 and 19 have been seen to work; the runtime is a package of its own.
 has_fuzzer() {
   echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' |
     clang++ -x c++ -fsanitize=fuzzer,address,undefined -o /dev/null - 2>/dev/null
@@ -39,6 +40,8 @@ export UBSAN_OPTIONS=print_stacktrace=1
 if [[ -f ${input} ]]; then
   exec "${fuzzer}" "${input}"
 fi
-mkdir -p "${CACHE}/fuzz/corpus"
+# Empty: the same seed makes the same inputs.
+rm -rf "${CACHE}/fuzz/corpus"
+mkdir "${CACHE}/fuzz/corpus"
 exec "${fuzzer}" -max_total_time=$((input * 60)) -seed="${seed}" -max_len=256 -len_control=0 -timeout=60 -rss_limit_mb=4096 \
   -artifact_prefix="${CACHE}/fuzz/" -print_final_stats=1 "${CACHE}/fuzz/corpus"

@@ -1,9 +1,9 @@
 """Examples of GraphDefs with one node of ours, as nobody's program writes them, and what is expected of them.
 
 A graph is made right and then changed: attributes, inputs, shapes, what is fed, or bytes of its serialized form. It
-must be refused with one of the errors of `_REFUSALS`, or run; and what ran is compared with the reference in
-float64, with the attributes and the inputs that the imported node really has. tests/ is on the path for the bounds
-of that comparison, as in fuzz_op.py. No process, no option, no loop over examples here.
+must not be imported, or be refused with one of the errors of `_REFUSALS` when it runs, or run; and what ran is
+compared with the reference in float64, with the attributes and the inputs that the imported node really has. tests/
+is on the path for the bounds of that comparison, as in fuzz_op.py. No process, no option, no loop over examples here.
 """
 
 import dataclasses
@@ -244,8 +244,8 @@ def outcome(example: Example) -> str:
 
 
 class _NotImportedError(Exception):
-    """Any error of TensorFlow's importer, which has bugs of its own; what it asks of us are shapes, and comes to errors
-    of one kind.
+    """Any error of TensorFlow's importer, which has bugs of its own. It calls our shape functions, and makes
+    one kind of error of whatever they say.
     """
 
 

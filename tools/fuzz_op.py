@@ -39,7 +39,7 @@ HUGE = 2**20
 _NOT_TENSORS: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
     "object": object,
-    "string": lambda: "abc",
+    "text": lambda: "abc",
     "strings": lambda: ["a", "b"],
     "ragged list": lambda: [[[1.0, 2.0], [3.0]]],
     "ragged": lambda: tf.ragged.constant([[[1.0], [2.0, 3.0]]]),

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # The C++ that needs no TensorFlow and its tests, built with sanitizers: AddressSanitizer with UndefinedBehaviorSanitizer,
-# then ThreadSanitizer. Outputs lie beside the others, and nothing is built again after it.
+# then ThreadSanitizer. What the other scripts build is left as it is.
 
 set -euo pipefail
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+[[ $# == 0 ]] || fail "tools/sanitize.sh takes no arguments, got '$*'."
+need_googletest
 need_sanitizers
+((MMAP_RANDOM_BITS <= 28)) || fail "GCC's sanitizers need sudo sysctl vm.mmap_rnd_bits=28."
 
 for sanitizer in asan tsan; do
   say "${sanitizer}"

@@ -69,6 +69,12 @@ need_file() {
   [[ -e ${file} ]] || install "$@"
 }
 
+need_googletest() {
+  need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-dev
+}
+
+MMAP_RANDOM_BITS=$(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0)
+
 need_sanitizers() {
   local library
   for library in libasan libubsan libtsan; do

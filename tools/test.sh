@@ -6,12 +6,12 @@
 set -euo pipefail
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-need_file /usr/src/googletest/googletest/src/gtest-all.cc "GoogleTest" libgtest-dev
+need_googletest
 need_file /usr/bin/dot "Graphviz, which keras.utils.plot_model calls" graphviz
 need_sanitizers
 tests=(//cc/...)
-# What GCC's sanitizers need of Linux; some distributions set more, and a container cannot change it.
-if (($(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0) > 28)); then
+# Some distributions set more than the sanitizers stand, and a container cannot change it.
+if ((MMAP_RANDOM_BITS > 28)); then
   say "tests with sanitizers are left out: they need sudo sysctl vm.mmap_rnd_bits=28"
   tests+=(--test_tag_filters=-sanitizer)
 fi

@@ -4,6 +4,7 @@
 #include "cc/core/agc.h"
 
 #include <algorithm>
+#include <new>
 #include <vector>
 
 #include "cc/core/cpu.h"
@@ -102,15 +103,25 @@ void For(const Parallel& parallel, int64_t tasks, int64_t cycles, const Body& bo
   parallel.run(parallel.pool, tasks, cycles, task, &body);
 }
 
+// `count` zeros, or false where there is no memory for them.
+bool Allocate(int64_t count, std::vector<double>* sums) {
+  try {
+    sums->resize(static_cast<size_t>(count));
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return true;
+}
+
 // The sums of maps that threads share: some per channel for every chunk of every block of every sample.
 class ChunkSums {
  public:
   ChunkSums(const Plan& plan, const Blocks& blocks, int64_t samples, int64_t sums_per_channel)
-      : plan_(plan),
-        blocks_(blocks),
-        samples_(samples),
-        sums_per_channel_(sums_per_channel),
-        sums_(static_cast<size_t>(samples * blocks.count * plan.chunks * blocks.Widest() * sums_per_channel)) {}
+      : plan_(plan), blocks_(blocks), samples_(samples), sums_per_channel_(sums_per_channel) {}
+
+  bool Allocate() {
+    return core::Allocate(samples_ * blocks_.count * plan_.chunks * blocks_.Widest() * sums_per_channel_, &sums_);
+  }
 
   // Calls body(sample, begin, end, chunk, sums of chunk 0, sums of this chunk) for every chunk.
   template <class Body>
@@ -176,9 +187,9 @@ Parallel Serial() {
   return {1, nullptr, run};
 }
 
-void Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet level) {
+bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet level) {
   const Shape& shape = args.shape;
-  if (shape.batch == 0 || shape.channels == 0) return;
+  if (shape.batch == 0 || shape.channels == 0) return true;
   const Loops& loops = FindLoops(level, args.data_type, Effective(args.activation, args.alpha));
   const int64_t bytes = ElementBytes(args.data_type);
   Plan plan = MakePlan(shape);
@@ -191,10 +202,11 @@ void Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
       const int64_t block = task % blocks.count;
       loops.forward(args, plan, task / blocks.count, blocks.Begin(block), blocks.End(block));
     });
-    return;
+    return true;
   }
   // Fewer maps than threads: the threads share them, chunk by chunk, once to add and once to write.
   ChunkSums sums(plan, blocks, shape.batch, kForwardSums);
+  if (!sums.Allocate()) return false;
   const int64_t cycles = Cycles(plan.chunk * blocks.Widest(), 1, bytes);
   sums.ForEach(parallel, cycles, [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double*, double* own) {
     loops.forward_sum(args, plan, sample, begin, end, chunk, own);
@@ -202,9 +214,10 @@ void Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   sums.ForEach(parallel, cycles, [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* all, double*) {
     loops.forward_apply(args, plan, sample, begin, end, chunk, all);
   });
+  return true;
 }
 
-void Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet level) {
+bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet level) {
   const ScopedKeepDenormals keep;  // A gain may be one, and the calling thread divides by it.
   const Shape& shape = args.shape;
   const Activation activation = Effective(args.activation, args.alpha);
@@ -212,7 +225,8 @@ void Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
   // Partial sums of dgain, and behind them those of dmean_scale: one pair of rows for each group of samples.
   const int64_t group_samples = std::max<int64_t>(CeilDiv(shape.batch, kMaxGroups), 1);
   const int64_t groups = CeilDiv(shape.batch, group_samples);
-  std::vector<double> partial(static_cast<size_t>(std::max<int64_t>(groups, 1) * 2 * shape.channels));
+  std::vector<double> partial;
+  if (!Allocate(std::max<int64_t>(groups, 1) * 2 * shape.channels, &partial)) return false;
   auto dgain_sum = [&](int64_t group) { return partial.data() + group * 2 * shape.channels; };
   auto dmean_scale_sum = [&](int64_t group) { return dgain_sum(group) + shape.channels; };
 
@@ -234,6 +248,7 @@ void Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
     } else {
       // So few samples that each is a group of its own.
       ChunkSums sums(plan, blocks, shape.batch, kBackwardSums);
+      if (!sums.Allocate()) return false;
       const int64_t cycles = Cycles(plan.chunk * blocks.Widest(), 2, bytes);
       sums.ForEach(parallel, cycles,
                    [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double*, double* own) {
@@ -256,6 +271,7 @@ void Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
   } else {
     FinishParameterGradients<float>(args, activation, dgain_sum(0), dmean_scale_sum(0));
   }
+  return true;
 }
 
 }  // namespace core

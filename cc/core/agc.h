@@ -80,8 +80,10 @@ Parallel Serial();
 
 // Results are equal to the last bit whatever `parallel` does and, for y, mean and dx, whatever other samples are in the
 // batch. They may differ between instruction sets; `level` is for tests, and must run on this machine.
-void Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet level = BestInstructionSet());
-void Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet level = BestInstructionSet());
+//
+// Returns false, and has written nothing, where there is no memory for sums. No task runs before they are allocated.
+bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet level = BestInstructionSet());
+bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet level = BestInstructionSet());
 
 }  // namespace core
 }  // namespace tf_agc

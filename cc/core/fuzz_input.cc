@@ -48,7 +48,7 @@ Case ReadCase(Reader* reader) {
   c.type = kTypes[reader->Below(4)];
   c.activation = kActivations[reader->Below(5)];
   c.alpha = reader->Below(2) == 0 ? AlphaOf(c.activation) : 0;
-  // Channels below kMaxColumns and above it; more samples than groups of them.
+  // Channels below kMaxColumns and above it; more samples than agc.cc has groups of them (kMaxGroups).
   const int64_t budget = kBudgets[reader->Below(8)];
   c.shape.channels = reader->Below(std::min<int64_t>(budget, 2100));
   const int64_t maps = budget / std::max<int64_t>(c.shape.channels, 1);

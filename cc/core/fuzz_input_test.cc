@@ -1,4 +1,4 @@
-// The fuzzer's property on inputs that never change: random ones, and everything that the fuzzer ever found.
+// The fuzzer's property on inputs that never change, with any compiler.
 
 #include "cc/core/fuzz_input.h"
 

@@ -61,7 +61,8 @@ struct Sizes {
   int64_t batch, positions, channels;
 };
 
-// As if for two threads, but of all tasks the first and the last one only: no more than a few pages are touched.
+// As if for two threads, but of all tasks the first and the last one only: a test of what is computed with sizes, in a
+// moment.
 Parallel FirstAndLast() {
   auto run = [](void*, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
     task(context, 0);

@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <new>
 
 #include "cc/core/agc.h"
 #include "cc/kernels/agc_op.h"
@@ -27,23 +26,17 @@ core::Parallel ParallelOf(tensorflow::OpKernelContext* context) {
 
 struct Cpu {
   static absl::Status Forward(tensorflow::OpKernelContext* context, const core::ForwardArgs& args) {
-    return Run([&] { core::Forward(args, ParallelOf(context)); });
+    return StatusOf(core::Forward(args, ParallelOf(context)));
   }
 
   static absl::Status Backward(tensorflow::OpKernelContext* context, const core::BackwardArgs& args) {
-    return Run([&] { core::Backward(args, ParallelOf(context)); });
+    return StatusOf(core::Backward(args, ParallelOf(context)));
   }
 
  private:
-  // TensorFlow is compiled without exceptions: one that leaves the kernel ends the process.
-  template <class Call>
-  static absl::Status Run(const Call& call) {
-    try {
-      call();
-    } catch (const std::bad_alloc&) {
-      return absl::ResourceExhaustedError("tf_agc got no memory for its sums");
-    }
-    return absl::OkStatus();
+  static absl::Status StatusOf(bool computed) {
+    if (computed) return absl::OkStatus();
+    return absl::ResourceExhaustedError("tf_agc got no memory for its sums");
   }
 };
 

@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -86,6 +85,7 @@ core::Shape ShapeOf(const Buffer& maps, core::Layout layout) {
   const Buffer::Dimensions sizes = maps.dimensions();
   const size_t channel_axis = layout == core::Layout::kChannelsLast ? sizes.size() - 1 : 1;
   core::Shape shape{sizes[0], 1, sizes[channel_axis], layout};
+  if (maps.element_count() == 0) return shape;  // Nobody asks for its positions, whose number may overflow.
   for (size_t i = 1; i < sizes.size(); ++i) {
     if (i != channel_axis) shape.positions *= sizes[i];
   }
@@ -160,23 +160,17 @@ auto BindBackward(Binding context) {
 
 // ---- On the CPU ----
 
-// XLA is compiled without exceptions: one that leaves the call ends the process.
-template <class Call>
-ffi::Error Run(const Call& call) {
-  try {
-    call();
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "tf_agc got no memory for its sums");
-  }
-  return ffi::Error::Success();
+ffi::Error ErrorOf(bool computed) {
+  if (computed) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "tf_agc got no memory for its sums");
 }
 
 constexpr auto Forward = [](ffi::ThreadPool pool, auto... arguments) {
-  return Run([&] { core::Forward(ForwardArgsOf(arguments...), ParallelOf(&pool)); });
+  return ErrorOf(core::Forward(ForwardArgsOf(arguments...), ParallelOf(&pool)));
 };
 
 constexpr auto Backward = [](ffi::ThreadPool pool, auto... arguments) {
-  return Run([&] { core::Backward(BackwardArgsOf(arguments...), ParallelOf(&pool)); });
+  return ErrorOf(core::Backward(BackwardArgsOf(arguments...), ParallelOf(&pool)));
 };
 
 XLA_FFI_DEFINE_HANDLER(kForwardHandler, Forward, BindForward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
