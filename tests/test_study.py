@@ -3,6 +3,7 @@
 Trained here are a few steps on the digits; what a study finds is not tested.
 """
 
+import concurrent.futures
 import dataclasses
 import fcntl
 import json
@@ -10,6 +11,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import keras
 import numpy as np
@@ -185,8 +187,12 @@ class Trainer:
     def __init__(self):
         self.jobs = []
         self.interrupted_at = None
+        self.stopped = 0
 
-    def __call__(self, job, log, lock, show):
+    def stop(self):
+        self.stopped += 1
+
+    def train(self, job, log, show):
         if len(self.jobs) == self.interrupted_at:
             raise KeyboardInterrupt
         self.jobs.append(job)
@@ -212,7 +218,8 @@ def trainer(tools, monkeypatch):
     import study
 
     trainer = Trainer()
-    monkeypatch.setattr(study, "train_in_fresh_process", trainer)
+    monkeypatch.setattr(study, "_Trainings", lambda lock: trainer)
+    monkeypatch.setattr(study, "RUNS_AT_ONCE", 1)  # in the order of the plan
     monkeypatch.setattr(study, "_split_files", lambda *_: {name: name for name in ("train", "validation", "test")})
     monkeypatch.setattr(machine, "describe", lambda: MACHINE)
     return trainer
@@ -244,7 +251,7 @@ def test_interrupted_and_continued(trainer, call, tmp_path, capsys):
     with pytest.raises(SystemExit, match="130"):
         call("run", "--quick", "--search")
     assert "Interrupted: the same command goes on." in capsys.readouterr().err
-    assert len(read_results(tmp_path).runs) == 5
+    assert len(read_results(tmp_path).runs) == 5 and trainer.stopped == 1
     trainer.interrupted_at = None
     call("run", "--quick", "--search")
     call("run", "--quick", "--search")
@@ -446,13 +453,58 @@ def test_other_sentences(trainer, call, capsys):
     assert "0 of 96 runs are finished; the others take about" in capsys.readouterr().out
 
 
-def test_a_training_process_that_fails(tools, tmp_path, monkeypatch):
+@pytest.fixture
+def trainings(tools, tmp_path, monkeypatch):
+    """Runs a text in place of study_training.py."""
     import study
-    import study_results
 
     monkeypatch.setattr(study, "TOOLS", tmp_path)
+    with (tmp_path / "lock").open("w") as lock:
+        yield study._Trainings(lock.fileno())
+
+
+def test_a_training_process_that_fails(trainings, tmp_path):
+    import study_results
+
     (tmp_path / "study_training.py").write_text("raise MemoryError('too large')", encoding="utf-8")
     message = "^a training process ended with exit code 1: see .*log; the same command goes on$"
-    with (tmp_path / "lock").open("w") as lock, pytest.raises(study_results.StudyError, match=message):
-        study.train_in_fresh_process({}, tmp_path / "log", lock.fileno(), lambda done: None)
+    with pytest.raises(study_results.StudyError, match=message):
+        trainings.train({}, tmp_path / "log", lambda done: None)
     assert "too large" in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+def test_stopped_processes(trainings, tmp_path):
+    """All that run at a time end, and none starts after them."""
+    import study_results
+
+    sleeping = 'import time; print(\'{"step": 1, "steps": 2}\', flush=True); time.sleep(1000)'
+    (tmp_path / "study_training.py").write_text(sleeping, encoding="utf-8")
+    started = threading.Barrier(3)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        futures = [
+            pool.submit(trainings.train, {}, tmp_path / f"log{number}", lambda done: started.wait())
+            for number in range(2)
+        ]
+        started.wait()
+        trainings.stop()
+        for future in futures:
+            with pytest.raises(study_results.StudyError, match="exit code -9"):
+                future.result()
+    with pytest.raises(concurrent.futures.CancelledError):
+        trainings.train({}, tmp_path / "log", lambda done: None)
+
+
+def test_several_runs_at_once(trainer, call, tmp_path, monkeypatch):
+    import study
+
+    monkeypatch.setattr(study, "RUNS_AT_ONCE", 3)
+    together = threading.Barrier(3)
+    train = trainer.train
+
+    def train_together(*arguments):
+        together.wait(60)
+        return train(*arguments)
+
+    monkeypatch.setattr(trainer, "train", train_together)
+    call("run", "--quick", "--search")
+    assert len(read_results(tmp_path).runs) == len({json.dumps(job) for job in trainer.jobs}) == 18

@@ -1,11 +1,13 @@
 """The training study: `run` trains and evaluates, `table` and `plot` show it, `memory` finds the largest batches.
 
-Who calls whom: `run` makes the plan here and starts study_training.py, a fresh process for each run, which trains with
-the demo's recipe (training_recipe.py) on splits that it gets as files. study_results.py keeps what comes back,
-study_report.py shows it. `memory` is study_memory.py, which has bench_model.py measure batch after batch.
+Who calls whom: `run` makes the plan here and starts study_training.py, a fresh process of one thread for each run, as
+many at once as there are cores; it trains with the demo's recipe (training_recipe.py) on splits that it gets as files.
+study_results.py keeps what comes back, study_report.py shows it. `memory` is study_memory.py, which has bench_model.py
+measure batch after batch.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
@@ -14,6 +16,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import result_files
@@ -29,6 +32,8 @@ NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "layer_norm", "agc_uncalibr
 SEARCHED_BATCH = 128
 SEARCH_SEED = 1000  # of no run that is reported
 LEARNING_RATES = (0.05, 0.15, 0.45)
+# Small batches leave a second thread of one run without work: two runs side by side take half the time.
+RUNS_AT_ONCE = len(os.sched_getaffinity(0))
 _STARTING_SECONDS = 12
 _EVALUATED_IN_STEPS = 0.35  # of an image's time in training
 # A step of AGC on two cores with AVX2: milliseconds for itself, and for each image of 32 x 32.
@@ -183,7 +188,7 @@ def run_plan(options: argparse.Namespace) -> None:
     results, todo, finished = _unfinished(options)
     seconds = {cell: estimated_seconds(cell, results) for cell in todo}
     print(f"{finished} of {finished + len(todo)} runs are finished; the others take about", end=" ")
-    print(f"{sum(seconds.values()) / 3600:.1f} hours on two idle cores.", flush=True)
+    print(f"{sum(seconds.values()) / 3600 / RUNS_AT_ONCE:.1f} hours on {RUNS_AT_ONCE} idle cores.", flush=True)
     if options.estimate:
         for cell, estimate in seconds.items():
             print(f"{cell}: {estimate / 60:.1f} min")
@@ -215,22 +220,38 @@ def run_plan(options: argparse.Namespace) -> None:
         seconds = {cell: estimated_seconds(cell, results) for cell in todo}
         files = _split_files(plan.dataset, options.data_dir.expanduser(), options.work_dir)
         everything = progress.add_task("all runs", total=sum(seconds.values()))
-        for number, cell in enumerate(todo, 1):
+        trainings = _Trainings(lock)
+
+        def train(number: int, cell: Cell) -> dict:
             one = progress.add_task(f"{number}/{len(todo)}: {cell}", total=seconds[cell])
-            before = progress.tasks[everything].completed
+            shown = 0.0
 
-            def show(done: float, one=one, cell=cell, before=before) -> None:
+            def show(done: float) -> None:
+                nonlocal shown
                 progress.update(one, completed=done * seconds[cell])
-                progress.update(everything, completed=before + done * seconds[cell])
+                progress.advance(everything, (done - shown) * seconds[cell])
+                shown = done
 
-            run = run_cell(cell, plan.augment, files, options.work_dir, results, described, lock, show)
+            job = job_of(cell, plan.augment, files, _checkpoint(cell, options.work_dir))
+            trained = trainings.train(job, options.work_dir / f"{cell.file_name()}.log", show)
             show(1.0)
             progress.remove_task(one)
-            print(
-                f"{cell}, learning rate {cell.learning_rate:g}: {cell.split} accuracy {run.accuracy:.1%}, "
-                f"{1e3 * run.seconds_per_step:.1f} ms a step",
-                flush=True,
-            )
+            return trained
+
+        with concurrent.futures.ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
+            futures = {pool.submit(train, number, cell): cell for number, cell in enumerate(todo, 1)}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    cell = futures[future]
+                    run = add_run(cell, future.result(), options.work_dir, results, described)
+                    print(
+                        f"{cell}, learning rate {cell.learning_rate:g}: {cell.split} accuracy {run.accuracy:.1%}, "
+                        f"{1e3 * run.seconds_per_step:.1f} ms a step",
+                        flush=True,
+                    )
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                trainings.stop()
 
 
 def estimated_seconds(cell: Cell, results: Results) -> float:
@@ -284,19 +305,12 @@ def job_of(cell: Cell, augment: bool, files: dict[str, str], checkpoint: pathlib
     return job | {"augment": augment, "splits": {name: files[name] for name in names}, "checkpoint": str(checkpoint)}
 
 
-def run_cell(
-    cell: Cell,
-    augment: bool,
-    files: dict[str, str],
-    work_dir: pathlib.Path,
-    results: Results,
-    described: dict[str, str],
-    lock: int,
-    show: Callable[[float], None],
-) -> Run:
-    """Trains in a fresh process and adds the result; only then the checkpoint goes."""
-    checkpoint = work_dir / f"{cell.file_name()}.npz"
-    trained = train_in_fresh_process(job_of(cell, augment, files, checkpoint), work_dir / "training.log", lock, show)
+def _checkpoint(cell: Cell, work_dir: pathlib.Path) -> pathlib.Path:
+    return work_dir / f"{cell.file_name()}.npz"
+
+
+def add_run(cell: Cell, trained: dict, work_dir: pathlib.Path, results: Results, described: dict[str, str]) -> Run:
+    """Adds what a training process returned to the results; only then its checkpoint goes."""
     values = dataclasses.asdict(cell)
     gains = [LayerRecord(**values, **record) for record in trained["gains"]]
     curve = [CurvePoint(**values, **({"validation_accuracy": float("nan")} | point)) for point in trained["curve"]]
@@ -316,31 +330,57 @@ def run_cell(
     versions = {name: described[name] for name in ("tf_agc", "tensorflow", "keras", "python")}
     # The gains of one seed make a picture, those of all of them a large file.
     results.add(run, curve, gains if cell.split == "test" and cell.seed == 0 else [], versions)
-    checkpoint.unlink(missing_ok=True)
+    _checkpoint(cell, work_dir).unlink(missing_ok=True)
     return run
 
 
-def train_in_fresh_process(job: dict, log: pathlib.Path, lock: int, show: Callable[[float], None]) -> dict:
-    command = [sys.executable, str(TOOLS / "study_training.py"), json.dumps(job)]
-    message: dict = {}
-    with (
-        log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=[lock]) as process,
-    ):
-        try:
-            for line in process.stdout:
-                if line.endswith("\n"):  # and was not cut off with the process
-                    message = json.loads(line)
-                if "step" in message:
-                    show(message["step"] / message["steps"])
-        except BaseException:
-            process.kill()
-            raise
-    if "result" not in message:
-        raise StudyError(
-            f"a training process ended with exit code {process.returncode}: see {log}; the same command goes on"
-        )
-    return message["result"]
+class _Trainings:
+    """The training processes that run at this moment.
+
+    Attributes:
+        lock: the lock that they inherit.
+    """
+
+    def __init__(self, lock: int) -> None:
+        self.lock = lock
+        self._processes: set[subprocess.Popen] = set()
+        self._stopped = False
+        self._guard = threading.Lock()
+
+    def train(self, job: dict, log: pathlib.Path, show: Callable[[float], None]) -> dict:
+        """Trains in a fresh process and returns its result; `show` gets the part that is done."""
+        command = [sys.executable, str(TOOLS / "study_training.py"), json.dumps(job)]
+        environment = os.environ | {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
+        message: dict = {}
+        with log.open("w", encoding="utf-8") as errors:
+            with self._guard:
+                if self._stopped:
+                    raise concurrent.futures.CancelledError
+                process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, pass_fds=[self.lock]
+                )
+                self._processes.add(process)
+            with process:
+                for line in process.stdout:
+                    if line.endswith("\n"):  # and was not cut off with the process
+                        message = json.loads(line)
+                    if "step" in message:
+                        show(message["step"] / message["steps"])
+            with self._guard:
+                self._processes.discard(process)
+        if "result" not in message:
+            raise StudyError(
+                f"a training process ended with exit code {process.returncode}: see {log}; the same command goes on"
+            )
+        log.unlink()
+        return message["result"]
+
+    def stop(self) -> None:
+        """Ends all of them, and no further one starts."""
+        with self._guard:
+            self._stopped = True
+            for process in self._processes:
+                process.kill()
 
 
 def find_largest_batches(options: argparse.Namespace) -> None:
