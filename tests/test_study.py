@@ -281,7 +281,8 @@ def test_interrupted_and_continued(trainer, call, tmp_path, capsys):
     for text in (
         "| digits, 4 | plain | AGC | ",
         "### digits, 4 epochs",
-        "| plain | 128 | BatchNorm | -1.0 |  | one seed |",
+        "| plain | 128 | BatchNorm | -1.0 |  | one seed | 1.00 |",
+        "| plain | AGC | 2, 128 | +6.0 |  |",
     ):
         assert text in table
     call("plot")
@@ -376,6 +377,16 @@ def test_margins(tools):
     assert study_report.verdict(1.0, 2.0) == "equal" and study_report.verdict(-1.0, 2.0) == "equal"
     assert study_report.verdict(3.0, 2.0) == "better" and study_report.verdict(-3.0, 2.0) == "worse"
     assert study_report.verdict(3.0, study_report.difference([1.0], [2.0, 3.0])[1]) == "one seed"
+
+
+def test_step_times_of_one_machine_are_compared(tools):
+    import study_report
+
+    def row(machine, milliseconds):
+        return run_row(machine=machine, seconds_per_step=milliseconds / 1e3)
+
+    assert study_report._step_ratio([row("old", 1), row("new", 10)], [row("new", 20), row("new", 30)]) == "2.50"
+    assert study_report._step_ratio([row("old", 1)], [row("new", 20)]) == ""
 
 
 def test_two_learning_rates_are_not_mixed(tools, tmp_path):

@@ -43,7 +43,7 @@ def tables(results: Results) -> str:
     parts = [_search_table([run for run in results.runs if run.split == "validation"])]
     for (dataset, epochs), runs in _comparisons(results).items():
         parts.append(f"### {dataset}, {epochs} epoch{'s' if epochs > 1 else ''}")
-        parts += [_accuracy_table(runs), _difference_table(runs), _step_table(runs)]
+        parts += [_accuracy_table(runs), _difference_table(runs), _smallest_batches(runs), _step_table(runs)]
     commits = sorted({run.commit for run in results.runs})
     versions = "; ".join(f"{key} {value}" for key, value in results.meta.items())
     return "\n\n".join([*filter(None, parts), f"{versions}; commits {', '.join(commits)}"])
@@ -132,9 +132,50 @@ def _difference_table(runs: list[Run]) -> str:
             if theirs:
                 value, margin = difference([100 * run.accuracy for run in ours], [100 * run.accuracy for run in theirs])
                 shown = "" if math.isnan(margin) else f"{margin:.1f}"
-                rows.append([network, str(batch), TITLES[other], f"{value:+.1f}", shown, verdict(value, margin)])
-    title = "AGC against the others, in points of test accuracy; equal is within the margin, twice the standard error:"
-    return title + "\n\n" + _markdown(["network", "batch", "against", "difference", "margin", "AGC is"], rows)
+                rows.append(
+                    [
+                        network, str(batch), TITLES[other], f"{value:+.1f}", shown, verdict(value, margin),
+                        _step_ratio(ours, theirs),
+                    ]
+                )  # fmt: skip
+    title = (
+        "AGC against the others, in points of test accuracy; equal is within the margin, twice the standard error. The "
+        "last column is the other's step time over AGC's, medians over seeds on the same machine:"
+    )
+    header = ["network", "batch", "against", "difference", "margin", "AGC is", "step time, x AGC's"]
+    return title + "\n\n" + _markdown(header, rows)
+
+
+def _step_ratio(ours: list[Run], theirs: list[Run]) -> str:
+    """Their step time over ours; empty where no machine measured both."""
+    for machine in dict.fromkeys(run.machine for run in ours):
+        times = [
+            statistics.median(run.seconds_per_step for run in runs if run.machine == machine)
+            for runs in (ours, theirs)
+            if any(run.machine == machine for run in runs)
+        ]
+        if len(times) == 2:
+            return f"{times[1] / times[0]:.2f}"
+    return ""
+
+
+def _smallest_batches(runs: list[Run]) -> str:
+    """How far every method falls from its largest batch to its smallest."""
+    groups = _grouped(runs)
+    rows = []
+    for network, method in dict.fromkeys((network, method) for network, _, method in groups):
+        batches = sorted(batch for name, batch, other in groups if (name, other) == (network, method))
+        if len(batches) > 1:
+            small, large = (
+                [100 * run.accuracy for run in groups[network, batch, method]] for batch in (batches[0], batches[-1])
+            )
+            value, margin = difference(small, large)
+            shown = "" if math.isnan(margin) else f"{margin:.1f}"
+            rows.append([network, TITLES[method], f"{batches[0]}, {batches[-1]}", f"{value:+.1f}", shown])
+    if not rows:
+        return ""
+    title = "Every method's smallest batch against its largest, in points of test accuracy:"
+    return title + "\n\n" + _markdown(["network", "method", "batches", "difference", "margin"], rows)
 
 
 def _step_table(runs: list[Run]) -> str:
