@@ -332,6 +332,21 @@ def test_the_order_of_the_matrix(tools):
     assert {cell.split for cell in searched} == {"validation"} and {cell.seed for cell in searched} == {1000}
 
 
+def test_a_part_of_the_matrix(tools):
+    import study
+
+    def plan(*arguments):
+        return study.plan_of(study.parse_options(["run", *arguments]))
+
+    chosen = plan("--network", "plain", "--batch_size", "128", "--normalization", "agc", "none", "--epochs", "8")
+    cells = chosen.comparison(lambda *_: 0.1)
+    assert [(cell.seed, cell.normalization) for cell in cells] == [
+        (seed, name) for seed in range(3) for name in ("agc", "none")
+    ]
+    assert {(cell.network, cell.batch_size, cell.epochs) for cell in cells} == {("plain", 128, 8)}
+    assert {cell.network for cell in plan("--batch_size", "2").search()} == set(study.NETWORKS)
+
+
 # ---- Choosing and comparing
 
 
@@ -455,6 +470,8 @@ def test_other_sentences(trainer, call, capsys):
     assert_one_sentence(
         call, "run", "--quick", "--network", "resnet20_pre", match="--quick is the plain network on digits"
     )
+    expected = "--batch_size must be one of 2, 128, got 8$"
+    assert_one_sentence(call, "run", "--network", "resnet20_pre", "--batch_size", 8, match=expected)
     assert_one_sentence(call, "table", match=".*results has no results: pass another --results_dir, or run the study")
     assert_one_sentence(call, "plot", match=".*results has no results: ")
     with pytest.raises(SystemExit, match="2"):

@@ -28,7 +28,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 TOOLS = pathlib.Path(__file__).resolve().parent
 CACHE = TOOLS.parent / ".cache"
 NETWORKS = ("plain", "resnet20_pre", "resnet20_post")
-NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "layer_norm", "agc_uncalibrated", "none")  # the order of the runs
+NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "layer_norm", "agc_uncalibrated", "none")
 SEARCHED_BATCH = 128
 SEARCH_SEED = 1000  # of no run that is reported
 LEARNING_RATES = (0.05, 0.15, 0.45)
@@ -47,6 +47,7 @@ class Plan:
     Attributes:
         dataset: as in image_datasets.load.
         sizes: (network, batch size), the most informative ones first.
+        normalizations: of each size, in the order of the runs.
         seeds: how many for each network.
         epochs: of every run.
         search_epochs: of every run in the search for the learning rate.
@@ -59,6 +60,7 @@ class Plan:
     epochs: int
     search_epochs: int
     augment: bool
+    normalizations: tuple[str, ...] = NORMALIZATIONS
 
     def search(self) -> list[Cell]:
         """Every method with every learning rate, on the validation split."""
@@ -67,7 +69,7 @@ class Plan:
             Cell(self.dataset, "validation", network, method, SEARCHED_BATCH, SEARCH_SEED, rate, self.search_epochs)
             for network in networks
             for rate in LEARNING_RATES
-            for method in NORMALIZATIONS
+            for method in self.normalizations
         ]
 
     def comparison(self, best_learning_rate: Callable[[str, str, str, int], float]) -> list[Cell]:
@@ -75,7 +77,7 @@ class Plan:
         cells = []
         for seed in range(max(self.seeds.values())):
             for network, batch in self.sizes:
-                for method in NORMALIZATIONS if seed < self.seeds[network] else ():
+                for method in self.normalizations if seed < self.seeds[network] else ():
                     best = best_learning_rate(self.dataset, network, method, self.search_epochs)
                     rate = scaled_learning_rate(best, batch)
                     cells.append(Cell(self.dataset, "test", network, method, batch, seed, rate, self.epochs))
@@ -120,6 +122,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--estimate", action="store_true", help="print the plan and its hours, train nothing")
     run.add_argument("--dataset", choices=["cifar10", "fashion_mnist"], help="(default: cifar10)")
     run.add_argument("--network", choices=NETWORKS, help="only this one")
+    run.add_argument("--batch_size", type=int, help="only this one")
+    run.add_argument("--normalization", choices=NORMALIZATIONS, nargs="+", help="only these")
     run.add_argument("--epochs", type=_positive, help="of the comparison (default: 2, quick 4)")
     run.add_argument("--seeds", type=_positive, help="of every network (default: 3 of plain, 1 of the others)")
     run.add_argument("--data_dir", type=pathlib.Path, default=CACHE / "tensorflow_datasets", help="as in demo.py")
@@ -156,13 +160,21 @@ def plan_of(options: argparse.Namespace) -> Plan:
     plan = QUICK if options.quick else FULL
     if options.quick and (options.dataset or options.network not in (None, "plain")):
         raise StudyError("--quick is the plain network on digits: leave --dataset and --network out")
-    sizes = tuple(size for size in plan.sizes if options.network in (None, size[0]))
+    sizes = tuple(
+        (network, batch)
+        for network, batch in plan.sizes
+        if options.network in (None, network) and options.batch_size in (None, batch)
+    )
+    if not sizes:
+        batches = sorted({batch for network, batch in plan.sizes if options.network in (None, network)})
+        raise StudyError(f"--batch_size must be one of {', '.join(map(str, batches))}, got {options.batch_size}")
     return dataclasses.replace(
         plan,
         dataset=options.dataset or plan.dataset,
         sizes=sizes,
         seeds={network: options.seeds or plan.seeds[network] for network, _ in sizes},
         epochs=options.epochs or plan.epochs,
+        normalizations=tuple(options.normalization or plan.normalizations),
     )
 
 
