@@ -238,7 +238,7 @@ def _accuracy_figure(runs: list[Run]) -> Figure:
         axes.set_xticks(ticks, map(str, ticks), minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("test accuracy %, bars: twice the standard error")
+    panels[0].set_ylabel("test accuracy %, ± 2 standard errors")
     panels[0].legend(fontsize=8)
     return figure
 
