@@ -32,7 +32,7 @@ NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "layer_norm", "agc_uncalibr
 SEARCHED_BATCH = 128
 SEARCH_SEED = 1000  # of no run that is reported
 LEARNING_RATES = (0.05, 0.15, 0.45)
-# Small batches leave a second thread of one run without work: two runs side by side take half the time.
+# Small batches leave a second thread without work: two runs side by side take little longer than one.
 RUNS_AT_ONCE = len(os.sched_getaffinity(0))
 _STARTING_SECONDS = 12
 _EVALUATED_IN_STEPS = 0.35  # of an image's time in training
