@@ -427,6 +427,30 @@ def test_the_largest_batch(tools, base, expected):
     )
 
 
+def test_memory_goes_on(trainer, call, tmp_path, monkeypatch, capsys):
+    """Killed between two networks, it measures the others alone; rows of another limit are not mixed in."""
+    import study_memory
+
+    measured = []
+
+    def largest_batch(network, normalization, limit_mib):
+        if len(measured) == 2:
+            measured.append("interrupted")
+            raise KeyboardInterrupt
+        measured.append((network, normalization))
+        return study_memory.LargestBatch(network, normalization, float(limit_mib), 10 * len(measured), 99.0)
+
+    monkeypatch.setattr(study_memory, "largest_batch", largest_batch)
+    with pytest.raises(SystemExit, match="130"):
+        call("memory")
+    call("memory")
+    measured.remove("interrupted")
+    assert len(measured) == len(set(measured)) == len(study_memory.NETWORKS) * len(study_memory.NORMALIZATIONS)
+    assert f"| {study_memory.NETWORKS[0]} | 2048 | 10 | 20 | 0.50 |" in capsys.readouterr().out
+    expected = ".*memory.csv was made with another limit_mib: remove it, or pass another --results_dir$"
+    assert_one_sentence(call, "memory", "--limit_mib", 1024, match=expected)
+
+
 # ---- Sentences
 
 

@@ -402,16 +402,34 @@ def find_largest_batches(options: argparse.Namespace) -> None:
     import machine
     import study_memory
 
-    directory = _results_dir(options)
+    path = _results_dir(options) / "memory.csv"
     described = machine.describe()
-    console = rich.console.Console(stderr=True)
+    rows = _finished_batches(path, options.limit_mib, described)
+    finished = {(row.network, row.normalization) for row in rows}
     cases = [(network, method) for network in study_memory.NETWORKS for method in study_memory.NORMALIZATIONS]
-    rows = [
-        study_memory.largest_batch(*case, options.limit_mib)
-        for case in rich.progress.track(cases, description="networks", console=console)
-    ]
-    result_files.write_csv(directory / "memory.csv", rows, described)
+    todo = [case for case in cases if case not in finished]
+    for case in rich.progress.track(todo, description="networks", console=rich.console.Console(stderr=True)):
+        rows.append(study_memory.largest_batch(*case, options.limit_mib))
+        result_files.write_csv(path, rows, described)
     print(study_memory.table(rows))
+
+
+def _finished_batches(path: pathlib.Path, limit_mib: int, described: dict[str, str]) -> list:
+    """The rows to go on from, which have to be of the same limit, machine, versions and commit."""
+    import study_memory
+
+    if not path.exists():
+        return []
+    try:
+        rows, made_by = result_files.read_csv(path, study_memory.LargestBatch)
+    except result_files.ForeignFileError as error:
+        raise StudyError(f"{error}: pass another --results_dir") from error
+    differing = [key for key, value in described.items() if key != "date" and made_by.get(key) != value]
+    if any(row.limit_mib != limit_mib for row in rows):
+        differing.append("limit_mib")
+    if not differing:
+        return rows
+    raise StudyError(f"{path} was made with another {', '.join(differing)}: remove it, or pass another --results_dir")
 
 
 def print_tables(options: argparse.Namespace) -> None:
