@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import result_files
-from study_results import Cell, CurvePoint, LayerRecord, Results, Run, StudyError
+from study_results import Cell, CurvePoint, LayerRecord, Results, Run, StudyError, read_rows
 
 # Read when TensorFlow is imported: of its log only errors are news here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -420,10 +420,7 @@ def _finished_batches(path: pathlib.Path, limit_mib: int, described: dict[str, s
 
     if not path.exists():
         return []
-    try:
-        rows, made_by = result_files.read_csv(path, study_memory.LargestBatch)
-    except result_files.ForeignFileError as error:
-        raise StudyError(f"{error}: pass another --results_dir") from error
+    rows, made_by = read_rows(path, study_memory.LargestBatch)
     differing = [key for key, value in described.items() if key != "date" and made_by.get(key) != value]
     if any(row.limit_mib != limit_mib for row in rows):
         differing.append("limit_mib")

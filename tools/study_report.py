@@ -38,6 +38,14 @@ def verdict(value: float, margin: float) -> str:
     return "equal" if abs(value) <= margin else "better" if value > 0 else "worse"
 
 
+def _percent(runs: Iterable[Run]) -> list[float]:
+    return [100 * run.accuracy for run in runs]
+
+
+def _shown_margin(margin: float) -> str:
+    return "" if math.isnan(margin) else f"{margin:.1f}"
+
+
 def tables(results: Results) -> str:
     """Returns all tables in Markdown, one section for each data set and number of epochs."""
     parts = [_search_table([run for run in results.runs if run.split == "validation"])]
@@ -112,7 +120,7 @@ def _by_batch(runs: list[Run], cell: Callable[[list[Run]], str]) -> str:
 
 def _accuracy_table(runs: list[Run]) -> str:
     def cell(seeds: list[Run]) -> str:
-        values = [100 * run.accuracy for run in seeds]
+        values = _percent(seeds)
         if not values:
             return ""
         return f"{statistics.mean(values):.1f} " + (
@@ -130,12 +138,11 @@ def _difference_table(runs: list[Run]) -> str:
         for other in others:
             theirs = groups.get((network, batch, other))
             if theirs:
-                value, margin = difference([100 * run.accuracy for run in ours], [100 * run.accuracy for run in theirs])
-                shown = "" if math.isnan(margin) else f"{margin:.1f}"
+                value, margin = difference(_percent(ours), _percent(theirs))
                 rows.append(
                     [
-                        network, str(batch), TITLES[other], f"{value:+.1f}", shown, verdict(value, margin),
-                        _step_ratio(ours, theirs),
+                        network, str(batch), TITLES[other], f"{value:+.1f}", _shown_margin(margin),
+                        verdict(value, margin), _step_ratio(ours, theirs),
                     ]
                 )  # fmt: skip
     title = (
@@ -166,12 +173,10 @@ def _smallest_batches(runs: list[Run]) -> str:
     for network, method in dict.fromkeys((network, method) for network, _, method in groups):
         batches = sorted(batch for name, batch, other in groups if (name, other) == (network, method))
         if len(batches) > 1:
-            small, large = (
-                [100 * run.accuracy for run in groups[network, batch, method]] for batch in (batches[0], batches[-1])
-            )
-            value, margin = difference(small, large)
-            shown = "" if math.isnan(margin) else f"{margin:.1f}"
-            rows.append([network, TITLES[method], f"{batches[0]}, {batches[-1]}", f"{value:+.1f}", shown])
+            smallest, largest = batches[0], batches[-1]
+            value, margin = difference(*(_percent(groups[network, batch, method]) for batch in (smallest, largest)))
+            shown = _shown_margin(margin)
+            rows.append([network, TITLES[method], f"{smallest}, {largest}", f"{value:+.1f}", shown])
     if not rows:
         return ""
     title = "Every method's smallest batch against its largest, in points of test accuracy:"
@@ -228,7 +233,7 @@ def _accuracy_figure(runs: list[Run]) -> Figure:
     for axes, network in zip(panels, networks, strict=True):
         for method, title in TITLES.items():
             batches = [batch for name, batch, other in groups if (name, other) == (network, method)]
-            values = [[100 * run.accuracy for run in groups[network, batch, method]] for batch in batches]
+            values = [_percent(groups[network, batch, method]) for batch in batches]
             margins = [2 * standard_error(seeds) for seeds in values]
             means = [statistics.mean(seeds) for seeds in values]
             if batches:

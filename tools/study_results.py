@@ -91,6 +91,14 @@ class LayerRecord(Cell):
 _FILES = {"runs": Run, "curves": CurvePoint, "gains": LayerRecord}
 
 
+def read_rows(path: pathlib.Path, row_type: type) -> tuple[list, dict[str, str]]:
+    """`result_files.read_csv`, with an error that says what to do."""
+    try:
+        return result_files.read_csv(path, row_type)
+    except result_files.ForeignFileError as error:
+        raise StudyError(f"{error}: pass another --results_dir") from error
+
+
 class Results:
     """The files of a directory: runs.csv, curves.csv, gains.csv."""
 
@@ -103,10 +111,7 @@ class Results:
         for name, row_type in _FILES.items():
             path = directory / f"{name}.csv"
             if path.exists():
-                try:
-                    rows, self.meta = result_files.read_csv(path, row_type)
-                except result_files.ForeignFileError as error:
-                    raise StudyError(f"{error}: pass another --results_dir") from error
+                rows, self.meta = read_rows(path, row_type)
                 setattr(self, name, rows)
 
     def check_versions(self, versions: dict[str, str]) -> None:
