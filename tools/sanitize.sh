@@ -12,7 +12,7 @@ need_sanitizers
 
 for sanitizer in asan tsan; do
   say "${sanitizer}"
-  run_bazel test "--config=${sanitizer}" //cc:job_test //cc/core:all //cc/serving:npy_test
+  run_bazel test "--config=${sanitizer}" //cc/core:all //cc/serving:npy_test
 done
 # The CUDA kernels in their emulation have targets of their own, which tools/test.sh runs too.
 run_bazel test --test_tag_filters=sanitizer //cc/core/cuda/...

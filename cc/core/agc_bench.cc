@@ -9,13 +9,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "benchmark/benchmark.h"
 #include "cc/core/agc.h"
+#include "cc/core/job.h"
 
 namespace tf_agc {
 namespace core {
@@ -29,52 +32,50 @@ constexpr Size kSizes[] = {{32, 32 * 32, 64},   {32, 56 * 56, 64},  {16, 112 * 1
                            {128, 14 * 14, 256}, {32, 7 * 7, 2048},  {128, 32 * 32, 16},
                            {1, 56 * 56, 64},    {1, 224 * 224, 32}, {8, 28 * 28, 513}};
 
-// A pool as small as one can be: `threads` threads take the next task until there is none.
+// A pool as small as one can be, whose threads never sleep. For one caller at a time.
 class Threads {
  public:
-  explicit Threads(int threads) : threads_(threads) {
-    for (int i = 1; i < threads; ++i) others_.emplace_back([this] { Wait(); });
+  explicit Threads(int threads) : workers_(static_cast<size_t>(threads - 1)) {
+    for (Worker& worker : workers_) worker.thread = std::thread([this, &worker] { Work(&worker); });
   }
   ~Threads() {
     stop_ = true;
-    ++call_;
-    for (std::thread& t : others_) t.join();
+    for (Worker& worker : workers_) worker.thread.join();
   }
   Parallel parallel() {
-    auto run = [](void* pool, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
-      static_cast<Threads*>(pool)->Run(tasks, task, context);
+    auto run = [](void* pool, int64_t tasks, int64_t cycles, void (*task)(const void*, int64_t), const void* context) {
+      auto* threads = static_cast<Threads*>(pool);
+      auto worker = threads->workers_.begin();
+      RunTasks(tasks, cycles, threads->Count(), task, context, [&](auto help) {
+        while (worker->busy) {  // It came too late for the call before.
+        }
+        worker->help = std::move(help);
+        worker->busy = true;
+        ++worker;
+      });
     };
-    return {threads_, this, run};
+    return {Count(), this, run};
   }
 
  private:
-  void Run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) {
-    tasks_ = tasks, task_ = task, context_ = context, next_ = 0, done_ = 0;
-    ++call_;
-    Work();
-    while (done_ < threads_) {
-    }
-  }
-  void Work() {
-    for (int64_t i = next_++; i < tasks_; i = next_++) task_(context_, i);
-    ++done_;
-  }
-  void Wait() {
-    for (int64_t seen = 0; !stop_;) {
-      if (call_ == seen) continue;
-      seen = call_;
-      if (!stop_) Work();
+  struct Worker {
+    std::thread thread;
+    std::function<void()> help;
+    std::atomic<bool> busy{false};
+  };
+
+  int Count() const { return static_cast<int>(workers_.size()) + 1; }
+
+  void Work(Worker* worker) {
+    while (!stop_) {
+      if (!worker->busy) continue;
+      worker->help();
+      worker->busy = false;
     }
   }
 
-  const int threads_;
-  std::vector<std::thread> others_;
-  std::atomic<int64_t> call_{0}, next_{0};
-  std::atomic<int> done_{0};
+  std::vector<Worker> workers_;
   std::atomic<bool> stop_{false};
-  int64_t tasks_ = 0;
-  void (*task_)(const void*, int64_t) = nullptr;
-  const void* context_ = nullptr;
 };
 
 // Page-aligned memory whose pages are there.
@@ -166,7 +167,7 @@ void BenchCopy(benchmark::State& state, Size size, DataType type) {
       const int64_t begin = i * copy.chunk;
       std::memcpy(copy.to + begin, copy.from + begin, std::min(copy.chunk, copy.bytes - begin));
     };
-    parallel.run(parallel.pool, (bytes + context.chunk - 1) / context.chunk, 0, task, &context);
+    parallel.run(parallel.pool, (bytes + context.chunk - 1) / context.chunk, context.chunk, task, &context);
   }
   state.SetBytesProcessed(state.iterations() * 2 * bytes);
 }

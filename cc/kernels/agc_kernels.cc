@@ -2,8 +2,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 #include "cc/core/agc.h"
+#include "cc/core/job.h"
 #include "cc/kernels/agc_op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/lib/core/threadpool.h"
@@ -11,15 +13,15 @@
 namespace tf_agc {
 namespace {
 
+// Not the pool's own ParallelFor: where tasks outnumber threads, it has all of them done by the pool, and the calling
+// thread sleeps and must be woken.
 core::Parallel ParallelOf(tensorflow::OpKernelContext* context) {
   const auto* workers = context->device()->tensorflow_cpu_worker_threads();
   auto run = [](void* pool, int64_t tasks, int64_t cycles, void (*task)(const void*, int64_t),
                 const void* task_context) {
-    using tensorflow::thread::ThreadPool;
-    const auto by_cost = ThreadPool::SchedulingParams::Adaptive(cycles);
-    static_cast<ThreadPool*>(pool)->ParallelFor(tasks, by_cost, [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) task(task_context, i);
-    });
+    auto* threads = static_cast<tensorflow::thread::ThreadPool*>(pool);
+    core::RunTasks(tasks, cycles, threads->NumThreads(), task, task_context,
+                   [&](auto help) { threads->Schedule(std::move(help)); });
   };
   return {workers->num_threads, workers->workers, run};
 }

@@ -15,7 +15,7 @@
 #include <utility>
 
 #include "cc/core/agc.h"
-#include "cc/xla/job.h"
+#include "cc/core/job.h"
 #include "xla/ffi/api/ffi.h"
 #ifdef TF_AGC_CUDA
 #include "cc/core/cuda/agc_cuda.h"
@@ -45,24 +45,12 @@ std::atomic<int64_t> counters[kCounters];
 
 void Count(Counter counter) { counters[counter].fetch_add(1, std::memory_order_relaxed); }
 
-// Below this, waking a thread costs more than it saves.
-constexpr int64_t kCyclesPerThread = 40000;
-
-// XLA's pool behind the callback that cc/core knows. The caller may be one of the pool's own threads, and all others
-// may be callers, too: so it takes every task that nobody else has, and waits only for those that are running.
+// XLA's pool behind the callback that cc/core knows.
 core::Parallel ParallelOf(ffi::ThreadPool* pool) {
   auto run = [](void* pool, int64_t tasks, int64_t cycles, void (*task)(const void*, int64_t), const void* context) {
     auto* threads = static_cast<ffi::ThreadPool*>(pool);
-    const int64_t worthwhile = std::min(tasks, tasks * cycles / kCyclesPerThread);
-    const int64_t helpers = std::min(threads->num_threads(), worthwhile) - 1;
-    if (helpers <= 0) {
-      for (int64_t i = 0; i < tasks; ++i) task(context, i);
-      return;
-    }
-    const auto job = std::make_shared<Job>(tasks, task, context);
-    for (int64_t i = 0; i < helpers; ++i) threads->Schedule([job] { job->Help(); });
-    job->Help();
-    job->Wait();
+    core::RunTasks(tasks, cycles, threads->num_threads(), task, context,
+                   [&](auto help) { threads->Schedule(std::move(help)); });
   };
   // Where XLA runs without a pool it says 0.
   return {static_cast<int>(std::max<int64_t>(pool->num_threads(), 1)), pool, run};

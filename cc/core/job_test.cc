@@ -1,17 +1,18 @@
 // Threads that come early, late and not at all. Built with ThreadSanitizer too (tools/sanitize.sh).
 
-#include "cc/xla/job.h"
+#include "cc/core/job.h"
 
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
 
 namespace tf_agc {
-namespace xla_calls {
+namespace core {
 namespace {
 
 // What a task writes has no lock of its own: Wait must be enough for the reader.
@@ -26,14 +27,14 @@ struct Written {
   std::vector<int> times;
 };
 
-TEST(Job, EachTaskOnceWhateverTheThreads) {
+TEST(Job, EachTaskOnceWhoeverComes) {
   for (int64_t tasks : {0, 1, 2, 7, 1000}) {
-    for (int threads : {0, 1, 3, 8}) {
+    for (int others : {0, 1, 3, 8}) {
       Written written(tasks);
-      const auto job = std::make_shared<Job>(tasks, Written::Task, &written.times);
+      const auto job = std::make_shared<Job>(tasks, 9, Written::Task, &written.times);
       std::vector<std::thread> pool;
-      for (int i = 0; i < threads; ++i) pool.emplace_back([job] { job->Help(); });
-      job->Help();
+      for (int i = 1; i <= others; ++i) pool.emplace_back([job, i] { job->Help(i); });
+      job->Help(0);
       job->Wait();
       written.ExpectOnce();
       for (std::thread& thread : pool) thread.join();
@@ -46,9 +47,9 @@ TEST(Job, WhoComesAfterTheEndTouchesNothingElse) {
   std::function<void()> late;
   {
     const auto written = std::make_unique<Written>(5);
-    const auto job = std::make_shared<Job>(5, Written::Task, &written->times);
-    late = [job] { job->Help(); };
-    job->Help();
+    const auto job = std::make_shared<Job>(5, 2, Written::Task, &written->times);
+    late = [job] { job->Help(1); };
+    job->Help(0);
     job->Wait();
     written->ExpectOnce();
   }
@@ -63,13 +64,13 @@ TEST(Job, CallersThatAreThePool) {
   std::vector<std::shared_ptr<Job>> jobs;
   for (int i = 0; i < kThreads; ++i) {
     written.push_back(std::make_unique<Written>(200));
-    jobs.push_back(std::make_shared<Job>(200, Written::Task, &written.back()->times));
+    jobs.push_back(std::make_shared<Job>(200, kThreads, Written::Task, &written.back()->times));
   }
   std::vector<std::thread> threads;
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&, i] {
-      for (int other = 1; other < kThreads; ++other) jobs[static_cast<size_t>((i + other) % kThreads)]->Help();
-      jobs[static_cast<size_t>(i)]->Help();
+      for (int other = 1; other < kThreads; ++other) jobs[static_cast<size_t>((i + other) % kThreads)]->Help(other);
+      jobs[static_cast<size_t>(i)]->Help(0);
       jobs[static_cast<size_t>(i)]->Wait();
       written[static_cast<size_t>(i)]->ExpectOnce();
     });
@@ -77,6 +78,36 @@ TEST(Job, CallersThatAreThePool) {
   for (std::thread& thread : threads) thread.join();
 }
 
+TEST(Job, AThreadBeginsWithItsOwnShare) {
+  struct Order {
+    static void Task(const void* context, int64_t index) {
+      static_cast<std::vector<int64_t>*>(const_cast<void*>(context))->push_back(index);
+    }
+    std::vector<int64_t> indices;
+  } order;
+  Job job(7, 3, Order::Task, &order.indices);
+  job.Help(1);
+  job.Wait();
+  EXPECT_EQ(order.indices, (std::vector<int64_t>{2, 3, 4, 5, 6, 0, 1}));
+}
+
+TEST(RunTasks, AsksForAsManyThreadsAsAreWorthIt) {
+  constexpr int64_t kPool = 4, kMany = 1000000;
+  struct {
+    int64_t tasks, cycles, helpers;
+  } const cases[] = {{0, kMany, 0}, {1, kMany, 0}, {2, kMany, 1}, {100, kMany, 3}, {100, 1, 0}, {3, 40000, 2}};
+  for (const auto& c : cases) {
+    Written written(c.tasks);
+    std::vector<std::thread> pool;
+    RunTasks(c.tasks, c.cycles, kPool, Written::Task, &written.times,
+             [&](auto help) { pool.emplace_back(std::move(help)); });
+    written.ExpectOnce();
+    EXPECT_EQ(pool.size(), static_cast<size_t>(c.helpers)) << c.tasks << " tasks of " << c.cycles << " cycles";
+    for (std::thread& thread : pool) thread.join();
+    written.ExpectOnce();
+  }
+}
+
 }  // namespace
-}  // namespace xla_calls
+}  // namespace core
 }  // namespace tf_agc
