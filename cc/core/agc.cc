@@ -235,7 +235,8 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
     const Plan plan = MakePlan(shape);
     const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, 2, parallel.threads));
     const int64_t whole_maps = groups * blocks.count;
-    if (whole_maps >= parallel.threads || plan.chunks == 1) {
+    // Threads share maps only where each sample is a group of its own: the samples of one are added one by one.
+    if (whole_maps >= parallel.threads || plan.chunks == 1 || group_samples > 1) {
       const int64_t cycles = Cycles(group_samples * shape.positions * blocks.Widest(), 3, bytes);
       For(parallel, whole_maps, cycles, [&](int64_t task) {
         const int64_t block = task % blocks.count, group = task / blocks.count;
@@ -246,7 +247,6 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
         }
       });
     } else {
-      // So few samples that each is a group of its own.
       ChunkSums sums(plan, blocks, shape.batch, kBackwardSums);
       if (!sums.Allocate()) return false;
       const int64_t cycles = Cycles(plan.chunk * blocks.Widest(), 2, bytes);

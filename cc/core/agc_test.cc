@@ -102,6 +102,18 @@ TEST(Backward, GroupsOfSamplesAddUp) {
   }
 }
 
+// A pool with more threads than there are groups, and maps of several chunks.
+TEST(Backward, MoreThreadsThanGroups) {
+  for (Layout layout : kLayouts) {
+    const Case c{{65, 32769, 1, layout}, DataType::kFloat, Activation::kRelu, 0};
+    CpuTensors t(c);
+    t.RunForward(c, false, Serial(), BestInstructionSet());
+    t.RunBackward(c, 0, Backwards(70), BestInstructionSet());
+    CheckForward(c, t);
+    CheckBackward(c, t);
+  }
+}
+
 TEST(Forward, MeanOfManyLargeValues) {
   for (InstructionSet level : Levels()) {
     for (Layout layout : kLayouts) {
