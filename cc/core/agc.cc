@@ -22,8 +22,14 @@ constexpr int64_t kChunkElements = 32768;
 // Rows shorter than this are folded: several positions make one row.
 constexpr int64_t kMinColumns = 64;
 
+// Folded rows are no longer than this: a map would have too few of them for what is done once a column.
+constexpr int64_t kMaxFoldedColumns = 640;
+
 // A row of this many elements is a whole number of vectors at every level.
 constexpr int64_t kColumnMultiple = 16;
+
+// The loops add so many rows at once.
+constexpr int64_t kTreeRows = 8;
 
 constexpr int64_t kCacheLine = 64;
 
@@ -38,14 +44,16 @@ Plan MakePlan(const Shape& shape) {
   if (shape.layout == Layout::kChannelsLast) {
     while (plan.fold * shape.channels < kMinColumns || plan.fold * shape.channels % kColumnMultiple != 0) {
       ++plan.fold;
-      if (plan.fold * shape.channels > kMaxColumns) {
+      if (plan.fold * shape.channels > kMaxFoldedColumns) {
         plan.fold = 1;  // Long enough, and the end of each row is one overlapping vector.
         break;
       }
     }
-    const int64_t row = plan.fold * shape.channels;
-    // Whole blocks of 64 rows, so that a chunk's sums are as good as a long map's.
-    plan.chunk = plan.fold * CeilDiv(kChunkElements, row * 64) * 64;
+    // Chunks of equal size, so many that two, four and more threads can share them evenly; whole trees of rows.
+    const int64_t rows = CeilDiv(shape.positions, plan.fold);
+    const int64_t chunks = CeilDiv(rows * plan.fold * shape.channels, kChunkElements);
+    const int64_t chunk_rows = chunks == 1 ? rows : CeilDiv(rows, CeilDiv(chunks, 4) * 4);
+    plan.chunk = plan.fold * CeilDiv(chunk_rows, kTreeRows) * kTreeRows;
   } else {
     plan.chunk = kChunkElements;
   }
@@ -66,8 +74,10 @@ int64_t ChannelsPerTask(const Shape& shape, const Plan& plan, int64_t element_by
   const int64_t cache = std::max(L2CacheBytes() / 2, share);
   const int64_t fitting = cache / (tensors * shape.positions * element_bytes) / unit * unit;
   int64_t channels = std::clamp(fitting, unit, most);
-  // Enough tasks to keep every thread busy to the end.
-  while (channels > unit && shape.batch * CeilDiv(shape.channels, channels) < 4 * int64_t{threads}) {
+  // Enough tasks to keep every thread busy to the end. Not out of parts of channels_last rows: they take longer to read
+  // than a thread at the end has to wait.
+  while (shape.layout == Layout::kChannelsFirst && channels > unit &&
+         shape.batch * CeilDiv(shape.channels, channels) < 4 * int64_t{threads}) {
     channels = CeilDiv(channels / 2, unit) * unit;
   }
   return channels;

@@ -362,7 +362,9 @@ void SumChunk(const TermsOf& terms_of, const Chunk& chunk, double* sums) {
   SumRows<T>(terms, chunk.element(), chunk.rows(), chunk.stride(), chunk.width(), totals);
   if (chunk.last_width() > 0) SumRows<T>(terms, chunk.last_element(), 1, chunk.stride(), chunk.last_width(), totals);
   for (int s = 0; s < Terms::kSums; ++s) {
-    for (int64_t i = channels; i < chunk.width(); ++i) totals[s][i % channels] += totals[s][i];
+    for (int64_t i = channels; i < chunk.width(); i += channels) {
+      for (int64_t c = 0; c < channels; ++c) totals[s][c] += totals[s][i + c];
+    }
     for (int64_t c = 0; c < channels; ++c) sums[s * channels + c] = totals[s][c];
   }
 }

@@ -14,7 +14,7 @@ namespace tf_agc {
 namespace core {
 
 // The most columns that one call of a loop takes: its sums and parameters live on the stack.
-constexpr int64_t kMaxColumns = 1024;
+constexpr int64_t kMaxColumns = 2048;
 
 // How the positions of a map are walked. It depends on the shape alone, never on threads or on the batch, because it
 // fixes the order of every sum.
