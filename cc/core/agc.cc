@@ -24,12 +24,10 @@ constexpr int64_t kMinColumns = 64;
 
 // Folded rows are no longer than this: a map would have too few of them for what is done once a column.
 constexpr int64_t kMaxFoldedColumns = 640;
+static_assert(kMaxFoldedColumns <= kMaxColumns);
 
 // A row of this many elements is a whole number of vectors at every level.
 constexpr int64_t kColumnMultiple = 16;
-
-// The loops add so many rows at once.
-constexpr int64_t kTreeRows = 8;
 
 constexpr int64_t kCacheLine = 64;
 
@@ -49,9 +47,10 @@ Plan MakePlan(const Shape& shape) {
         break;
       }
     }
-    // Chunks of equal size, so many that two, four and more threads can share them evenly; whole trees of rows.
+    // About a multiple of four, so that threads can share them evenly.
     const int64_t rows = CeilDiv(shape.positions, plan.fold);
-    const int64_t chunks = CeilDiv(rows * plan.fold * shape.channels, kChunkElements);
+    const int64_t columns = std::min(plan.fold * shape.channels, kMaxTaskChannels);
+    const int64_t chunks = CeilDiv(rows * columns, kChunkElements);
     const int64_t chunk_rows = chunks == 1 ? rows : CeilDiv(rows, CeilDiv(chunks, 4) * 4);
     plan.chunk = plan.fold * CeilDiv(chunk_rows, kTreeRows) * kTreeRows;
   } else {
@@ -74,8 +73,8 @@ int64_t ChannelsPerTask(const Shape& shape, const Plan& plan, int64_t element_by
   const int64_t cache = std::max(L2CacheBytes() / 2, share);
   const int64_t fitting = cache / (tensors * shape.positions * element_bytes) / unit * unit;
   int64_t channels = std::clamp(fitting, unit, most);
-  // Enough tasks to keep every thread busy to the end. Not out of parts of channels_last rows: they take longer to read
-  // than a thread at the end has to wait.
+  // Enough tasks to keep every thread busy to the end; but threads that take different parts of the same rows disturb
+  // each other.
   while (shape.layout == Layout::kChannelsFirst && channels > unit &&
          shape.batch * CeilDiv(shape.channels, channels) < 4 * int64_t{threads}) {
     channels = CeilDiv(channels / 2, unit) * unit;
@@ -133,19 +132,35 @@ class ChunkSums {
     return core::Allocate(samples_ * blocks_.count * plan_.chunks * blocks_.Widest() * sums_per_channel_, &sums_);
   }
 
-  // Calls body(sample, begin, end, chunk, sums of chunk 0, sums of this chunk) for every chunk.
+  // Calls body(sample, begin, end, chunk, sums of chunk 0, sums of this chunk) for every chunk. After AddUp the sums of
+  // chunk 0 are those of the map.
   template <class Body>
   void ForEach(const Parallel& parallel, int64_t cycles, const Body& body) {
     For(parallel, samples_ * blocks_.count * plan_.chunks, cycles, [&](int64_t task) {
       const int64_t chunk = task % plan_.chunks, block = task / plan_.chunks % blocks_.count;
       const int64_t sample = task / plan_.chunks / blocks_.count;
       const int64_t begin = blocks_.Begin(block), end = blocks_.End(block);
-      double* sums = sums_.data() + (task - chunk) * blocks_.Widest() * sums_per_channel_;
+      double* sums = Sums(task - chunk);
       body(sample, begin, end, chunk, sums, sums + chunk * (end - begin) * sums_per_channel_);
     });
   }
 
+  // In the order of the chunks, on the calling thread: it is little work.
+  void AddUp() {
+    for (int64_t map = 0; map < samples_ * blocks_.count; ++map) {
+      const int64_t block = map % blocks_.count;
+      const int64_t count = (blocks_.End(block) - blocks_.Begin(block)) * sums_per_channel_;
+      double* totals = Sums(map * plan_.chunks);
+      for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
+        for (int64_t i = 0; i < count; ++i) totals[i] += totals[chunk * count + i];
+      }
+    }
+  }
+
  private:
+  // Where the sums of a map begin whose first chunk is the given one of all chunks.
+  double* Sums(int64_t first_chunk) { return sums_.data() + first_chunk * blocks_.Widest() * sums_per_channel_; }
+
   const Plan& plan_;
   const Blocks& blocks_;
   const int64_t samples_;
@@ -221,9 +236,12 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   sums.ForEach(parallel, cycles, [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double*, double* own) {
     loops.forward_sum(args, plan, sample, begin, end, chunk, own);
   });
-  sums.ForEach(parallel, cycles, [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* all, double*) {
-    loops.forward_apply(args, plan, sample, begin, end, chunk, all);
-  });
+  const ScopedKeepDenormals keep;
+  sums.AddUp();
+  sums.ForEach(parallel, cycles,
+               [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* total, double*) {
+                 loops.forward_apply(args, plan, sample, begin, end, chunk, total);
+               });
   return true;
 }
 
@@ -264,9 +282,10 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
                    [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double*, double* own) {
                      loops.backward_sum(args, plan, sample, begin, end, chunk, own);
                    });
+      sums.AddUp();
       sums.ForEach(parallel, cycles,
-                   [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* all, double*) {
-                     loops.backward_apply(args, plan, sample, begin, end, chunk, all, dgain_sum(sample),
+                   [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* total, double*) {
+                     loops.backward_apply(args, plan, sample, begin, end, chunk, total, dgain_sum(sample),
                                           dmean_scale_sum(sample));
                    });
     }

@@ -70,11 +70,13 @@ INSTANTIATE_TEST_SUITE_P(Sizes, EverySize,
                                          std::make_tuple(1, 131, 16), std::make_tuple(3, 9, 17),
                                          std::make_tuple(2, 67, 33), std::make_tuple(2, 8, 48),
                                          std::make_tuple(1, 25, 64), std::make_tuple(2, 13, 101),
-                                         std::make_tuple(1, 4, 513), std::make_tuple(1, 3, 1033)));
+                                         std::make_tuple(1, 4, 513), std::make_tuple(1, 3, 1033),
+                                         std::make_tuple(1, 3, 2047), std::make_tuple(2, 3, 3071)));
 
 // Maps of several chunks, shared by threads and not: also where whole maps are walked one chunk after the other.
 INSTANTIATE_TEST_SUITE_P(Chunks, EverySize,
-                         testing::Values(std::make_tuple(1, 70001, 1), std::make_tuple(1, 2113, 37)));
+                         testing::Values(std::make_tuple(1, 70001, 1), std::make_tuple(1, 2113, 37),
+                                         std::make_tuple(1, 40, 3071)));
 
 TEST(Forward, SampleDoesNotDependOnItsNeighbours) {
   for (Layout layout : kLayouts) {

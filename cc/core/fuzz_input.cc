@@ -50,7 +50,7 @@ Case ReadCase(Reader* reader) {
   c.alpha = reader->Below(2) == 0 ? AlphaOf(c.activation) : 0;
   // Channels below kMaxColumns and above it; more samples than agc.cc has groups of them (kMaxGroups).
   const int64_t budget = kBudgets[reader->Below(8)];
-  c.shape.channels = reader->Below(std::min<int64_t>(budget, 2100));
+  c.shape.channels = reader->Below(std::min<int64_t>(budget, 4200));
   const int64_t maps = budget / std::max<int64_t>(c.shape.channels, 1);
   c.shape.batch = reader->Below(std::min<int64_t>(maps, 130) + 1);
   c.shape.positions = 1 + reader->Below(std::max<int64_t>(maps / std::max<int64_t>(c.shape.batch, 1), 1));
@@ -100,7 +100,7 @@ void RunFuzzInput(const uint8_t* bytes, size_t size) {
   const Case c = ReadCase(&reader);
   const std::vector<InstructionSet> levels = Levels();
   const InstructionSet level = levels[static_cast<size_t>(reader.Below(static_cast<int64_t>(levels.size())))];
-  const int threads = 1 + static_cast<int>(reader.Below(9));
+  const int threads = 1 + static_cast<int>(reader.Below(100));
   const Parallel parallel = reader.Below(32) == 0 ? Backwards(threads) : Reversed(threads);
   const size_t offset = static_cast<size_t>(reader.Below(8));
   const bool in_place = reader.Below(2) == 1;

@@ -3,23 +3,27 @@
 #ifndef TF_AGC_CC_CORE_JOB_H_
 #define TF_AGC_CC_CORE_JOB_H_
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <vector>
 
 namespace tf_agc {
 namespace core {
 
 // Tasks in equal shares of neighbours, one share for each of `threads` threads. Who is done with a share helps with the
-// next one, until no task is left. Call after call, a thread so has the same part of the tensors before it, and that
-// part in its cache.
+// next one, until no task is left.
 class Job {
  public:
+  Job(const Job&) = delete;
+  Job& operator=(const Job&) = delete;
+  ~Job() { pthread_cond_destroy(&all_done_); }
   Job(int64_t tasks, int64_t threads, void (*task)(const void*, int64_t), const void* context)
       : tasks_(tasks), task_(task), context_(context), shares_(static_cast<size_t>(threads)) {
     for (int64_t i = 0; i < threads; ++i) {
@@ -40,7 +44,7 @@ class Job {
     if (done_.fetch_add(run, std::memory_order_acq_rel) + run < tasks_) return;
     // With the lock: or the waiting thread may miss it between its look at done_ and its sleep.
     const std::lock_guard<std::mutex> lock(mutex_);
-    all_done_.notify_all();
+    pthread_cond_signal(&all_done_);
   }
 
   // Waits for the tasks that other threads took.
@@ -50,12 +54,12 @@ class Job {
       if (Done()) return;
       Pause();
     }
-    std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return Done(); });
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!Done()) pthread_cond_wait(&all_done_, mutex_.native_handle());
   }
 
  private:
-  static constexpr int kSpins = 1000;  // About 20 microseconds.
+  static constexpr int kSpins = 1000;  // Some tens of microseconds at most.
 
   // On a cache line of its own, or taking a task would disturb the others.
   struct alignas(64) Share {
@@ -79,7 +83,8 @@ class Job {
   std::vector<Share> shares_;
   std::atomic<int64_t> done_{0};
   std::mutex mutex_;
-  std::condition_variable all_done_;
+  // std::condition_variable::wait would need the C++ runtime of GCC 12.
+  pthread_cond_t all_done_ = PTHREAD_COND_INITIALIZER;
 };
 
 // Runs all tasks, of about `cycles` each, on the calling thread and on those of a pool of `threads` that come to help:
@@ -92,12 +97,19 @@ void RunTasks(int64_t tasks, int64_t cycles, int64_t threads, void (*task)(const
   constexpr int64_t kCyclesPerThread = 40000;  // Below this, waking a thread costs more than it saves.
   const int64_t worthwhile = std::min(tasks, tasks * cycles / kCyclesPerThread);
   const int64_t helpers = std::min(threads, worthwhile) - 1;
-  if (helpers <= 0) {
+  std::shared_ptr<Job> job;
+  if (helpers > 0) {
+    try {
+      job = std::make_shared<Job>(tasks, helpers + 1, task, context);
+      for (int64_t i = 1; i <= helpers; ++i) schedule([job, i] { job->Help(i); });
+    } catch (const std::bad_alloc&) {
+      // Without memory for helpers, or for more of them, the caller does more of the work.
+    }
+  }
+  if (job == nullptr) {
     for (int64_t i = 0; i < tasks; ++i) task(context, i);
     return;
   }
-  const auto job = std::make_shared<Job>(tasks, helpers + 1, task, context);
-  for (int64_t i = 1; i <= helpers; ++i) schedule([job, i] { job->Help(i); });
   job->Help(0);
   job->Wait();
 }

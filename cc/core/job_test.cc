@@ -4,7 +4,9 @@
 
 #include <cstdint>
 #include <functional>
+#include <future>
 #include <memory>
+#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -89,6 +91,52 @@ TEST(Job, AThreadBeginsWithItsOwnShare) {
   job.Help(1);
   job.Wait();
   EXPECT_EQ(order.indices, (std::vector<int64_t>{2, 3, 4, 5, 6, 0, 1}));
+}
+
+// The other thread's task ends long after the caller has begun to wait.
+TEST(Job, TheCallerSleepsUntilItIsWoken) {
+  struct Slow {
+    static void Task(const void* context, int64_t index) {
+      volatile int work = 0;
+      for (int i = 0; index == 1 && i < 20000000; ++i) work = i;
+      Written::Task(context, index);
+    }
+  };
+  Written written(2);
+  std::promise<void> taken;
+  const auto job = std::make_shared<Job>(2, 2, Slow::Task, &written.times);
+  std::thread other([&] {
+    taken.set_value();
+    job->Help(1);
+  });
+  taken.get_future().wait();
+  job->Help(0);
+  job->Wait();
+  written.ExpectOnce();
+  other.join();
+}
+
+TEST(RunTasks, WhateverBecomesOfTheHelpers) {
+  using Function = std::function<void()>;
+  std::vector<Function> late;
+  const std::function<void(Function)> pools[] = {
+      [](Function help) { help(); },                            // At once.
+      [](Function) {},                                          // Never.
+      [&](Function help) { late.push_back(std::move(help)); },  // After the end.
+      [](Function) { throw std::bad_alloc(); },                 // There is no memory for them.
+      [&, first = true](Function help) mutable {                // There is memory for one.
+        if (!std::exchange(first, false)) throw std::bad_alloc();
+        late.push_back(std::move(help));
+      },
+  };
+  for (const auto& pool : pools) {
+    Written written(10);
+    RunTasks(10, 1000000, 4, Written::Task, &written.times, pool);
+    written.ExpectOnce();
+    for (const Function& help : late) help();
+    written.ExpectOnce();
+    late.clear();
+  }
 }
 
 TEST(RunTasks, AsksForAsManyThreadsAsAreWorthIt) {

@@ -6,7 +6,8 @@
 // Why the loops look as they do:
 // - Everything is bound by memory, so each pass touches each element once and does all it can with it.
 // - A column sum adds eight rows as a tree, then up to eight such sums in the compute type, then goes on in double:
-//   the error of a mean stays at a few units in the last place for any number of positions, at one flush per 64 rows.
+//   the error of a mean stays at a few units in the last place for any number of positions, at one flush per 64 rows or
+//   per chunk.
 // - Sums sit in a small array in the first-level cache and not in registers: rows are then walked as memory lies,
 //   whole, which the prefetchers follow, and the array costs one load and one store per eight rows.
 // - The second pass walks the chunks backwards: what the first one read last is still in the nearest cache (about 7 %
@@ -39,7 +40,7 @@ template <class T>
 struct ForwardTerms {
   using V = typename Compute<T>::Vector;
   static constexpr int kSums = 1;
-  static constexpr int kTree = 8;
+  static constexpr int kTree = kTreeRows;
   const T* x;
 
   void Get(int64_t element, int64_t, V* sums) const { sums[0] = Load(x + element); }
@@ -387,14 +388,6 @@ void ApplyChunk(const Map& map, Parameters<T, Map::kParameters>* parameters, con
   if (chunk.last_width() > 0) ApplyRows<true>(map, *parameters, chunk.last_element(), 1, 0, chunk.last_width());
 }
 
-// Adds the sums of all chunks, [chunks][count], in the order of the chunks.
-void AddChunks(const double* sums, int64_t chunks, int64_t count, double* totals) {
-  for (int64_t i = 0; i < count; ++i) totals[i] = sums[i];
-  for (int64_t k = 1; k < chunks; ++k) {
-    for (int64_t i = 0; i < count; ++i) totals[i] += sums[k * count + i];
-  }
-}
-
 // ---- The two passes ----
 
 template <class T, template <class, class> class ActivationOf>
@@ -437,9 +430,7 @@ struct Passes {
   }
 
   static void ForwardApply(const ForwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
-                           int64_t chunk, const double* sums) {
-    double totals[kForwardSums * kMaxColumns];
-    AddChunks(sums, plan.chunks, kForwardSums * (end - begin), totals);
+                           int64_t chunk, const double* totals) {
     Parameters<T, 2> parameters;
     ForwardParameters(args, sample, begin, end, chunk, totals, &parameters);
     ForwardWrite(args, plan, sample, begin, end, chunk, &parameters);
@@ -515,9 +506,7 @@ struct Passes {
   }
 
   static void BackwardApply(const BackwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
-                            int64_t chunk, const double* sums, double* dgain_sum, double* dmean_scale_sum) {
-    double totals[kBackwardSums * kMaxColumns];
-    AddChunks(sums, plan.chunks, kBackwardSums * (end - begin), totals);
+                            int64_t chunk, const double* totals, double* dgain_sum, double* dmean_scale_sum) {
     if (chunk == 0) AddParameterGradients(args, sample, begin, end, totals, dgain_sum, dmean_scale_sum);
     Parameters<T, 3> parameters;
     BackwardParameters(args, sample, begin, end, totals, &parameters);

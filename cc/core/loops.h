@@ -16,6 +16,9 @@ namespace core {
 // The most columns that one call of a loop takes: its sums and parameters live on the stack.
 constexpr int64_t kMaxColumns = 2048;
 
+// The sums of this many rows are added as a tree; chunks are whole numbers of them.
+constexpr int kTreeRows = 8;
+
 // How the positions of a map are walked. It depends on the shape alone, never on threads or on the batch, because it
 // fixes the order of every sum.
 //
@@ -37,17 +40,17 @@ struct Loops {
   void (*backward)(const BackwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, double* dgain_sum,
                    double* dmean_scale_sum);
 
-  // The same in two steps, for maps that threads share. Step one writes the sums of one chunk; step two takes the sums
-  // of all chunks, [chunks][columns] as step one left them, and finishes one chunk.
+  // The same in two steps, for maps that threads share. Step one writes the sums of one chunk; step two takes their
+  // total over all chunks, and finishes one chunk.
   void (*forward_sum)(const ForwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
                       double* sums);
   void (*forward_apply)(const ForwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
-                        const double* sums);
+                        const double* totals);
   void (*backward_sum)(const BackwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
                        double* sums);
   // Chunk 0 adds the sample's part to the parameter sums.
   void (*backward_apply)(const BackwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
-                         const double* sums, double* dgain_sum, double* dmean_scale_sum);
+                         const double* totals, double* dgain_sum, double* dmean_scale_sum);
 };
 
 // Doubles that one chunk's sums take for `channels` channels: one sum forward, two backward.
