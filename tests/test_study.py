@@ -290,7 +290,7 @@ def test_interrupted_and_continued(trainer, call, tmp_path, capsys):
     for path in capsys.readouterr().out.split():
         assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (tmp_path / "results").glob("*.png")} == {
-        f"digits_4_{name}.png" for name in ("accuracy", "curves", "memory", "gains")
+        f"digits_4_{name}.png" for name in ("accuracy", "curves_plain", "memory", "gains_plain")
     }
 
 

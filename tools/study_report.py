@@ -207,29 +207,28 @@ def draw(results: Results) -> list[pathlib.Path]:
         cells = {run.cell for run in runs}
         curves = [point for point in results.curves if point.cell in cells]
         gains = [record for record in results.gains if record.cell in cells and record.normalization == "agc"]
-        figures = {
-            "accuracy": _accuracy_figure(runs),
-            "curves": _curves_figure(curves),
-            "memory": _memory_figure(runs),
-            "gains": _gains_figure(gains),
-        }
+        figures = {"accuracy": _accuracy_figure(runs), "memory": _memory_figure(runs)}
+        for network in sorted({point.network for point in curves}):
+            figures[f"curves_{network}"] = _curves_figure([point for point in curves if point.network == network])
+        for network in sorted({record.network for record in gains}):
+            figures[f"gains_{network}"] = _gains_figure([record for record in gains if record.network == network])
         for name, figure in figures.items():
-            if figure is not None:
-                figure.suptitle(f"{dataset}, {epochs} epoch{'s' if epochs > 1 else ''}")
-                paths.append(results.directory / f"{dataset}_{epochs}_{name}.png")
-                figure.savefig(paths[-1], dpi=110)
+            figure.suptitle(f"{dataset}, {epochs} epoch{'s' if epochs > 1 else ''}")
+            paths.append(results.directory / f"{dataset}_{epochs}_{name}.png")
+            figure.savefig(paths[-1], dpi=110)
     return paths
 
 
-def _panels(columns: int, rows: int = 1, height: float = 4.0) -> tuple[Figure, list]:
+def _panels(columns: int, rows: int = 1, height: float = 4.0, **shared: bool) -> tuple[Figure, list]:
     figure = Figure(figsize=(1 + 4.5 * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared).tolist()
 
 
 def _accuracy_figure(runs: list[Run]) -> Figure:
     groups = _grouped(runs)
     networks = list(dict.fromkeys(network for network, _, _ in groups))
-    figure, [panels] = _panels(len(networks))
+    figure, [panels] = _panels(len(networks), sharex=True, sharey=True)
+    ticks = sorted({batch for _, batch, _ in groups})
     for axes, network in zip(panels, networks, strict=True):
         for method, title in TITLES.items():
             batches = [batch for name, batch, other in groups if (name, other) == (network, method)]
@@ -239,7 +238,6 @@ def _accuracy_figure(runs: list[Run]) -> Figure:
             if batches:
                 axes.errorbar(batches, means, margins, marker="o", capsize=3, color=_COLORS[method], label=title)
         axes.set(title=network, xlabel="batch size", xscale="log")
-        ticks = sorted({batch for name, batch, _ in groups if name == network})
         axes.set_xticks(ticks, map(str, ticks), minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -249,21 +247,20 @@ def _accuracy_figure(runs: list[Run]) -> Figure:
 
 
 def _curves_figure(curves: list) -> Figure:
-    sizes = sorted({(point.network, -point.batch_size) for point in curves})
-    figure, panels = _panels(len(sizes), rows=2, height=3.5)
-    for column, (network, batch) in enumerate(sizes):
+    """Of one network."""
+    batches = sorted({point.batch_size for point in curves}, reverse=True)
+    figure, panels = _panels(len(batches), rows=2, height=3.5)
+    for column, batch in enumerate(batches):
         for method, title in TITLES.items():
             points = [
-                point
-                for point in curves
-                if (point.network, -point.batch_size, point.normalization, point.seed) == (network, batch, method, 0)
+                point for point in curves if (point.batch_size, point.normalization, point.seed) == (batch, method, 0)
             ]
             ends = [point for point in points if not math.isnan(point.validation_accuracy)]
             style = {"marker": ".", "color": _COLORS[method]}
             panels[0][column].plot([point.epoch for point in points], [point.loss for point in points], **style)
             accuracies = [100 * point.validation_accuracy for point in ends]
             panels[1][column].plot([point.epoch for point in ends], accuracies, label=title, **style)
-        panels[0][column].set_title(f"{network}, batch {-batch}", fontsize=9)
+        panels[0][column].set_title(f"{curves[0].network}, batch {batch}", fontsize=9)
         panels[1][column].set_xlabel("epoch, seed 0")
     panels[0][0].set_ylabel("training loss")
     panels[1][0].set_ylabel("validation accuracy %")
@@ -288,13 +285,12 @@ def _memory_figure(runs: list[Run]) -> Figure:
     return figure
 
 
-def _gains_figure(gains: list) -> Figure | None:
-    sizes = sorted({(record.network, -record.batch_size) for record in gains})
-    if not sizes:
-        return None
-    figure, panels = _panels(len(sizes), rows=2, height=3.5)
-    for column, (network, batch) in enumerate(sizes):
-        chosen = [record for record in gains if (record.network, -record.batch_size) == (network, batch)]
+def _gains_figure(gains: list) -> Figure:
+    """Of one network."""
+    batches = sorted({record.batch_size for record in gains}, reverse=True)
+    figure, panels = _panels(len(batches), rows=2, height=3.5)
+    for column, batch in enumerate(batches):
+        chosen = [record for record in gains if record.batch_size == batch]
         epochs = sorted({record.epoch for record in chosen})
         for index, epoch in enumerate(epochs):
             color = str(0.85 * (1 - index / max(1, len(epochs) - 1)))
@@ -302,7 +298,7 @@ def _gains_figure(gains: list) -> Figure | None:
             for row, quantity in enumerate(("gain", "sparsity")):
                 values = [getattr(record, quantity) for record in layers]
                 panels[row][column].plot(range(1, len(values) + 1), values, ".-", color=color)
-        panels[0][column].set_title(f"{network}, batch {-batch}", fontsize=9)
+        panels[0][column].set_title(f"{gains[0].network}, batch {batch}", fontsize=9)
         panels[1][column].set(xlabel="AGC layer, in the order of execution", ylim=(0, 1))
     panels[0][0].set_ylabel("mean gain, light: before training")
     panels[1][0].set_ylabel("sparsity")
