@@ -21,9 +21,6 @@ namespace core {
 // next one, until no task is left.
 class Job {
  public:
-  Job(const Job&) = delete;
-  Job& operator=(const Job&) = delete;
-  ~Job() { pthread_cond_destroy(&all_done_); }
   Job(int64_t tasks, int64_t threads, void (*task)(const void*, int64_t), const void* context)
       : tasks_(tasks), task_(task), context_(context), shares_(static_cast<size_t>(threads)) {
     for (int64_t i = 0; i < threads; ++i) {
@@ -31,6 +28,8 @@ class Job {
       shares_[static_cast<size_t>(i)].end = tasks * (i + 1) / threads;
     }
   }
+
+  ~Job() { pthread_cond_destroy(&all_done_); }
 
   // Takes and runs tasks, beginning with the share of thread `own`. A thread that comes too late touches nothing but
   // this object.
