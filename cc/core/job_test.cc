@@ -97,8 +97,8 @@ TEST(Job, AThreadBeginsWithItsOwnShare) {
 TEST(Job, TheCallerSleepsUntilItIsWoken) {
   struct Slow {
     static void Task(const void* context, int64_t index) {
-      volatile int work = 0;
-      for (int i = 0; index == 1 && i < 20000000; ++i) work = i;
+      volatile int left = index == 1 ? 20000000 : 0;
+      while (left > 0) left = left - 1;
       Written::Task(context, index);
     }
   };
