@@ -3,7 +3,9 @@
 import dataclasses
 import pathlib
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from tf_agc import native
 
@@ -55,6 +57,21 @@ def test_times_our_op(tools, native_required):
     assert limits["forward fresh"] == pytest.approx(1000)
     assert limits["backward in place"] == pytest.approx(1500)
     assert limits["forward + backward"] == pytest.approx(2500)
+
+
+def test_relus_of_a_chain_stay_apart(tools):
+    import bench_cpu
+
+    relu = next(c for c in bench_cpu._candidates((1, 4, 4, 3), "channels_last", "float32", False) if c.role == "floor")
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        y = tf.compat.v1.placeholder(tf.float32, (1, 4, 4, 3))
+        feed = {y: np.ones((1, 4, 4, 3))}
+        for i in range(5):
+            y = relu.make_layer(i)[0](y)
+        options = tf.compat.v1.RunOptions(output_partition_graphs=True)
+        metadata = tf.compat.v1.RunMetadata()
+        session.run(y, feed, options, metadata)
+    assert [node.op for graph in metadata.partition_graphs for node in graph.node].count("Relu") == 5
 
 
 def test_results_can_be_read_again(tools, tmp_path):

@@ -294,7 +294,8 @@ def _candidates(shape, data_format, dtype, peers) -> Iterator[_Candidate]:
         return make_layer
 
     def relu(_i):
-        return tf.nn.relu, []
+        # Of relus that follow each other TensorFlow makes one op, which touches memory once for all of them.
+        return lambda x: tf.ensure_shape(tf.nn.relu(x), x.shape), []
 
     yield _Candidate("tf_agc", "ours", ours)
     yield _Candidate("tf_agc, XLA", "ours", ours, jit=True)
