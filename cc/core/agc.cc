@@ -102,14 +102,14 @@ int64_t Cycles(int64_t elements, int64_t tensors, int64_t element_bytes) {
   return 1 + static_cast<int64_t>(static_cast<double>(elements * tensors * element_bytes) / kBytesPerCycle);
 }
 
-// Calls body(i) for i in [0, tasks) on the threads of `parallel`, with denormals kept.
+// body(i) for i in [0, tasks), with denormals kept.
 template <class Body>
-void For(const Parallel& parallel, int64_t tasks, int64_t cycles, const Body& body) {
+Phase MakePhase(int64_t tasks, int64_t cycles, const Body& body) {
   auto task = [](const void* context, int64_t index) {
     const ScopedKeepDenormals keep;
     (*static_cast<const Body*>(context))(index);
   };
-  parallel.run(parallel.pool, tasks, cycles, task, &body);
+  return {tasks, cycles, task, &body};
 }
 
 // `count` zeros, or false where there is no memory for them.
@@ -132,34 +132,35 @@ class ChunkSums {
     return core::Allocate(samples_ * blocks_.count * plan_.chunks * blocks_.Widest() * sums_per_channel_, &sums_);
   }
 
-  // Calls body(sample, begin, end, chunk, sums of chunk 0, sums of this chunk) for every chunk. After AddUp the sums of
-  // chunk 0 are those of the map.
-  template <class Body>
-  void ForEach(const Parallel& parallel, int64_t cycles, const Body& body) {
-    For(parallel, samples_ * blocks_.count * plan_.chunks, cycles, [&](int64_t task) {
-      const int64_t chunk = task % plan_.chunks, block = task / plan_.chunks % blocks_.count;
-      const int64_t sample = task / plan_.chunks / blocks_.count;
-      const int64_t begin = blocks_.Begin(block), end = blocks_.End(block);
-      double* sums = Sums(task - chunk);
-      body(sample, begin, end, chunk, sums, sums + chunk * (end - begin) * sums_per_channel_);
-    });
-  }
-
-  // In the order of the chunks, on the calling thread: it is little work.
-  void AddUp() {
-    for (int64_t map = 0; map < samples_ * blocks_.count; ++map) {
-      const int64_t block = map % blocks_.count;
-      const int64_t count = (blocks_.End(block) - blocks_.Begin(block)) * sums_per_channel_;
-      double* totals = Sums(map * plan_.chunks);
+  // Calls sum(sample, begin, end, chunk, sums of the chunk) for every chunk, adds the chunks of each map in their
+  // order, and calls apply(sample, begin, end, chunk, sums of the map) for every chunk. `cycles`: of one such call.
+  template <class Sum, class Apply>
+  void Run(const Parallel& parallel, int64_t cycles, const Sum& sum, const Apply& apply) {
+    const int64_t maps = samples_ * blocks_.count;
+    auto sum_chunk = [&](int64_t task) {
+      const int64_t map = task / plan_.chunks, chunk = task % plan_.chunks, block = map % blocks_.count;
+      sum(map / blocks_.count, blocks_.Begin(block), blocks_.End(block), chunk, OfMap(map) + chunk * Count(block));
+    };
+    auto add_up = [&](int64_t map) {
+      const int64_t count = Count(map % blocks_.count);
+      double* totals = OfMap(map);
       for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
         for (int64_t i = 0; i < count; ++i) totals[i] += totals[chunk * count + i];
       }
-    }
+    };
+    auto apply_chunk = [&](int64_t task) {
+      const int64_t map = task / plan_.chunks, chunk = task % plan_.chunks, block = map % blocks_.count;
+      apply(map / blocks_.count, blocks_.Begin(block), blocks_.End(block), chunk, OfMap(map));
+    };
+    const Phase phases[] = {MakePhase(maps * plan_.chunks, cycles, sum_chunk), MakePhase(maps, 0, add_up),
+                            MakePhase(maps * plan_.chunks, cycles, apply_chunk)};
+    parallel.run(parallel.pool, phases, 3);
   }
 
  private:
-  // Where the sums of a map begin whose first chunk is the given one of all chunks.
-  double* Sums(int64_t first_chunk) { return sums_.data() + first_chunk * blocks_.Widest() * sums_per_channel_; }
+  // How many a chunk has, and where those of a block of a sample begin: the first chunk's, later the map's.
+  int64_t Count(int64_t block) const { return (blocks_.End(block) - blocks_.Begin(block)) * sums_per_channel_; }
+  double* OfMap(int64_t map) { return sums_.data() + map * plan_.chunks * blocks_.Widest() * sums_per_channel_; }
 
   const Plan& plan_;
   const Blocks& blocks_;
@@ -206,8 +207,10 @@ const Loops& FindLoops(InstructionSet level, DataType data_type, Activation acti
 }  // namespace
 
 Parallel Serial() {
-  auto run = [](void*, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
-    for (int64_t i = 0; i < tasks; ++i) task(context, i);
+  auto run = [](void*, const Phase* phases, int count) {
+    for (const Phase* phase = phases; phase < phases + count; ++phase) {
+      for (int64_t i = 0; i < phase->tasks; ++i) phase->task(phase->context, i);
+    }
   };
   return {1, nullptr, run};
 }
@@ -223,25 +226,25 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, 1, parallel.threads));
   const int64_t whole_maps = shape.batch * blocks.count;
   if (whole_maps >= parallel.threads || plan.chunks == 1) {
-    For(parallel, whole_maps, Cycles(shape.positions * blocks.Widest(), 2, bytes), [&](int64_t task) {
+    auto forward = [&](int64_t task) {
       const int64_t block = task % blocks.count;
       loops.forward(args, plan, task / blocks.count, blocks.Begin(block), blocks.End(block));
-    });
+    };
+    const Phase phase = MakePhase(whole_maps, Cycles(shape.positions * blocks.Widest(), 2, bytes), forward);
+    parallel.run(parallel.pool, &phase, 1);
     return true;
   }
   // Fewer maps than threads: the threads share them, chunk by chunk, once to add and once to write.
   ChunkSums sums(plan, blocks, shape.batch, kForwardSums);
   if (!sums.Allocate()) return false;
-  const int64_t cycles = Cycles(plan.chunk * blocks.Widest(), 1, bytes);
-  sums.ForEach(parallel, cycles, [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double*, double* own) {
-    loops.forward_sum(args, plan, sample, begin, end, chunk, own);
-  });
-  const ScopedKeepDenormals keep;
-  sums.AddUp();
-  sums.ForEach(parallel, cycles,
-               [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* total, double*) {
-                 loops.forward_apply(args, plan, sample, begin, end, chunk, total);
-               });
+  sums.Run(
+      parallel, Cycles(plan.chunk * blocks.Widest(), 1, bytes),
+      [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* of_chunk) {
+        loops.forward_sum(args, plan, sample, begin, end, chunk, of_chunk);
+      },
+      [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, const double* of_map) {
+        loops.forward_apply(args, plan, sample, begin, end, chunk, of_map);
+      });
   return true;
 }
 
@@ -266,28 +269,28 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
     // Threads share maps only where each sample is a group of its own: the samples of one are added one by one.
     if (whole_maps >= parallel.threads || plan.chunks == 1 || group_samples > 1) {
       const int64_t cycles = Cycles(group_samples * shape.positions * blocks.Widest(), 3, bytes);
-      For(parallel, whole_maps, cycles, [&](int64_t task) {
+      auto backward = [&](int64_t task) {
         const int64_t block = task % blocks.count, group = task / blocks.count;
         const int64_t last = std::min((group + 1) * group_samples, shape.batch);
         for (int64_t sample = group * group_samples; sample < last; ++sample) {
           loops.backward(args, plan, sample, blocks.Begin(block), blocks.End(block), dgain_sum(group),
                          dmean_scale_sum(group));
         }
-      });
+      };
+      const Phase phase = MakePhase(whole_maps, cycles, backward);
+      parallel.run(parallel.pool, &phase, 1);
     } else {
       ChunkSums sums(plan, blocks, shape.batch, kBackwardSums);
       if (!sums.Allocate()) return false;
-      const int64_t cycles = Cycles(plan.chunk * blocks.Widest(), 2, bytes);
-      sums.ForEach(parallel, cycles,
-                   [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double*, double* own) {
-                     loops.backward_sum(args, plan, sample, begin, end, chunk, own);
-                   });
-      sums.AddUp();
-      sums.ForEach(parallel, cycles,
-                   [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* total, double*) {
-                     loops.backward_apply(args, plan, sample, begin, end, chunk, total, dgain_sum(sample),
-                                          dmean_scale_sum(sample));
-                   });
+      sums.Run(
+          parallel, Cycles(plan.chunk * blocks.Widest(), 2, bytes),
+          [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* of_chunk) {
+            loops.backward_sum(args, plan, sample, begin, end, chunk, of_chunk);
+          },
+          [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, const double* of_map) {
+            loops.backward_apply(args, plan, sample, begin, end, chunk, of_map, dgain_sum(sample),
+                                 dmean_scale_sum(sample));
+          });
     }
     double* first = dgain_sum(0);
     for (int64_t group = 1; group < groups; ++group) {

@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "cc/core/cpu.h"
+#include "cc/core/parallel.h"
 
 namespace tf_agc {
 namespace core {
@@ -64,15 +65,6 @@ struct BackwardArgs {
   void* dx;                // T. May be dy or kept itself; must not overlap them otherwise.
   void* dgain;             // U[channels].
   void* dmean_scale;       // U[channels].
-};
-
-// How to run independent tasks at once. `run` calls task(context, i) once for every i in [0, tasks), on any threads,
-// and returns when all are done. `cycles` estimates one task.
-struct Parallel {
-  int threads;
-  void* pool;
-  void (*run)(void* pool, int64_t tasks, int64_t cycles, void (*task)(const void* context, int64_t index),
-              const void* context);
 };
 
 // Runs everything on the calling thread.

@@ -43,10 +43,10 @@ class Threads {
     for (Worker& worker : workers_) worker.thread.join();
   }
   Parallel parallel() {
-    auto run = [](void* pool, int64_t tasks, int64_t cycles, void (*task)(const void*, int64_t), const void* context) {
+    auto run = [](void* pool, const Phase* phases, int count) {
       auto* threads = static_cast<Threads*>(pool);
       auto worker = threads->workers_.begin();
-      RunTasks(tasks, cycles, threads->Count(), task, context, [&](auto help) {
+      RunPhases(phases, count, threads->Count(), [&](auto help) {
         while (worker->busy) {  // It came too late for the call before.
         }
         worker->help = std::move(help);
@@ -167,7 +167,8 @@ void BenchCopy(benchmark::State& state, Size size, DataType type) {
       const int64_t begin = i * copy.chunk;
       std::memcpy(copy.to + begin, copy.from + begin, std::min(copy.chunk, copy.bytes - begin));
     };
-    parallel.run(parallel.pool, (bytes + context.chunk - 1) / context.chunk, context.chunk, task, &context);
+    const Phase phase{(bytes + context.chunk - 1) / context.chunk, context.chunk, task, &context};
+    parallel.run(parallel.pool, &phase, 1);
   }
   state.SetBytesProcessed(state.iterations() * 2 * bytes);
 }

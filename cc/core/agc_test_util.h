@@ -338,11 +338,13 @@ inline std::vector<InstructionSet> Levels() {
 
 // Real threads, one a task, started from the last to the first: nothing may depend on the order.
 inline Parallel Backwards(int threads) {
-  auto run = [](void*, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
-    for (int64_t i = tasks - 1; i >= 0; i -= 2) {
-      std::thread other([&] { task(context, i); });
-      if (i > 0) task(context, i - 1);
-      other.join();
+  auto run = [](void*, const Phase* phases, int count) {
+    for (const Phase* phase = phases; phase < phases + count; ++phase) {
+      for (int64_t i = phase->tasks - 1; i >= 0; i -= 2) {
+        std::thread other([&] { phase->task(phase->context, i); });
+        if (i > 0) phase->task(phase->context, i - 1);
+        other.join();
+      }
     }
   };
   return {threads, nullptr, run};

@@ -77,8 +77,10 @@ class Exact {
 // As if there were several threads, from the last task to the first, on this one: AddressSanitizer takes milliseconds
 // to start another.
 Parallel Reversed(int threads) {
-  auto run = [](void*, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
-    for (int64_t i = tasks - 1; i >= 0; --i) task(context, i);
+  auto run = [](void*, const Phase* phases, int count) {
+    for (const Phase* phase = phases; phase < phases + count; ++phase) {
+      for (int64_t i = phase->tasks - 1; i >= 0; --i) phase->task(phase->context, i);
+    }
   };
   return {threads, nullptr, run};
 }

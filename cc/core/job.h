@@ -14,47 +14,49 @@
 #include <new>
 #include <vector>
 
+#include "cc/core/parallel.h"
+
 namespace tf_agc {
 namespace core {
 
-// Tasks in equal shares of neighbours, one share for each of `threads` threads. Who is done with a share helps with the
-// next one, until no task is left.
+// Phases, each with its tasks in equal shares of neighbours, one share for each of `threads` threads. Who is done with
+// a share helps with the next one, until no task of the phase is left. Phases without tasks are left out.
+//
+// A thread has the same share in every phase: where phases have the same tasks, it finds in its cache what it had
+// there.
 class Job {
  public:
-  Job(int64_t tasks, int64_t threads, void (*task)(const void*, int64_t), const void* context)
-      : tasks_(tasks), task_(task), context_(context), shares_(static_cast<size_t>(threads)) {
-    for (int64_t i = 0; i < threads; ++i) {
-      shares_[static_cast<size_t>(i)].next = tasks * i / threads;
-      shares_[static_cast<size_t>(i)].end = tasks * (i + 1) / threads;
+  // At most kMaxPhases, which are copied.
+  Job(const Phase* phases, int count, int64_t threads) : threads_(static_cast<size_t>(threads)) {
+    for (const Phase* phase = phases; phase < phases + count; ++phase) {
+      if (phase->tasks > 0) phases_[count_++] = *phase;
+    }
+    shares_ = std::vector<Share>(static_cast<size_t>(count_) * threads_);
+    for (int phase = 0; phase < count_; ++phase) {
+      for (int64_t i = 0; i < threads; ++i) {
+        Share& share = ShareOf(phase, static_cast<size_t>(i));
+        share.next = phases_[phase].tasks * i / threads;
+        share.end = phases_[phase].tasks * (i + 1) / threads;
+      }
     }
   }
 
-  ~Job() { pthread_cond_destroy(&all_done_); }
+  ~Job() { pthread_cond_destroy(&ended_changed_); }
 
-  // Takes and runs tasks, beginning with the share of thread `own`. A thread that comes too late touches nothing but
-  // this object.
+  // Has all phases done, with those who help, as thread 0.
+  void Run() {
+    for (int phase = 0; phase < count_; ++phase) {
+      TakeTasks(phase, 0);
+      if (!EndsSoon(phase)) WaitForEnd(phase);
+    }
+  }
+
+  // Takes and runs tasks, beginning with the shares of thread `own`, and leaves rather than wait for long. A thread
+  // that comes too late touches nothing but this object.
   void Help(int64_t own) {
-    int64_t run = 0;
-    for (size_t k = 0; k < shares_.size(); ++k) {
-      Share& share = shares_[(static_cast<size_t>(own) + k) % shares_.size()];
-      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end; ++run) task_(context_, i);
+    for (int phase = 0; phase < count_ && (phase == 0 || EndsSoon(phase - 1)); ++phase) {
+      TakeTasks(phase, static_cast<size_t>(own));
     }
-    if (run == 0) return;
-    if (done_.fetch_add(run, std::memory_order_acq_rel) + run < tasks_) return;
-    // With the lock: or the waiting thread may miss it between its look at done_ and its sleep.
-    const std::lock_guard<std::mutex> lock(mutex_);
-    pthread_cond_signal(&all_done_);
-  }
-
-  // Waits for the tasks that other threads took.
-  void Wait() {
-    // They are running already and mostly end soon, and to be woken takes longer than that.
-    for (int i = 0; i < kSpins; ++i) {
-      if (Done()) return;
-      Pause();
-    }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    while (!Done()) pthread_cond_wait(&all_done_, mutex_.native_handle());
   }
 
  private:
@@ -66,7 +68,41 @@ class Job {
     int64_t end;
   };
 
-  bool Done() const { return done_.load(std::memory_order_acquire) == tasks_; }
+  Share& ShareOf(int phase, size_t thread) { return shares_[static_cast<size_t>(phase) * threads_ + thread]; }
+
+  void TakeTasks(int phase, size_t own) {
+    const Phase& work = phases_[phase];
+    int64_t run = 0;
+    for (size_t k = 0; k < threads_; ++k) {
+      Share& share = ShareOf(phase, (own + k) % threads_);
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end; ++run) {
+        work.task(work.context, i);
+      }
+    }
+    if (run == 0) return;
+    if (done_[phase].fetch_add(run, std::memory_order_acq_rel) + run < work.tasks) return;
+    // With the lock: or the waiting thread may miss it between its look at ended_ and its sleep.
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ended_.store(phase + 1, std::memory_order_release);
+    pthread_cond_signal(&ended_changed_);
+  }
+
+  bool Ended(int phase) const { return ended_.load(std::memory_order_acquire) > phase; }
+
+  // Waits for the tasks that other threads took, but not for long: they are running already and mostly end soon, and to
+  // be woken takes longer than that.
+  bool EndsSoon(int phase) const {
+    for (int i = 0; i < kSpins; ++i) {
+      if (Ended(phase)) return true;
+      Pause();
+    }
+    return false;
+  }
+
+  void WaitForEnd(int phase) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!Ended(phase)) pthread_cond_wait(&ended_changed_, mutex_.native_handle());
+  }
 
   static void Pause() {
 #if defined(__x86_64__)
@@ -76,41 +112,42 @@ class Job {
 #endif
   }
 
-  const int64_t tasks_;
-  void (*const task_)(const void*, int64_t);
-  const void* const context_;
-  std::vector<Share> shares_;
-  std::atomic<int64_t> done_{0};
+  const size_t threads_;
+  Phase phases_[kMaxPhases];
+  int count_ = 0;
+  std::vector<Share> shares_;  // [phases][threads].
+  std::atomic<int64_t> done_[kMaxPhases] = {};
+  std::atomic<int> ended_{0};  // How many phases have.
   std::mutex mutex_;
   // std::condition_variable::wait would need the C++ runtime of GCC 12.
-  pthread_cond_t all_done_ = PTHREAD_COND_INITIALIZER;
+  pthread_cond_t ended_changed_ = PTHREAD_COND_INITIALIZER;
 };
 
-// Runs all tasks, of about `cycles` each, on the calling thread and on those of a pool of `threads` that come to help:
-// schedule(function) hands the pool a function without arguments. The caller may be one of the pool's own threads, and
-// all others may be callers, too: so it takes every task that nobody else has, and waits only for those that are
-// running.
+// Parallel::run on the calling thread and on those of a pool of `threads` that come to help: schedule(function) hands
+// the pool a function without arguments. The caller may be one of the pool's own threads, and all others may be
+// callers, too: so it takes every task that nobody else has, and waits only for those that are running.
 template <class Schedule>
-void RunTasks(int64_t tasks, int64_t cycles, int64_t threads, void (*task)(const void*, int64_t), const void* context,
-              const Schedule& schedule) {
+void RunPhases(const Phase* phases, int count, int64_t threads, const Schedule& schedule) {
   constexpr int64_t kCyclesPerThread = 40000;  // Below this, waking a thread costs more than it saves.
-  const int64_t worthwhile = std::min(tasks, tasks * cycles / kCyclesPerThread);
-  const int64_t helpers = std::min(threads, worthwhile) - 1;
+  int64_t tasks = 0, cycles = 0;
+  for (const Phase* phase = phases; phase < phases + count; ++phase) {
+    tasks = std::max(tasks, phase->tasks);
+    cycles += phase->tasks * phase->cycles;
+  }
+  const int64_t helpers = std::min({threads, tasks, cycles / kCyclesPerThread}) - 1;
   std::shared_ptr<Job> job;
   if (helpers > 0) {
     try {
-      job = std::make_shared<Job>(tasks, helpers + 1, task, context);
+      job = std::make_shared<Job>(phases, count, helpers + 1);
       for (int64_t i = 1; i <= helpers; ++i) schedule([job, i] { job->Help(i); });
     } catch (const std::bad_alloc&) {
       // Without memory for helpers, or for more of them, the caller does more of the work.
     }
   }
-  if (job == nullptr) {
-    for (int64_t i = 0; i < tasks; ++i) task(context, i);
-    return;
+  if (job != nullptr) return job->Run();
+  for (const Phase* phase = phases; phase < phases + count; ++phase) {
+    for (int64_t i = 0; i < phase->tasks; ++i) phase->task(phase->context, i);
   }
-  job->Help(0);
-  job->Wait();
 }
 
 }  // namespace core

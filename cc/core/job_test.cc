@@ -11,18 +11,20 @@
 #include <utility>
 #include <vector>
 
+#include "cc/core/parallel.h"
 #include "gtest/gtest.h"
 
 namespace tf_agc {
 namespace core {
 namespace {
 
-// What a task writes has no lock of its own: Wait must be enough for the reader.
+// What a task writes has no lock of its own: the end of a phase must be enough for the reader.
 struct Written {
   explicit Written(int64_t tasks) : times(static_cast<size_t>(tasks)) {}
   static void Task(const void* context, int64_t index) {
     ++(*static_cast<std::vector<int>*>(const_cast<void*>(context)))[static_cast<size_t>(index)];
   }
+  Phase phase(int64_t cycles = 0) const { return {static_cast<int64_t>(times.size()), cycles, Task, &times}; }
   void ExpectOnce() const {
     for (int count : times) EXPECT_EQ(count, 1);
   }
@@ -33,11 +35,11 @@ TEST(Job, EachTaskOnceWhoeverComes) {
   for (int64_t tasks : {0, 1, 2, 7, 1000}) {
     for (int others : {0, 1, 3, 8}) {
       Written written(tasks);
-      const auto job = std::make_shared<Job>(tasks, 9, Written::Task, &written.times);
+      const Phase phase = written.phase();
+      const auto job = std::make_shared<Job>(&phase, 1, 9);
       std::vector<std::thread> pool;
       for (int i = 1; i <= others; ++i) pool.emplace_back([job, i] { job->Help(i); });
-      job->Help(0);
-      job->Wait();
+      job->Run();
       written.ExpectOnce();
       for (std::thread& thread : pool) thread.join();
       written.ExpectOnce();
@@ -49,13 +51,13 @@ TEST(Job, WhoComesAfterTheEndTouchesNothingElse) {
   std::function<void()> late;
   {
     const auto written = std::make_unique<Written>(5);
-    const auto job = std::make_shared<Job>(5, 2, Written::Task, &written->times);
+    const Phase phase = written->phase();
+    const auto job = std::make_shared<Job>(&phase, 1, 2);
     late = [job] { job->Help(1); };
-    job->Help(0);
-    job->Wait();
+    job->Run();
     written->ExpectOnce();
   }
-  // The tasks' memory is gone: AddressSanitizer would see a use of it.
+  // The tasks' memory is gone, and the phase: AddressSanitizer would see a use of it.
   std::thread(late).join();
 }
 
@@ -66,14 +68,14 @@ TEST(Job, CallersThatAreThePool) {
   std::vector<std::shared_ptr<Job>> jobs;
   for (int i = 0; i < kThreads; ++i) {
     written.push_back(std::make_unique<Written>(200));
-    jobs.push_back(std::make_shared<Job>(200, kThreads, Written::Task, &written.back()->times));
+    const Phase phase = written.back()->phase();
+    jobs.push_back(std::make_shared<Job>(&phase, 1, kThreads));
   }
   std::vector<std::thread> threads;
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&, i] {
       for (int other = 1; other < kThreads; ++other) jobs[static_cast<size_t>((i + other) % kThreads)]->Help(other);
-      jobs[static_cast<size_t>(i)]->Help(0);
-      jobs[static_cast<size_t>(i)]->Wait();
+      jobs[static_cast<size_t>(i)]->Run();
       written[static_cast<size_t>(i)]->ExpectOnce();
     });
   }
@@ -87,10 +89,67 @@ TEST(Job, AThreadBeginsWithItsOwnShare) {
     }
     std::vector<int64_t> indices;
   } order;
-  Job job(7, 3, Order::Task, &order.indices);
+  const Phase phases[] = {{7, 0, Order::Task, &order.indices}, {3, 0, Order::Task, &order.indices}};
+  Job job(phases, 2, 3);
   job.Help(1);
-  job.Wait();
-  EXPECT_EQ(order.indices, (std::vector<int64_t>{2, 3, 4, 5, 6, 0, 1}));
+  EXPECT_EQ(order.indices, (std::vector<int64_t>{2, 3, 4, 5, 6, 0, 1, 1, 2, 0}));
+}
+
+// Numbers that one phase writes, their sum, and what the last one makes of it: each phase sees all of the one before.
+TEST(Job, PhasesFollowEachOther) {
+  struct Data {
+    std::vector<int64_t> numbers = std::vector<int64_t>(100), results = std::vector<int64_t>(100);
+    int64_t sum = 0;
+
+    static Data* Of(const void* context) { return static_cast<Data*>(const_cast<void*>(context)); }
+    static void Write(const void* context, int64_t index) { Of(context)->numbers[static_cast<size_t>(index)] = index; }
+    static void Add(const void* context, int64_t) {
+      for (int64_t number : Of(context)->numbers) Of(context)->sum += number;
+    }
+    static void Use(const void* context, int64_t index) {
+      Of(context)->results[static_cast<size_t>(index)] = Of(context)->sum + index;
+    }
+  };
+  for (int others : {0, 1, 3, 8}) {
+    Data data;
+    const Phase phases[] = {{100, 0, Data::Write, &data}, {1, 0, Data::Add, &data}, {100, 0, Data::Use, &data}};
+    const auto job = std::make_shared<Job>(phases, 3, 4);
+    std::vector<std::thread> pool;
+    for (int i = 1; i <= others; ++i) pool.emplace_back([job, i] { job->Help(i); });
+    job->Run();
+    for (int64_t i = 0; i < 100; ++i) EXPECT_EQ(data.results[static_cast<size_t>(i)], 4950 + i);
+    for (std::thread& thread : pool) thread.join();
+  }
+}
+
+TEST(Job, PhasesWithoutTasks) {
+  Written written(10), none(0);
+  const Phase phases[] = {none.phase(), written.phase(), none.phase()};
+  Job(phases, 3, 2).Run();
+  written.ExpectOnce();
+}
+
+// A phase that takes long: the caller's task ends only when the other thread has left.
+TEST(Job, WhoHelpsLeavesRatherThanWait) {
+  struct Data {
+    std::promise<void> taken, left;
+    static Data* Of(const void* context) { return static_cast<Data*>(const_cast<void*>(context)); }
+    static void WaitForTheOther(const void* context, int64_t) {
+      Of(context)->taken.set_value();
+      Of(context)->left.get_future().wait();
+    }
+  } data;
+  Written written(10);
+  const Phase phases[] = {{1, 0, Data::WaitForTheOther, &data}, written.phase()};
+  const auto job = std::make_shared<Job>(phases, 2, 2);
+  std::thread other([&] {
+    data.taken.get_future().wait();
+    job->Help(1);
+    data.left.set_value();
+  });
+  job->Run();
+  written.ExpectOnce();
+  other.join();
 }
 
 // The other thread's task ends long after the caller has begun to wait.
@@ -104,19 +163,19 @@ TEST(Job, TheCallerSleepsUntilItIsWoken) {
   };
   Written written(2);
   std::promise<void> taken;
-  const auto job = std::make_shared<Job>(2, 2, Slow::Task, &written.times);
+  const Phase phase{2, 0, Slow::Task, &written.times};
+  const auto job = std::make_shared<Job>(&phase, 1, 2);
   std::thread other([&] {
     taken.set_value();
     job->Help(1);
   });
   taken.get_future().wait();
-  job->Help(0);
-  job->Wait();
+  job->Run();
   written.ExpectOnce();
   other.join();
 }
 
-TEST(RunTasks, WhateverBecomesOfTheHelpers) {
+TEST(RunPhases, WhateverBecomesOfTheHelpers) {
   using Function = std::function<void()>;
   std::vector<Function> late;
   const std::function<void(Function)> pools[] = {
@@ -131,7 +190,8 @@ TEST(RunTasks, WhateverBecomesOfTheHelpers) {
   };
   for (const auto& pool : pools) {
     Written written(10);
-    RunTasks(10, 1000000, 4, Written::Task, &written.times, pool);
+    const Phase phase = written.phase(1000000);
+    RunPhases(&phase, 1, 4, pool);
     written.ExpectOnce();
     for (const Function& help : late) help();
     written.ExpectOnce();
@@ -139,7 +199,7 @@ TEST(RunTasks, WhateverBecomesOfTheHelpers) {
   }
 }
 
-TEST(RunTasks, AsksForAsManyThreadsAsAreWorthIt) {
+TEST(RunPhases, AsksForAsManyThreadsAsAreWorthIt) {
   constexpr int64_t kPool = 4, kMany = 1000000;
   struct {
     int64_t tasks, cycles, helpers;
@@ -147,8 +207,8 @@ TEST(RunTasks, AsksForAsManyThreadsAsAreWorthIt) {
   for (const auto& c : cases) {
     Written written(c.tasks);
     std::vector<std::thread> pool;
-    RunTasks(c.tasks, c.cycles, kPool, Written::Task, &written.times,
-             [&](auto help) { pool.emplace_back(std::move(help)); });
+    const Phase phase = written.phase(c.cycles);
+    RunPhases(&phase, 1, kPool, [&](auto help) { pool.emplace_back(std::move(help)); });
     written.ExpectOnce();
     EXPECT_EQ(pool.size(), static_cast<size_t>(c.helpers)) << c.tasks << " tasks of " << c.cycles << " cycles";
     for (std::thread& thread : pool) thread.join();

@@ -64,9 +64,11 @@ struct Sizes {
 // As if for two threads, but of all tasks the first and the last one only: a test of what is computed with sizes, in a
 // moment.
 Parallel FirstAndLast() {
-  auto run = [](void*, int64_t tasks, int64_t, void (*task)(const void*, int64_t), const void* context) {
-    task(context, 0);
-    if (tasks > 1) task(context, tasks - 1);
+  auto run = [](void*, const Phase* phases, int count) {
+    for (const Phase* phase = phases; phase < phases + count; ++phase) {
+      phase->task(phase->context, 0);
+      if (phase->tasks > 1) phase->task(phase->context, phase->tasks - 1);
+    }
   };
   return {2, nullptr, run};
 }

@@ -17,11 +17,9 @@ namespace {
 // thread sleeps and must be woken.
 core::Parallel ParallelOf(tensorflow::OpKernelContext* context) {
   const auto* workers = context->device()->tensorflow_cpu_worker_threads();
-  auto run = [](void* pool, int64_t tasks, int64_t cycles, void (*task)(const void*, int64_t),
-                const void* task_context) {
+  auto run = [](void* pool, const core::Phase* phases, int count) {
     auto* threads = static_cast<tensorflow::thread::ThreadPool*>(pool);
-    core::RunTasks(tasks, cycles, threads->NumThreads(), task, task_context,
-                   [&](auto help) { threads->Schedule(std::move(help)); });
+    core::RunPhases(phases, count, threads->NumThreads(), [&](auto help) { threads->Schedule(std::move(help)); });
   };
   return {workers->num_threads, workers->workers, run};
 }

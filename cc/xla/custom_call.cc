@@ -46,10 +46,9 @@ void Count(Counter counter) { counters[counter].fetch_add(1, std::memory_order_r
 
 // XLA's pool behind the callback that cc/core knows.
 core::Parallel ParallelOf(ffi::ThreadPool* pool) {
-  auto run = [](void* pool, int64_t tasks, int64_t cycles, void (*task)(const void*, int64_t), const void* context) {
+  auto run = [](void* pool, const core::Phase* phases, int count) {
     auto* threads = static_cast<ffi::ThreadPool*>(pool);
-    core::RunTasks(tasks, cycles, threads->num_threads(), task, context,
-                   [&](auto help) { threads->Schedule(std::move(help)); });
+    core::RunPhases(phases, count, threads->num_threads(), [&](auto help) { threads->Schedule(std::move(help)); });
   };
   // Where XLA runs without a pool it says 0.
   return {static_cast<int>(std::max<int64_t>(pool->num_threads(), 1)), pool, run};
