@@ -12,7 +12,8 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+
+from option_types import at_least
 
 # Read when TensorFlow and tf_agc are imported. The demo is to show the native op, so it must not
 # fall back to the reference; and of TensorFlow's log only errors are news here.
@@ -50,22 +51,12 @@ def parse_options() -> argparse.Namespace:
         type=pathlib.Path,
         help="new or empty directory (default: demo_output in the checkout, or demo_output_2 and so on)",
     )
-    parser.add_argument("--epochs", type=_at_least(1), help="passes over the training images (default: by data set)")
-    parser.add_argument("--batch_size", type=_at_least(1), help="images in a training step (default: by data set)")
+    parser.add_argument("--epochs", type=at_least(1), help="passes over the training images (default: by data set)")
+    parser.add_argument("--batch_size", type=at_least(1), help="images in a training step (default: by data set)")
     parser.add_argument(
-        "--seed", type=_at_least(0), default=0, help="of the weights and of the images' order (default: 0)"
+        "--seed", type=at_least(0), default=0, help="of the weights and of the images' order (default: 0)"
     )
     return parser.parse_args()
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be >= {minimum}, got {value}")
-        return value
-
-    return integer
 
 
 def make_output_dir(requested: pathlib.Path | None) -> pathlib.Path:

@@ -17,6 +17,8 @@ import tempfile
 import rich.console
 import rich.progress
 
+from option_types import not_negative
+
 TOOLS = pathlib.Path(__file__).resolve().parent
 
 
@@ -26,16 +28,6 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=not_negative, default=1.0, help="0 is one round (default: 1)")
     parser.add_argument("--seed", type=int, help="of the first round; the next one has the next (default: any)")
     return parser.parse_args(arguments)
-
-
-def not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be >= 0 and finite, got {text}")
-    return value
 
 
 def fuzz(target: str, minutes: float, seed: int) -> int:

@@ -29,7 +29,7 @@ import machine  # noqa: E402
 import memory  # noqa: E402
 import result_files  # noqa: E402
 import tf_agc  # noqa: E402
-from fuzz import not_negative  # noqa: E402
+from option_types import at_least, not_negative  # noqa: E402
 from tf_agc.implementation import DEFAULT  # noqa: E402
 
 _SEED = 0
@@ -55,10 +55,10 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     threads = commands.add_parser("threads", help="eager calls, one SavedModel, one graph of many nodes, all at once")
     threads.add_argument("--minutes", type=not_negative, default=1, help="0: every call once in each thread")
-    threads.add_argument("--threads", type=_at_least(1), default=64)
+    threads.add_argument("--threads", type=at_least(1), default=64)
     threads.set_defaults(run=run_threads)
     steps = commands.add_parser("memory", help="training steps, and the memory that they leave resident")
-    steps.add_argument("--steps", type=_at_least(_FEWEST_STEPS), default=10_000)
+    steps.add_argument("--steps", type=at_least(_FEWEST_STEPS), default=10_000)
     steps.add_argument("--csv", type=pathlib.Path, help="write the results here")
     steps.add_argument("--plot", type=pathlib.Path, help="write the plot here (PNG)")
     steps.set_defaults(run=run_memory)
@@ -67,15 +67,6 @@ def main() -> None:
     options = parser.parse_args()
     tf.config.threading.set_inter_op_parallelism_threads(_INTER_OP_THREADS)
     sys.exit(1 if options.run(options) else 0)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text}")
-        return int(text)
-
-    return number
 
 
 def run_threads(options: argparse.Namespace) -> bool:

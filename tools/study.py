@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import result_files
+from option_types import at_least
 from study_results import Cell, CurvePoint, LayerRecord, Results, Run, StudyError, read_rows
 
 # Read when TensorFlow is imported: of its log only errors are news here.
@@ -124,8 +125,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--network", choices=NETWORKS, help="only this one")
     run.add_argument("--batch_size", type=int, help="only this one")
     run.add_argument("--normalization", choices=NORMALIZATIONS, nargs="+", help="only these")
-    run.add_argument("--epochs", type=_positive, help="of the comparison (default: 2, quick 4)")
-    run.add_argument("--seeds", type=_positive, help="of every network (default: 3 of plain, 1 of the others)")
+    run.add_argument("--epochs", type=at_least(1), help="of the comparison (default: 2, quick 4)")
+    run.add_argument("--seeds", type=at_least(1), help="of every network (default: 3 of plain, 1 of the others)")
     run.add_argument("--data_dir", type=pathlib.Path, default=CACHE / "tensorflow_datasets", help="as in demo.py")
     run.add_argument("--work_dir", type=pathlib.Path, default=CACHE / "study", help="checkpoints and copies of splits")
     run.set_defaults(call=run_plan)
@@ -135,20 +136,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     plot = commands.add_parser("plot", help="PNG files beside the results")
     plot.set_defaults(call=draw_plots)
     limit = commands.add_parser("memory", help="the largest batches whose training fits a limit, by bisection")
-    limit.add_argument("--limit_mib", type=_positive, default=2048, help="peak resident memory (default: 2048)")
+    limit.add_argument("--limit_mib", type=at_least(1), default=2048, help="peak resident memory (default: 2048)")
     limit.set_defaults(call=find_largest_batches)
     for command in (run, table, plot, limit):
         command.add_argument(
             "--results_dir", type=pathlib.Path, help="(default: tools/results/study; of --quick, .cache/study/quick)"
         )
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
-    return value
 
 
 def _results_dir(options: argparse.Namespace) -> pathlib.Path:
