@@ -203,11 +203,11 @@ void SumRows(const Terms& terms, int64_t element, int64_t rows, int64_t stride, 
 // totals[kSums].
 template <class T, class Terms>
 void SumMap(const Terms& terms, int64_t element, int64_t count, double* totals) {
-  using S = typename Compute<T>::Scalar;
   using V = typename Compute<T>::Vector;
   constexpr int kLanes = Compute<T>::kLanes;
   constexpr int kSums = Terms::kSums;
-  double lanes[kSums][kLanes] = {};
+  constexpr int kDoubleVectors = kLanes / kDoubleLanes;
+  DoubleVector lanes[kSums][kDoubleVectors] = {};
   V sums[kSums];
   while (count > 0) {
     const int64_t block_count = Min(count, kBlockRows * kLanes);
@@ -228,19 +228,14 @@ void SumMap(const Terms& terms, int64_t element, int64_t count, double* totals) 
       terms.GetPartial(element + i, block_count - i, sums);
       add();
     }
-    for (int s = 0; s < kSums; ++s) {
-      S values[kLanes];
-      Store(values, block[s]);
-      for (int l = 0; l < kLanes; ++l) lanes[s][l] += static_cast<double>(values[l]);
-    }
+    for (int s = 0; s < kSums; ++s) AddLanes(block[s], lanes[s]);
     element += block_count;
     count -= block_count;
   }
   for (int s = 0; s < kSums; ++s) {
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) lanes[s][l] += lanes[s][l + half];
-    }
-    totals[s] = lanes[s][0];
+    DoubleVector total = lanes[s][0];
+    for (int i = 1; i < kDoubleVectors; ++i) total += lanes[s][i];
+    totals[s] = SumLanes(total);
   }
 }
 

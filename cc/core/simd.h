@@ -195,6 +195,40 @@ inline FloatVector MaxZero(FloatVector z) {
 }
 inline DoubleVector MaxZero(DoubleVector z) { return z < 0.0 ? DoubleVector{} : z; }
 
+// ---- Sums of lanes ----
+
+// sums[0..kLanes) += v, lane by lane, in vectors of doubles.
+inline void AddLanes(FloatVector v, DoubleVector* sums) {
+#if defined(__AVX512F__)
+  sums[0] += DoubleVector(_mm512_cvtps_pd(_mm512_castps512_ps256(v)));
+  sums[1] += DoubleVector(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+#elif defined(__AVX__)
+  sums[0] += DoubleVector(_mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+  sums[1] += DoubleVector(_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+#else
+  for (int l = 0; l < kFloatLanes; ++l) sums[l / kDoubleLanes][l % kDoubleLanes] += static_cast<double>(v[l]);
+#endif
+}
+inline void AddLanes(DoubleVector v, DoubleVector* sums) { sums[0] += v; }
+
+// The first half of the lanes plus the second one, and so on to a single number.
+inline double SumLanes(DoubleVector v) {
+#if defined(__AVX512F__)
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+#elif defined(__AVX__)
+  const __m256d four = v;
+#endif
+#if defined(__AVX__)
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+#else
+  for (int half = kDoubleLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) v[l] += v[l + half];
+  }
+  return v[0];
+#endif
+}
+
 // ---- Memory. Nothing here needs alignment. ----
 
 inline FloatVector Load(const float* from) {
