@@ -4,6 +4,7 @@
 #include "cc/core/agc.h"
 
 #include <algorithm>
+#include <iterator>
 #include <new>
 #include <vector>
 
@@ -102,9 +103,9 @@ int64_t Cycles(int64_t elements, int64_t tensors, int64_t element_bytes) {
   return 1 + static_cast<int64_t>(static_cast<double>(elements * tensors * element_bytes) / kBytesPerCycle);
 }
 
-// body(i) for i in [0, tasks), with denormals kept.
+// body(i) for i in [0, tasks), with denormals kept. `body` has to outlive the phase: a temporary is refused.
 template <class Body>
-Phase MakePhase(int64_t tasks, int64_t cycles, const Body& body) {
+Phase MakePhase(int64_t tasks, int64_t cycles, Body& body) {
   auto task = [](const void* context, int64_t index) {
     const ScopedKeepDenormals keep;
     (*static_cast<const Body*>(context))(index);
@@ -154,7 +155,8 @@ class ChunkSums {
     };
     const Phase phases[] = {MakePhase(maps * plan_.chunks, cycles, sum_chunk), MakePhase(maps, 0, add_up),
                             MakePhase(maps * plan_.chunks, cycles, apply_chunk)};
-    parallel.run(parallel.pool, phases, 3);
+    static_assert(std::size(phases) <= kMaxPhases);
+    parallel.run(parallel.pool, phases, std::size(phases));
   }
 
  private:
@@ -238,7 +240,7 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   ChunkSums sums(plan, blocks, shape.batch, kForwardSums);
   if (!sums.Allocate()) return false;
   sums.Run(
-      parallel, Cycles(plan.chunk * blocks.Widest(), 1, bytes),
+      parallel, Cycles(CeilDiv(shape.positions, plan.chunks) * blocks.Widest(), 1, bytes),
       [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* of_chunk) {
         loops.forward_sum(args, plan, sample, begin, end, chunk, of_chunk);
       },
@@ -283,7 +285,7 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
       ChunkSums sums(plan, blocks, shape.batch, kBackwardSums);
       if (!sums.Allocate()) return false;
       sums.Run(
-          parallel, Cycles(plan.chunk * blocks.Widest(), 2, bytes),
+          parallel, Cycles(CeilDiv(shape.positions, plan.chunks) * blocks.Widest(), 2, bytes),
           [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* of_chunk) {
             loops.backward_sum(args, plan, sample, begin, end, chunk, of_chunk);
           },

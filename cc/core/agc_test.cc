@@ -8,11 +8,14 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cc/core/agc_test_util.h"
 #include "cc/core/cpu.h"
+#include "cc/core/job.h"
 #include "gtest/gtest.h"
 
 namespace tf_agc {
@@ -113,6 +116,31 @@ TEST(Backward, MoreThreadsThanGroups) {
     t.RunBackward(c, 0, Backwards(70), BestInstructionSet());
     CheckForward(c, t);
     CheckBackward(c, t);
+  }
+}
+
+// As the frameworks' bindings run it: maps that threads share, in phases of a job.
+TEST(Job, SharedMaps) {
+  const auto run = [](void*, const Phase* phases, int count) {
+    std::vector<std::thread> pool;
+    RunPhases(phases, count, 4, [&](auto help) { pool.emplace_back(std::move(help)); });
+    for (std::thread& thread : pool) thread.join();
+  };
+  const Parallel threads = {4, nullptr, run};
+  for (Layout layout : kLayouts) {
+    for (const Shape& shape : {Shape{1, 300007, 1, layout}, Shape{3, 5003, 37, layout}, Shape{2, 70001, 3, layout}}) {
+      const Case c{shape, DataType::kFloat, Activation::kRelu, 0};
+      CpuTensors alone(c), shared(c);
+      alone.RunForward(c, false, Serial(), BestInstructionSet());
+      alone.RunBackward(c, 0, Serial(), BestInstructionSet());
+      CheckForward(c, alone);
+      CheckBackward(c, alone);
+      shared.RunForward(c, true, threads, BestInstructionSet());
+      EXPECT_TRUE(shared.y == alone.y && shared.mean == alone.mean) << c.Name();
+      shared.RunBackward(c, 1, threads, BestInstructionSet());
+      EXPECT_TRUE(shared.dx == alone.dx) << c.Name();
+      EXPECT_TRUE(shared.dgain == alone.dgain && shared.dmean_scale == alone.dmean_scale) << c.Name();
+    }
   }
 }
 

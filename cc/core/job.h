@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cassert>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -22,12 +24,12 @@ namespace core {
 // Phases, each with its tasks in equal shares of neighbours, one share for each of `threads` threads. Who is done with
 // a share helps with the next one, until no task of the phase is left. Phases without tasks are left out.
 //
-// A thread has the same share in every phase: where phases have the same tasks, it finds in its cache what it had
-// there.
+// A thread has the same share in every phase: where phases have the same tasks, it finds what its cache still holds.
 class Job {
  public:
   // At most kMaxPhases, which are copied.
   Job(const Phase* phases, int count, int64_t threads) : threads_(static_cast<size_t>(threads)) {
+    assert(count <= kMaxPhases);
     for (const Phase* phase = phases; phase < phases + count; ++phase) {
       if (phase->tasks > 0) phases_[count_++] = *phase;
     }
@@ -60,7 +62,8 @@ class Job {
   }
 
  private:
-  static constexpr int kSpins = 1000;  // Some tens of microseconds at most.
+  // A few times what a chunk takes where many threads share the memory's bandwidth.
+  static constexpr std::chrono::microseconds kSoon{100};
 
   // On a cache line of its own, or taking a task would disturb the others.
   struct alignas(64) Share {
@@ -75,6 +78,7 @@ class Job {
     int64_t run = 0;
     for (size_t k = 0; k < threads_; ++k) {
       Share& share = ShareOf(phase, (own + k) % threads_);
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;  // Leaves the cache line where it is.
       for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end; ++run) {
         work.task(work.context, i);
       }
@@ -92,10 +96,13 @@ class Job {
   // Waits for the tasks that other threads took, but not for long: they are running already and mostly end soon, and to
   // be woken takes longer than that.
   bool EndsSoon(int phase) const {
-    for (int i = 0; i < kSpins; ++i) {
-      if (Ended(phase)) return true;
-      Pause();
-    }
+    const auto start = std::chrono::steady_clock::now();
+    do {
+      for (int i = 0; i < 16; ++i) {
+        if (Ended(phase)) return true;
+        Pause();
+      }
+    } while (std::chrono::steady_clock::now() - start < kSoon);
     return false;
   }
 
@@ -125,7 +132,8 @@ class Job {
 
 // Parallel::run on the calling thread and on those of a pool of `threads` that come to help: schedule(function) hands
 // the pool a function without arguments. The caller may be one of the pool's own threads, and all others may be
-// callers, too: so it takes every task that nobody else has, and waits only for those that are running.
+// callers, too: so it takes every task that nobody else has, and waits only for those that are running. Tasks
+// do not throw, and schedule() nothing but std::bad_alloc.
 template <class Schedule>
 void RunPhases(const Phase* phases, int count, int64_t threads, const Schedule& schedule) {
   constexpr int64_t kCyclesPerThread = 40000;  // Below this, waking a thread costs more than it saves.

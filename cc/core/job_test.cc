@@ -2,6 +2,8 @@
 
 #include "cc/core/job.h"
 
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <future>
@@ -51,13 +53,13 @@ TEST(Job, WhoComesAfterTheEndTouchesNothingElse) {
   std::function<void()> late;
   {
     const auto written = std::make_unique<Written>(5);
-    const Phase phase = written->phase();
-    const auto job = std::make_shared<Job>(&phase, 1, 2);
+    const Phase phases[] = {written->phase(), written->phase(), written->phase()};
+    const auto job = std::make_shared<Job>(phases, 3, 2);
     late = [job] { job->Help(1); };
     job->Run();
-    written->ExpectOnce();
+    EXPECT_EQ(written->times, std::vector<int>(5, 3));
   }
-  // The tasks' memory is gone, and the phase: AddressSanitizer would see a use of it.
+  // The tasks' memory is gone, and the phases: AddressSanitizer would see a use of it.
   std::thread(late).join();
 }
 
@@ -96,28 +98,34 @@ TEST(Job, AThreadBeginsWithItsOwnShare) {
 }
 
 // Numbers that one phase writes, their sum, and what the last one makes of it: each phase sees all of the one before.
-TEST(Job, PhasesFollowEachOther) {
-  struct Data {
-    std::vector<int64_t> numbers = std::vector<int64_t>(100), results = std::vector<int64_t>(100);
-    int64_t sum = 0;
+struct Sums {
+  std::vector<int64_t> numbers = std::vector<int64_t>(100), results = std::vector<int64_t>(100);
+  int64_t sum = 0;
 
-    static Data* Of(const void* context) { return static_cast<Data*>(const_cast<void*>(context)); }
-    static void Write(const void* context, int64_t index) { Of(context)->numbers[static_cast<size_t>(index)] = index; }
-    static void Add(const void* context, int64_t) {
-      for (int64_t number : Of(context)->numbers) Of(context)->sum += number;
-    }
-    static void Use(const void* context, int64_t index) {
-      Of(context)->results[static_cast<size_t>(index)] = Of(context)->sum + index;
-    }
-  };
+  static Sums* Of(const void* context) { return static_cast<Sums*>(const_cast<void*>(context)); }
+  static void Write(const void* context, int64_t index) { Of(context)->numbers[static_cast<size_t>(index)] = index; }
+  static void Add(const void* context, int64_t) {
+    for (int64_t number : Of(context)->numbers) Of(context)->sum += number;
+  }
+  static void Use(const void* context, int64_t index) {
+    Of(context)->results[static_cast<size_t>(index)] = Of(context)->sum + index;
+  }
+  std::array<Phase, 3> phases(int64_t cycles) const {
+    return {{{100, cycles, Write, this}, {1, 0, Add, this}, {100, cycles, Use, this}}};
+  }
+  void Check() const {
+    for (int64_t i = 0; i < 100; ++i) EXPECT_EQ(results[static_cast<size_t>(i)], 4950 + i);
+  }
+};
+
+TEST(Job, PhasesFollowEachOther) {
   for (int others : {0, 1, 3, 8}) {
-    Data data;
-    const Phase phases[] = {{100, 0, Data::Write, &data}, {1, 0, Data::Add, &data}, {100, 0, Data::Use, &data}};
-    const auto job = std::make_shared<Job>(phases, 3, 4);
+    Sums sums;
+    const auto job = std::make_shared<Job>(sums.phases(0).data(), 3, 4);
     std::vector<std::thread> pool;
     for (int i = 1; i <= others; ++i) pool.emplace_back([job, i] { job->Help(i); });
     job->Run();
-    for (int64_t i = 0; i < 100; ++i) EXPECT_EQ(data.results[static_cast<size_t>(i)], 4950 + i);
+    sums.Check();
     for (std::thread& thread : pool) thread.join();
   }
 }
@@ -152,26 +160,36 @@ TEST(Job, WhoHelpsLeavesRatherThanWait) {
   other.join();
 }
 
-// The other thread's task ends long after the caller has begun to wait.
+// In the first and the last phase the other thread's task ends long after the caller has begun to wait: the caller's
+// own one waits until the other has been taken.
 TEST(Job, TheCallerSleepsUntilItIsWoken) {
   struct Slow {
+    std::promise<void> taken;
+    Written written{2};
+
     static void Task(const void* context, int64_t index) {
-      volatile int left = index == 1 ? 20000000 : 0;
-      while (left > 0) left = left - 1;
-      Written::Task(context, index);
+      auto* slow = static_cast<Slow*>(const_cast<void*>(context));
+      if (index == 0) {
+        slow->taken.get_future().wait();
+      } else {
+        slow->taken.set_value();
+        volatile int left = 20000000;
+        while (left > 0) left = left - 1;
+      }
+      Written::Task(&slow->written.times, index);
     }
-  };
-  Written written(2);
-  std::promise<void> taken;
-  const Phase phase{2, 0, Slow::Task, &written.times};
-  const auto job = std::make_shared<Job>(&phase, 1, 2);
+  } first, last;
+  const auto read = [](const void* context, int64_t) { static_cast<const Written*>(context)->ExpectOnce(); };
+  const Phase phases[] = {{2, 0, Slow::Task, &first}, {1, 0, read, &first.written}, {2, 0, Slow::Task, &last}};
+  const auto job = std::make_shared<Job>(phases, 3, 2);
+  std::atomic<bool> over{false};
   std::thread other([&] {
-    taken.set_value();
-    job->Help(1);
+    while (!over) job->Help(1);
   });
-  taken.get_future().wait();
   job->Run();
-  written.ExpectOnce();
+  first.written.ExpectOnce();
+  last.written.ExpectOnce();
+  over = true;
   other.join();
 }
 
@@ -196,6 +214,32 @@ TEST(RunPhases, WhateverBecomesOfTheHelpers) {
     for (const Function& help : late) help();
     written.ExpectOnce();
     late.clear();
+  }
+}
+
+TEST(RunPhases, PhasesFollowEachOther) {
+  for (int64_t cycles : {0, 1000000}) {
+    Sums sums;
+    std::vector<std::thread> pool;
+    RunPhases(sums.phases(cycles).data(), 3, 4, [&](auto help) { pool.emplace_back(std::move(help)); });
+    sums.Check();
+    EXPECT_EQ(pool.size(), cycles == 0 ? 0u : 3u);
+    for (std::thread& thread : pool) thread.join();
+  }
+}
+
+// The cycles of all phases count, and the tasks of the phase that has most.
+TEST(RunPhases, AsksOnceForAllPhases) {
+  struct {
+    int64_t tasks, cycles, helpers;
+  } const cases[] = {{4, 20000, 3}, {100, 1000, 3}, {100, 400, 1}, {2, 1000000, 1}};
+  for (const auto& c : cases) {
+    Written first(c.tasks), between(1), last(c.tasks);
+    const Phase phases[] = {first.phase(c.cycles), between.phase(), last.phase(c.cycles)};
+    int64_t helpers = 0;
+    RunPhases(phases, 3, 4, [&](const auto&) { ++helpers; });
+    for (const Written* written : {&first, &between, &last}) written->ExpectOnce();
+    EXPECT_EQ(helpers, c.helpers) << c.tasks << " tasks of " << c.cycles << " cycles";
   }
 }
 
