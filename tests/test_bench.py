@@ -49,6 +49,7 @@ def test_times_our_op(tools, native_required):
     import bench_cpu
 
     rows = list(bench_cpu.measure(_Copy(), (2, 5, 3, 7), "channels_first", "bfloat16", peers=False, quick=True))
+    rows = [row for row in rows if isinstance(row, bench_cpu.Row)]  # relu alone may be too short to be timed
     ours = {row.passes for row in rows if row.candidate == "tf_agc"}
     assert ours == set(bench_cpu.PASSES)
     assert {row.role for row in rows} == {"ours", "floor", "limit"}

@@ -4,8 +4,12 @@ Which candidates there are, and how each is timed; options, tables and files are
 
 Everything runs inside a graph, as in `fit` and `predict`. A graph with a chain of several ops minus a graph with one,
 over the difference in number, is the time of one op: calling a function, and the first op's output, which cannot lie in
-an argument's memory, cancel. XLA may fuse across the chain, which it could not do across the convolutions of a network:
-that is in the peers' favour, and so is taking their better one of graph and XLA.
+an argument's memory, cancel. XLA fuses across a chain, which it could not do across the convolutions of a network: in a
+longer one it computes the first ops again for every later one, so the peers' chains are short there. Taking the better
+one of graph and XLA is in their favour.
+
+In a training chain every op reads what the one before it keeps, so forward is never in place there, as it is behind a
+convolution: forward + backward takes us a little longer than in a network.
 """
 
 import ctypes
@@ -43,8 +47,10 @@ _MIN_SECONDS = 0.02
 _REPETITIONS = 7
 
 
-def _chain_length(elements: int) -> int:
+def _chain_length(candidate: "_Candidate", elements: int) -> int:
     """Ops in the longer chain: more where one op is little against calling a function."""
+    if candidate.jit and candidate.role == "peer":
+        return 2
     return 4 if elements > 2**20 else 16
 
 
@@ -131,7 +137,7 @@ class Copy:
 def measure(
     copy: Copy, shape: tuple[int, int, int, int], data_format: str, dtype: str, peers: bool, quick: bool
 ) -> Iterator[Row | str]:
-    """Times every candidate at one shape; yields rows, and a sentence for each candidate that cannot run.
+    """Times every candidate at one shape; yields rows, and a sentence for each candidate that cannot run or be timed.
 
     Args:
         copy: the limit.
@@ -142,8 +148,8 @@ def measure(
         quick: three repetitions instead of seven.
     """
     x, dy = _maps(shape, data_format, dtype)
-    timers: dict[tuple[str, str], dict[str, _Timer]] = {}
-    roles = {}
+    timers: dict[str, dict[str, _Timer]] = {}
+    candidates = {}
     for candidate in _candidates(shape, data_format, dtype, peers):
         try:
             made = _make_timers(candidate, x, dy)
@@ -152,8 +158,8 @@ def measure(
         except (tf.errors.OpError, ValueError, NotImplementedError) as error:
             yield f"{candidate.name} does not run at {shape} {data_format} {dtype}: {str(error).splitlines()[0]}"
             continue
-        timers[candidate.name, candidate.role] = made
-        roles[candidate.name] = candidate.role
+        timers[candidate.name] = made
+        candidates[candidate.name] = candidate
     copies = copy.timers(x.shape.num_elements() * x.dtype.size)
 
     seconds: dict[tuple[str, str], list[float]] = {}
@@ -161,9 +167,9 @@ def measure(
     for _ in range(3 if quick else _REPETITIONS):
         for samples, timer in zip(limits, copies, strict=True):
             samples.append(timer())
-        for (name, _role), made in timers.items():
+        for name, made in timers.items():
             once = {key: timer.seconds() for key, timer in made.items()}
-            for passes, value in _per_op(once, _chain_length(x.shape.num_elements())):
+            for passes, value in _per_op(once, _chain_length(candidates[name], x.shape.num_elements())):
                 seconds.setdefault((name, passes), []).append(value)
 
     copied = min(limits, key=statistics.median)
@@ -171,8 +177,11 @@ def measure(
         samples = [value * _TRAFFIC[passes] / 2 for value in copied]
         yield _row(shape, data_format, dtype, passes, "limit", "limit", samples, statistics.median(samples))
     for (name, passes), samples in seconds.items():
+        if candidates[name].role != "ours" and statistics.median(samples) <= 0:
+            yield f"{name}, {passes}: too short to be timed at {shape} {data_format} {dtype}"
+            continue
         limit = statistics.median(copied) * _TRAFFIC[passes] / 2
-        yield _row(shape, data_format, dtype, passes, name, roles[name], samples, limit)
+        yield _row(shape, data_format, dtype, passes, name, candidates[name].role, samples, limit)
 
 
 def _row(shape, data_format, dtype, passes, candidate, role, samples, limit) -> Row:
@@ -189,7 +198,8 @@ def _per_op(once: dict[str, float], length: int) -> Iterable[tuple[str, float]]:
     forward = difference("forward")
     yield "forward in place", forward
     if "fresh long" in once:
-        yield "forward fresh", difference("fresh")
+        forward = difference("fresh")  # as in the training chain
+        yield "forward fresh", forward
     if "training long" in once:
         training = difference("training")
         yield "forward + backward", training
@@ -205,7 +215,7 @@ def _maps(shape, data_format, dtype) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def _make_timers(candidate: _Candidate, x: tf.Tensor, dy: tf.Tensor) -> dict[str, _Timer]:
-    longest = _chain_length(x.shape.num_elements())
+    longest = _chain_length(candidate, x.shape.num_elements())
     layers, parameters = zip(*(candidate.make_layer(i) for i in range(longest)), strict=True)
 
     def forward(length):
@@ -253,8 +263,10 @@ def _make_timers(candidate: _Candidate, x: tf.Tensor, dy: tf.Tensor) -> dict[str
     timers = {"forward long": forward(longest), "forward short": forward(1)}
     if candidate.trained:
         timers |= {"training long": training(longest), "training short": training(1)}
-    if candidate.role == "ours" and not candidate.jit:
-        timers |= {"fresh long": fresh(longest), "fresh short": fresh(1), "eager": _Timer(eager)}
+    if not candidate.jit:
+        timers |= {"fresh long": fresh(longest), "fresh short": fresh(1)}
+        if candidate.role == "ours":
+            timers["eager"] = _Timer(eager)
     return timers
 
 
@@ -283,6 +295,10 @@ def _candidates(shape, data_format, dtype, peers) -> Iterator[_Candidate]:
             return tf.nn.relu(y)
 
         return layer, [scale, offset]
+
+    def cast_fused_batch_norm(i):
+        layer, parameters = fused_batch_norm(i)
+        return lambda x: tf.cast(layer(tf.cast(x, tf.float32)), x.dtype), parameters
 
     def keras_layer(make):
         def make_layer(_i):
@@ -313,6 +329,8 @@ def _candidates(shape, data_format, dtype, peers) -> Iterator[_Candidate]:
             "keras GroupNormalization": keras_layer(lambda: keras.layers.GroupNormalization(groups, axis=axis)),
             "keras LayerNormalization": keras_layer(lambda: keras.layers.LayerNormalization(axis=axis)),
         }
+    if dtype == "float16":  # for which it has no fast kernel of its own
+        stock["fused_batch_norm in float32, cast"] = cast_fused_batch_norm
     for name, make_layer in stock.items():
         yield _Candidate(f"{name}, graph", "peer", make_layer)
         yield _Candidate(f"{name}, XLA", "peer", make_layer, jit=True)
