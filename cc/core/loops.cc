@@ -5,11 +5,11 @@
 //
 // Why the loops look as they do:
 // - Everything is bound by memory, so each pass touches each element once and does all it can with it.
-// - A column sum adds eight rows as a tree, then up to eight such sums in the compute type, then goes on in double:
-//   the error of a mean stays at a few units in the last place for any number of positions, at one flush per 64 rows or
-//   per chunk.
-// - Sums sit in a small array in the first-level cache and not in registers: rows are then walked as memory lies,
-//   whole, which the prefetchers follow, and the array costs one load and one store per eight rows.
+// - A column sum adds up to eight rows as a tree, then up to eight such sums in the compute type, then goes on in
+//   double: the error of a mean stays at a few units in the last place for any number of positions.
+// - Sums sit in a small array in the first-level cache and not in registers: rows are then walked whole, as memory
+//   lies. How many of them at once is up to their length (SumRows): on one thread, at [16,112,112,64] forward takes
+//   half as long, at [128,14,14,256] backward 0.6 times, as with eight and four.
 // - The second pass walks the chunks backwards: what the first one read last is still in the nearest cache (about 7 %
 //   at [16,112,112,64] on a core with 1 MiB of second-level cache, nothing where a sample fits it).
 // - The end of a row is one vector that overlaps its neighbour. It is loaded before and stored after the row, so that
@@ -24,7 +24,7 @@ namespace core {
 namespace TF_AGC_ISA_LEVEL {
 namespace {
 
-constexpr int64_t kBlockRows = 64;  // Rows between two flushes to double.
+constexpr int64_t kBlockSteps = 8;  // Sums in the compute type between two flushes to double.
 
 inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -150,10 +150,11 @@ struct BlockSums {
   }
 };
 
-// Adds the column sums of `rows` rows of `width` columns, `stride` elements apart, to totals[kSums][kMaxColumns].
-template <class T, class Terms>
-void SumRows(const Terms& terms, int64_t element, int64_t rows, int64_t stride, int64_t width,
-             double (*totals)[kMaxColumns]) {
+// Adds the column sums of `rows` rows of `width` columns, `stride` elements apart, to totals[kSums][kMaxColumns]:
+// kTogether rows as a tree, up to kBlockSteps such sums in the compute type, the rest in double.
+template <int kTogether, class T, class Terms>
+void SumRowsTogether(const Terms& terms, int64_t element, int64_t rows, int64_t stride, int64_t width,
+                     double (*totals)[kMaxColumns]) {
   using V = typename Compute<T>::Vector;
   constexpr int kLanes = Compute<T>::kLanes;
   const int64_t tail = width / kLanes * kLanes;
@@ -163,7 +164,7 @@ void SumRows(const Terms& terms, int64_t element, int64_t rows, int64_t stride, 
     for (int s = 0; s < Terms::kSums; ++s) block[s].Put(slot, sums[s], first);
   };
   while (rows > 0) {
-    const int64_t block_rows = Min(rows, kBlockRows);
+    const int64_t block_rows = Min(rows, kBlockSteps * kTogether);
     int64_t row = 0;
     if (width < kLanes) {
       for (; row < block_rows; ++row) {
@@ -171,14 +172,14 @@ void SumRows(const Terms& terms, int64_t element, int64_t rows, int64_t stride, 
         put(0, row == 0);
       }
     }
-    for (; row + Terms::kTree <= block_rows; row += Terms::kTree) {
+    for (; row + kTogether <= block_rows; row += kTogether) {
       const int64_t start = element + row * stride;
       for (int64_t i = 0; i < tail; i += kLanes) {
-        AddTree<Terms::kTree>(terms, start + i, stride, i, sums);
+        AddTree<kTogether>(terms, start + i, stride, i, sums);
         put(i, row == 0);
       }
       if (tail < width) {
-        AddTree<Terms::kTree>(terms, start + width - kLanes, stride, width - kLanes, sums);
+        AddTree<kTogether>(terms, start + width - kLanes, stride, width - kLanes, sums);
         put(tail, row == 0);
       }
     }
@@ -199,6 +200,23 @@ void SumRows(const Terms& terms, int64_t element, int64_t rows, int64_t stride, 
   }
 }
 
+// Rows together are fewer loads and stores of the block's sums, but memory is then read in several places of a page at
+// once, which the prefetchers do not follow: on tensors larger than the caches half the speed is lost. Rows of a page
+// and more are pages of their own.
+template <class T, class Terms>
+void SumRows(const Terms& terms, int64_t element, int64_t rows, int64_t stride, int64_t width,
+             double (*totals)[kMaxColumns]) {
+  constexpr int64_t kPageBytes = 4096, kShortBytes = 512;
+  const int64_t row_bytes = stride * int64_t{sizeof(T)};
+  if (row_bytes >= kPageBytes) {
+    SumRowsTogether<Terms::kTree, T>(terms, element, rows, stride, width, totals);
+  } else if (row_bytes > kShortBytes) {
+    SumRowsTogether<1, T>(terms, element, rows, stride, width, totals);
+  } else {
+    SumRowsTogether<2, T>(terms, element, rows, stride, width, totals);
+  }
+}
+
 // Sums `count` elements that follow each other, lanes side by side: SumRows with vectors for rows. Writes
 // totals[kSums].
 template <class T, class Terms>
@@ -210,7 +228,7 @@ void SumMap(const Terms& terms, int64_t element, int64_t count, double* totals) 
   DoubleVector lanes[kSums][kDoubleVectors] = {};
   V sums[kSums];
   while (count > 0) {
-    const int64_t block_count = Min(count, kBlockRows * kLanes);
+    const int64_t block_count = Min(count, kBlockSteps * Terms::kTree * kLanes);
     V block[kSums] = {};
     auto add = [&] {
       for (int s = 0; s < kSums; ++s) block[s] += sums[s];
