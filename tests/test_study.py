@@ -294,6 +294,14 @@ def test_interrupted_and_continued(trainer, call, tmp_path, capsys):
     }
 
 
+def test_one_batch_size_is_not_drawn_against_batch_sizes(trainer, call, tmp_path, capsys):
+    call("run", "--quick", "--search", "--normalization", "agc", "none")
+    call("run", "--quick", "--batch_size", 128, "--normalization", "agc", "none")
+    call("plot")
+    names = {path.name for path in (tmp_path / "results").glob("*.png")}
+    assert names == {f"digits_4_{name}.png" for name in ("curves_plain", "memory", "gains_plain")}
+
+
 def test_killed_between_two_files(trainer, call, tmp_path, monkeypatch):
     """What was written of a run that counts as unfinished is replaced, not repeated."""
     import result_files

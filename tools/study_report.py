@@ -207,7 +207,9 @@ def draw(results: Results) -> list[pathlib.Path]:
         cells = {run.cell for run in runs}
         curves = [point for point in results.curves if point.cell in cells]
         gains = [record for record in results.gains if record.cell in cells and record.normalization == "agc"]
-        figures = {"accuracy": _accuracy_figure(runs), "memory": _memory_figure(runs)}
+        figures = {"memory": _memory_figure(runs)}
+        if len({run.batch_size for run in runs}) > 1:
+            figures["accuracy"] = _accuracy_figure(runs)
         for network in sorted({point.network for point in curves}):
             figures[f"curves_{network}"] = _curves_figure([point for point in curves if point.network == network])
         for network in sorted({record.network for record in gains}):
@@ -249,9 +251,12 @@ def _accuracy_figure(runs: list[Run]) -> Figure:
 def _curves_figure(curves: list) -> Figure:
     """Of one network."""
     batches = sorted({point.batch_size for point in curves}, reverse=True)
+    methods = {point.normalization for point in curves}
     figure, panels = _panels(len(batches), rows=2, height=3.5)
     for column, batch in enumerate(batches):
         for method, title in TITLES.items():
+            if method not in methods:
+                continue
             points = [
                 point for point in curves if (point.batch_size, point.normalization, point.seed) == (batch, method, 0)
             ]
