@@ -132,8 +132,8 @@ class Job {
 
 // Parallel::run on the calling thread and on those of a pool of `threads` that come to help: schedule(function) hands
 // the pool a function without arguments. The caller may be one of the pool's own threads, and all others may be
-// callers, too: so it takes every task that nobody else has, and waits only for those that are running. Tasks
-// do not throw, and schedule() nothing but std::bad_alloc.
+// callers, too: so it takes every task that nobody else has, and waits only for those that are running. Tasks do not
+// throw, and schedule() nothing but std::bad_alloc.
 template <class Schedule>
 void RunPhases(const Phase* phases, int count, int64_t threads, const Schedule& schedule) {
   constexpr int64_t kCyclesPerThread = 40000;  // Below this, waking a thread costs more than it saves.
