@@ -1,4 +1,8 @@
 // One call's tasks, shared by the thread that needs them and those of a pool. Whose pool it is, is not known here.
+//
+// A pool's own parallel-for may leave all tasks to the pool and put the caller to sleep, and is called anew for every
+// phase: on small tensors that was most of the time. Here the caller works too, threads are called once for all phases
+// of a call, and nobody waits for a task that has not begun, so that callers may be the pool's own threads.
 
 #ifndef TF_AGC_CC_CORE_JOB_H_
 #define TF_AGC_CC_CORE_JOB_H_

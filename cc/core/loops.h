@@ -16,7 +16,7 @@ namespace core {
 // The most columns that one call of a loop takes: its sums and parameters live on the stack.
 constexpr int64_t kMaxColumns = 2048;
 
-// The sums of this many rows are added as a tree; chunks are whole numbers of them.
+// At most this many rows are added as a tree; chunks are whole numbers of them.
 constexpr int kTreeRows = 8;
 
 // How the positions of a map are walked. It depends on the shape alone, never on threads or on the batch, because it
