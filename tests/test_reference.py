@@ -1,5 +1,7 @@
 """The reference against the formulas of docs, written out in NumPy; kernels are not tested here."""
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -75,6 +77,7 @@ def test_stock_inference_ops_only():
     stock = {"Placeholder", "Const", "Identity", "NoOp", "Shape", "StridedSlice", "Pack", "Range"}
     stock |= {"Fill", "ConcatV2", "Reshape", "Mean", "Mul", "Sub", "Cast", "Greater", "SelectV2"}
     stock |= {"Relu", "Relu6", "LeakyRelu", "Elu", "Rank", "Assert", "All", "Equal", "LogicalOr"}
+    stock |= {"GreaterEqual", "LessEqual", "LogicalAnd"}
     for activation in ACTIVATIONS:
         for shape in ([None, None, None, 3], None):
             graph = tf.function(
@@ -118,13 +121,28 @@ def test_no_positions(data_format, mode):
     assert y.shape == (0, *shape[1:]) and mean.shape == (0, 3)
 
 
-def test_parameter_of_another_length():
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize(
+    "x, gain, mean_scale, message",
+    [
+        ((3, 3), (3,), (3,), "[x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape] [3 3]"),
+        ((3,), (3,), (3,), "[x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape] [3]"),
+        ((), (3,), (3,), "[x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape] []"),
+        ((3,) * 9, (3,), (3,), "[x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape] [3 3 3 3 3 3 3 3 3]"),
+        ((2, 3, 3), (2,), (3,), "[gain must have shape [C] =] [3] [got] [2]"),
+        ((2, 3, 3), (3, 1), (3,), "[gain must have shape [C] =] [3] [got] [3 1]"),
+        ((2, 3, 3), (3, 3), (3,), "[gain must have shape [C] =] [3] [got] [3 3]"),
+        ((2, 3, 3), (3,), (), "[mean_scale must have shape [C] =] [3] [got] []"),
+    ],
+)
+def test_shapes_that_are_known_when_it_runs(data_format, x, gain, mean_scale, message):
     agc = tf.function(
-        lambda x, p: reference.agc(x, p, p, "relu", 0.0, "channels_last"),
-        input_signature=[tf.TensorSpec([None] * 3), tf.TensorSpec([None])],
+        lambda x, gain, mean_scale: reference.agc(x, gain, mean_scale, "relu", 0.0, data_format)[0],
+        input_signature=[tf.TensorSpec(None)] * 3,
     )
-    with pytest.raises(tf.errors.InvalidArgumentError, match="1 values.* 3"):
-        agc(tf.ones([2, 5, 3]), tf.ones([1]))
+    assert agc(tf.ones([2, 3, 3]), tf.ones([3]), tf.ones([3])).shape == [2, 3, 3]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
+        agc(tf.ones(x), tf.ones(gain), tf.ones(mean_scale))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -5,6 +5,8 @@ It is the fallback, the portable export and what every kernel is tested against.
 implementations and no argument checks of the public API live here.
 """
 
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -35,9 +37,13 @@ def agc(
         mean: U; shape [N, C].
 
     Raises:
-        tf.errors.InvalidArgumentError: x has samples but no positions, or a parameter is not [C].
+        tf.errors.InvalidArgumentError: what was not known before it runs does not fit: the rank of x, a spatial size of
+            0 where there are samples, a parameter that is not [C]. XLA has no such checks.
     """
+    x = _require_rank(x)
     x = _require_positions(x, data_format)
+    gain = _require_length("gain", gain, x, data_format)
+    mean_scale = _require_length("mean_scale", mean_scale, x, data_format)
     dtype = x.dtype
     x = tf.cast(x, tf.float64 if dtype == tf.float64 else tf.float32)
 
@@ -83,23 +89,43 @@ def _spatial_axes(rank: int | tf.Tensor, channels_last: bool) -> list[int] | tf.
     return list(range(first, last)) if isinstance(rank, int) else tf.range(first, last)
 
 
+def _require(condition: tf.Tensor, message: list[Any], tensor: tf.Tensor) -> tf.Tensor:
+    """Returns the tensor, after an op that fails unless the condition holds."""
+    check = tf.debugging.Assert(condition, message, summarize=16)  # of a whole shape
+    if check is None:  # eager: it has run
+        return tensor
+    with tf.control_dependencies([check]):
+        return tf.identity(tensor)
+
+
+def _require_rank(x: tf.Tensor) -> tf.Tensor:
+    if x.shape.rank is not None:
+        return x  # checked by who calls
+    rank = tf.rank(x)
+    message = ["x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape", tf.shape(x)]
+    return _require(tf.logical_and(rank >= 3, rank <= 8), message, x)
+
+
+def _require_length(name: str, parameter: tf.Tensor, x: tf.Tensor, data_format: str) -> tf.Tensor:
+    channel_axis = -1 if data_format == "channels_last" else 1
+    channels = None if x.shape.rank is None else x.shape[channel_axis]
+    if channels is not None and parameter.shape.rank == 1 and parameter.shape[0] == channels:
+        return parameter  # known: nothing to check when it runs
+    shape, expected = tf.shape(parameter), tf.shape(x)[channel_axis]
+    fits = tf.logical_and(tf.equal(tf.rank(parameter), 1), tf.reduce_all(tf.equal(shape, expected)))
+    return _require(fits, [f"{name} must have shape [C] =", [expected], "got", shape], parameter)
+
+
 def _require_positions(x: tf.Tensor, data_format: str) -> tf.Tensor:
-    """Returns x, after an op that fails where x has samples but a spatial size of 0."""
     spatial = slice(1, -1) if data_format == "channels_last" else slice(2, None)
     if x.shape.rank is not None and all(size for size in x.shape[spatial]):
         return x  # known and not 0: nothing to check when it runs
     shape = tf.shape(x)
     has_positions = tf.logical_or(tf.reduce_all(shape[spatial] > 0), shape[0] == 0)
-    check = tf.debugging.Assert(
-        has_positions,
-        [
-            "x has no positions (a spatial size is 0) but a batch of",
-            shape[0],
-            "the mean of an empty map is undefined, got shape",
-            shape,
-        ],
-    )
-    if check is None:  # eager: it has run
-        return x
-    with tf.control_dependencies([check]):
-        return tf.identity(x)
+    message = [
+        "x has no positions (a spatial size is 0) but a batch of",
+        shape[0],
+        "the mean of an empty map is undefined, got shape",
+        shape,
+    ]
+    return _require(has_positions, message, x)
