@@ -302,10 +302,35 @@ def test_argument_errors(arguments, message):
         AutomaticGainControl(**arguments)
 
 
-def test_zero_gain_where_it_can_be_learned():
-    for activation in (None, "relu", "relu6", "tanh"):
-        layer = AutomaticGainControl(activation, gain_initializer="zeros")
-        np.testing.assert_array_equal(layer(_X), np.zeros(_X.shape))
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "elu"])
+@pytest.mark.parametrize("value", [0.0, np.zeros(3)])
+def test_zero_gain_where_it_cannot_be_learned(activation, value):
+    message = f"Argument `gain_initializer` must not be zeros with the activation '{activation}'"
+    with pytest.raises(ValueError, match=message):
+        AutomaticGainControl(activation, gain_initializer=keras.initializers.Constant(value))
+    AutomaticGainControl(activation, gain_initializer=keras.initializers.Constant([0.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("activation", [None, "tanh"])
+def test_zero_gain_where_it_can_be_learned(activation):
+    layer = AutomaticGainControl(activation, gain_initializer="zeros")
+    with tf.GradientTape() as tape:
+        y = layer(_X)
+        loss = tf.reduce_sum(y * _X)
+    np.testing.assert_array_equal(y, np.zeros(_X.shape))
+    assert np.all(tape.gradient(loss, layer.gain.value) > 0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_integers_are_cast(dtype, policy):
+    images = np.random.default_rng(0).integers(0, 100, _X.shape).astype(dtype)
+    inputs = keras.Input(_X.shape[1:], dtype=dtype)
+    model = keras.Model(inputs, AutomaticGainControl("relu", dtype=policy)(inputs))
+    assert model.output.dtype == keras.DTypePolicy(policy).compute_dtype
+    y = model.predict(images, verbose=0)
+    layer = AutomaticGainControl("relu", dtype=policy)
+    np.testing.assert_array_equal(y, layer(images.astype(np.float32)))
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (None,) * 8 + (3,)])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_agc import functional
@@ -62,8 +63,8 @@ class AutomaticGainControl(keras.layers.Layer):
             `keras.config.image_data_format()`.
         alpha: Slope of leaky_relu (`None`: 0.2) or scale of elu (`None`: 1.0) below 0; finite and
             >= 0. An error for any other activation.
-        gain_initializer: Initializer of the gain. All zeros is refused for leaky_relu and elu,
-            whose gain could then never be learned.
+        gain_initializer: Initializer of the gain. All zeros is refused for a fused activation:
+            no gradient would ever reach the gain.
         mean_scale_initializer: Initializer of the mean scale.
         gain_regularizer: Optional regularizer of the gain.
         mean_scale_regularizer: Optional regularizer of the mean scale.
@@ -74,8 +75,8 @@ class AutomaticGainControl(keras.layers.Layer):
 
     Input shape:
         `(batch, ..., channels)`, or `(batch, channels, ...)` for channels_first, with 1 to 6
-        spatial axes; spatial sizes may be unknown. A mask is passed on; masked positions count in
-        the mean.
+        spatial axes; spatial sizes may be unknown. Integers are cast to the compute dtype. A mask
+        is passed on; masked positions count in the mean.
 
     Output shape:
         Same as the input, in the compute dtype of the layer. Weights are float32 (float64 under a
@@ -126,10 +127,10 @@ class AutomaticGainControl(keras.layers.Layer):
             )
         functional.resolve_alpha(self._fused or "linear", alpha)
         self.alpha = None if alpha is None else float(alpha)
-        if self._fused in ("leaky_relu", "elu") and _always_gives(self.gain_initializer, 0):
+        if self._fused not in (None, "linear") and _always_gives(self.gain_initializer, 0):
             raise ValueError(
                 "Argument `gain_initializer` must not be zeros with the activation "
-                f"'{self._fused}': the gradient of a gain of 0 is lost there. "
+                f"'{self._fused}': no gradient reaches a gain of 0 there. "
                 f"Received: gain_initializer={gain_initializer}"
             )
 
@@ -177,6 +178,8 @@ class AutomaticGainControl(keras.layers.Layer):
         )
 
     def call(self, inputs: Any) -> tf.Tensor:
+        if tf.as_dtype(inputs.dtype).is_integer:  # Keras casts floats alone
+            inputs = tf.cast(inputs, self.compute_dtype)
         observe = observer.get()
         if observe is not None:
             observe(self, inputs)
@@ -239,5 +242,5 @@ class AutomaticGainControl(keras.layers.Layer):
 def _always_gives(initializer: Any, value: int) -> bool:
     constants = {0: keras.initializers.Zeros, 1: keras.initializers.Ones}
     if isinstance(initializer, keras.initializers.Constant):
-        return initializer.value == value
+        return bool(np.all(np.equal(initializer.value, value)))
     return isinstance(initializer, constants[value])
