@@ -182,6 +182,18 @@ def test_dead_and_constant_channels_keep_their_gain(dtype):
     assert "2 constant, gain kept: 0, 2" in str(calibrate(model, x))
 
 
+def test_the_constraint_has_the_last_word():
+    layer = AutomaticGainControl("relu", gain_constraint=lambda gain: tf.minimum(gain, 1.0))
+    model = keras.Sequential([keras.Input((9, 10, 3)), layer])
+    x = _X * np.array([0.1, 10, 0.01], np.float32)
+    table = calibrate(model, x)
+    assert table[0].constrained == [0, 2]
+    np.testing.assert_array_equal(layer.gain.numpy()[[0, 2]], [1, 1])
+    np.testing.assert_allclose(layer.gain.numpy()[1], 1 / x[..., 1].std(), rtol=0.01)
+    np.testing.assert_array_equal(table[0].gain, layer.gain)
+    assert "2 changed by gain_constraint: 0, 2" in str(table)
+
+
 def test_rounding_noise_is_constant():
     noise = np.random.default_rng(0).choice([0, 2.0**-14], _X.shape)  # one float32 step at 1000
     model = keras.Sequential([keras.Input((9, 10, 3)), AutomaticGainControl()])

@@ -29,6 +29,7 @@ class CalibratedLayer:
         std_before: the pre-activation standard deviation before, one value a channel; shape [C].
         gain: the gain now; shape [C].
         kept: indices of the channels that were constant on the batch and keep their gain.
+        constrained: indices of the channels whose new gain was changed by the layer's `gain_constraint`.
     """
 
     layer: str
@@ -36,23 +37,29 @@ class CalibratedLayer:
     std_before: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     gain: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     kept: list[int] = dataclasses.field(default_factory=list)
+    constrained: list[int] = dataclasses.field(default_factory=list)
 
     def _cells(self) -> list[str]:
         if not self.calls:
             return [self.layer, "-", "-", "-", "not reached: nothing changed"]
-        note = ""
+        notes = []
         if self.kept:
-            shown = ", ".join(map(str, self.kept[:8])) + (", ..." if len(self.kept) > 8 else "")
-            note = f"{len(self.kept)} constant, gain kept: {shown}"
-        elif self.calls > 1:
-            note = f"called {self.calls} times, calibrated on the first"
+            notes.append(f"{len(self.kept)} constant, gain kept: {_first(self.kept)}")
+        if self.constrained:
+            notes.append(f"{len(self.constrained)} changed by gain_constraint: {_first(self.constrained)}")
+        if self.calls > 1:
+            notes.append(f"called {self.calls} times, calibrated on the first")
         return [
             self.layer,
             str(self.gain.size),
             f"{self.std_before.min():.3g} .. {self.std_before.max():.3g}",
             f"{self.gain.min():.3g} .. {self.gain.max():.3g}",
-            note,
+            "; ".join(notes),
         ]
+
+
+def _first(indices: list[int]) -> str:
+    return ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
 
 
 class CalibrationTable(list[CalibratedLayer]):
@@ -72,10 +79,11 @@ def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> Calibr
     diverge.
 
     The model runs as in inference (`training=False`). Nothing but the gains changes: other
-    non-trainable state (moving averages, states of recurrent layers, seeds) is put back. A layer
+    non-trainable state (moving averages, states of recurrent layers, seeds) is put back, unless it
+    is hidden from Keras, as in a layer's own `tf.Variable`. A layer
     that the pass calls several times (shared, or inside TimeDistributed) is calibrated on its
     first call. Channels that are constant on the batch (dead, or maps of one value) keep their
-    gain. On an error nothing changes.
+    gain. A layer's `gain_constraint` has the last word, as in training. On an error nothing changes.
 
     Args:
         model: a built model, compiled or not, of any kind. Its layers may be nested anywhere.
@@ -159,11 +167,15 @@ class _Calibration:
         gain = np.where(constant, before, sign * self._target_std / np.where(constant, 1, std_u))
         self._gains.append((layer.gain, before))
         layer.gain.assign(gain)
+        calibrated = layer.gain.numpy()
+        if layer.gain_constraint is not None:
+            layer.gain.assign(layer.gain_constraint(layer.gain))
         return CalibratedLayer(
             layer=name,
             std_before=np.abs(before) * std_u,
             gain=layer.gain.numpy(),
             kept=np.flatnonzero(constant).tolist(),
+            constrained=np.flatnonzero(layer.gain.numpy() != calibrated).tolist(),
         )
 
     def check_all_eager(self) -> None:

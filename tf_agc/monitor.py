@@ -51,10 +51,11 @@ class GainMonitor(keras.callbacks.Callback):
     `tensorboard` is installed; otherwise a warning says that only the CSV file is written.
 
     Outputs are those of one fixed batch, in an eager forward pass as in inference (`training=False`) that leaves the
-    model's state as it was: records can be compared with each other, and training goes on as it would without them. All
-    kinds of models are taken, and `jit_compile`, mixed precision, `steps_per_execution` and `MirroredStrategy`. Calls
-    of a shared layer, or inside TimeDistributed, are counted together. Layers that the pass does not reach, or only in
-    traced code (tf.map_fn, tf.vectorized_map), come last and have no output values.
+    model's state as it was, unless it is hidden from Keras, as in a layer's own `tf.Variable`: records can be compared
+    with each other, and training goes on as it would without them. All kinds of models are taken, and `jit_compile`,
+    mixed precision, `steps_per_execution` and `MirroredStrategy`. Calls of a shared layer, or inside TimeDistributed,
+    are counted together. Layers that the pass does not reach, or only in traced code (tf.map_fn, tf.vectorized_map),
+    come last and have no output values.
 
     A record costs one eager forward pass of the batch; 32 samples are plenty.
 
