@@ -27,14 +27,13 @@ built_for = PACKAGE / "native_library" / "tensorflow_version.txt"
 if not built_for.is_file():
     sys.exit(f"there is no {built_for}: run ./tools/build.sh, which builds the native library and this file.")
 tensorflow = built_for.read_text(encoding="utf-8").strip()
-major, minor = map(int, tensorflow.split(".")[:2])
 
 setup(
     distclass=BinaryDistribution,
     cmdclass={"bdist_wheel": PlatformWheel},
     version=runpy.run_path(str(PACKAGE / "version.py"))["version_for"](tensorflow),
     install_requires=[
-        f"tensorflow>={major}.{minor},<{major}.{minor + 1}",
+        f"tensorflow=={tensorflow}",  # with another one the library would not be opened: C++ has no stable ABI
         "keras>=3.12",  # the lowest version tested: the newest that Python 3.10 gets
     ],
 )

@@ -141,9 +141,9 @@ def test_metadata(dist_info):
     assert fields["Version"] == tf_agc.__version__
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == "<3.14,>=3.10"
-    # The native library is built for this minor version of TensorFlow.
-    major, minor = map(int, importlib.metadata.version("tensorflow").split(".")[:2])
-    assert fields.get_all("Requires-Dist") == [f"tensorflow<{major}.{minor + 1},>={major}.{minor}", "keras>=3.12"]
+    # The native library is used with the TensorFlow that it was built for and no other.
+    tensorflow = importlib.metadata.version("tensorflow")
+    assert fields.get_all("Requires-Dist") == [f"tensorflow=={tensorflow}", "keras>=3.12"]
     assert fields["Description-Content-Type"] == "text/markdown"
     assert fields.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert (dist_info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
