@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -290,7 +291,9 @@ def _locked(directory: pathlib.Path) -> Iterator[int]:
 
 def _split_files(dataset: str, data_dir: pathlib.Path, work_dir: pathlib.Path) -> dict[str, str]:
     """Writes the splits where a process can read them in a moment; returns the path of each."""
-    paths = {name: work_dir / f"{dataset}-{name}.npz" for name in ("train", "validation", "test")}
+    # Another directory may hold other images: never the copies of the one before.
+    origin = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:8]
+    paths = {name: work_dir / f"{dataset}-{origin}-{name}.npz" for name in ("train", "validation", "test")}
     if not all(path.exists() for path in paths.values()):
         import image_datasets
         import study_training
