@@ -407,6 +407,10 @@ def test_other_kerases(environment, message):
     assert done.returncode == 1 and message in done.stderr
 
 
+def test_an_empty_backend_is_none():
+    python("-c", "import tf_agc", KERAS_BACKEND="")
+
+
 def test_backend_of_the_configuration_file(tmp_path):
     (tmp_path / "keras.json").write_text('{"backend": "numpy"}')
     done = python("-c", "import tf_agc", check=False, KERAS_HOME=str(tmp_path))

@@ -7,7 +7,7 @@ import os as _os
 import warnings as _warnings
 
 # Before anything imports Keras: on another backend that import may fail with an error of its own.
-if _os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+if (_os.environ.get("KERAS_BACKEND") or "tensorflow") != "tensorflow":
     raise ImportError(
         "tf_agc needs Keras's tensorflow backend: unset KERAS_BACKEND or set it to 'tensorflow', "
         f"got KERAS_BACKEND={_os.environ['KERAS_BACKEND']!r}."

@@ -34,9 +34,11 @@ _scope = contextvars.ContextVar("tf_agc_implementation", default=DEFAULT)
 def implementation(name: str) -> contextlib.AbstractContextManager[None]:
     """Chooses the implementation for the calls, and for the functions traced, inside a `with`.
 
-    Scopes nest, and belong to the thread that opens them. A `tf.function` keeps what was chosen
-    when it was traced. Outside every scope the environment variable TF_AGC_IMPLEMENTATION chooses,
-    and "auto" where it is not set.
+    Scopes nest, and belong to the thread that opens them: the threads in which a
+    `tf.distribute.MirroredStrategy` of several devices traces are outside. A `tf.function` keeps
+    what was chosen when it was traced, and so do a Keras model's `fit`, `evaluate` and `predict`.
+    Outside every scope the environment variable TF_AGC_IMPLEMENTATION chooses (read when tf_agc is
+    imported), and "auto" where it is not set.
 
     Args:
         name: "auto": the native op where its library is loaded (in code that XLA compiles: both
