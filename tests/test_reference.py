@@ -121,14 +121,17 @@ def test_no_positions(data_format, mode):
     assert y.shape == (0, *shape[1:]) and mean.shape == (0, 3)
 
 
+_RANK = "[x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape]"
+
+
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize(
     "x, gain, mean_scale, message",
     [
-        ((3, 3), (3,), (3,), "[x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape] [3 3]"),
-        ((3,), (3,), (3,), "[x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape] [3]"),
-        ((), (3,), (3,), "[x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape] []"),
-        ((3,) * 9, (3,), (3,), "[x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape] [3 3 3 3 3 3 3 3 3]"),
+        ((3, 3), (3,), (3,), _RANK + " [3 3]"),
+        ((3,), (3,), (3,), _RANK + " [3]"),
+        ((), (3,), (3,), _RANK + " []"),
+        ((3,) * 9, (3,), (3,), _RANK + " [3 3 3 3 3 3 3 3 3]"),
         ((2, 3, 3), (2,), (3,), "[gain must have shape [C] =] [3] [got] [2]"),
         ((2, 3, 3), (3, 1), (3,), "[gain must have shape [C] =] [3] [got] [3 1]"),
         ((2, 3, 3), (3, 3), (3,), "[gain must have shape [C] =] [3] [got] [3 3]"),
