@@ -63,11 +63,13 @@ def _find_static_runtime(repository_ctx, top):
 
 def _architectures(repository_ctx):
     text = repository_ctx.os.environ.get("TF_AGC_CUDA_ARCHITECTURES") or _DEFAULT_ARCHITECTURES
-    architectures = [word for word in text.replace(",", " ").split(" ") if word]
-    for architecture in architectures:
-        if not architecture.isdigit():
+    words = [word for word in text.replace(",", " ").split(" ") if word]
+    for word in words:
+        if not word.isdigit():
             fail("TF_AGC_CUDA_ARCHITECTURES must list numbers such as \"75 90\" (sm_75 and sm_90), got \"%s\"." % text)
-    return architectures
+
+    # Each once, the newest last: its PTX is what newer GPUs compile, and CapabilityOfCode() takes that for granted.
+    return [str(number) for number in sorted({int(word): None for word in words}.keys())]
 
 def _cuda_repository_impl(repository_ctx):
     nvcc = _find_nvcc(repository_ctx)

@@ -100,6 +100,22 @@ INSTANTIATE_TEST_SUITE_P(Large, EverySize,
                                          std::make_tuple(1, 3, 515), std::make_tuple(1, 2113, 2),
                                          std::make_tuple(1, 8200, 1)));
 
+// Floats that are held for vectors of half, behind sums and parameters of two columns: 16 bytes after a multiple of 32.
+TEST(OnChip, HoldsFloatsOfHalf) {
+  for (Activation activation : {Activation::kElu, Activation::kLeakyRelu}) {
+    const Case c{{1, 512, 2, Layout::kChannelsFirst}, DataType::kHalf, activation, AlphaOf(activation)};
+    SetSeed(1);
+    CudaTensors t(c, /*aligned=*/true);
+    const Walk walk = PlanOf(t.PrepareBackward(c, 0), kHopper).walk;
+    ASSERT_EQ(walk.columns, 2);
+    ASSERT_EQ(walk.vector, 8);
+    ASSERT_EQ(t.RunForward(c, false, kHopper), 0);
+    CheckForward(c, t);
+    ASSERT_EQ(t.RunBackward(c, 0, kHopper), 0);
+    CheckBackward(c, t);
+  }
+}
+
 // One float map size for each way through the kernels.
 struct Way {
   const char* name;

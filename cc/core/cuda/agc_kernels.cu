@@ -679,7 +679,7 @@ bool Aligned(const BackwardArgs& args) { return Aligned(args.dy) && Aligned(args
 bool Empty(const Shape& shape) { return shape.batch == 0 || shape.channels == 0; }
 
 template <class PassType, int kVector, Layout kLayout>
-int LaunchWalk(const Plan& plan, Job<typename PassType::Args> job, void* stream) {
+int LaunchWalk(const Plan& plan, const Device& device, Job<typename PassType::Args> job, void* stream) {
   const int threads = plan.walk.columns * plan.walk.lanes;
   for (int64_t tile = 0; tile < plan.walk.tiles; tile += plan.tiles_per_launch) {
     const int64_t rest = plan.walk.tiles - tile;
@@ -687,12 +687,14 @@ int LaunchWalk(const Plan& plan, Job<typename PassType::Args> job, void* stream)
     job.first_tile = tile;
     int error;
     if (plan.on_chip) {
-      error = Launch(&OnChip<PassType, kVector, kLayout>, blocks, threads, plan.walk.blocks, plan.shared_bytes, stream,
-                     job);
+      error = Launch(&OnChip<PassType, kVector, kLayout>, blocks, threads, plan.walk.blocks, plan.shared_bytes,
+                     device.shared_bytes_per_block, stream, job);
     } else {
-      error = Launch(&SumTiles<PassType, kVector, kLayout>, blocks, threads, 1, plan.shared_bytes, stream, job);
+      error = Launch(&SumTiles<PassType, kVector, kLayout>, blocks, threads, 1, plan.shared_bytes,
+                     device.shared_bytes_per_block, stream, job);
       if (error == 0) {
-        error = Launch(&WriteTiles<PassType, kVector, kLayout>, blocks, threads, 1, plan.shared_bytes, stream, job);
+        error = Launch(&WriteTiles<PassType, kVector, kLayout>, blocks, threads, 1, plan.shared_bytes,
+                       device.shared_bytes_per_block, stream, job);
       }
     }
     if (error != 0) return error;
@@ -701,14 +703,14 @@ int LaunchWalk(const Plan& plan, Job<typename PassType::Args> job, void* stream)
 }
 
 template <class PassType>
-int LaunchPass(const Plan& plan, const Job<typename PassType::Args>& job, void* stream) {
+int LaunchPass(const Plan& plan, const Device& device, const Job<typename PassType::Args>& job, void* stream) {
   constexpr int kWide = 16 / sizeof(typename PassType::Element);
   if (plan.walk.layout == Layout::kChannelsLast) {
-    return plan.walk.vector == 1 ? LaunchWalk<PassType, 1, Layout::kChannelsLast>(plan, job, stream)
-                                 : LaunchWalk<PassType, kWide, Layout::kChannelsLast>(plan, job, stream);
+    return plan.walk.vector == 1 ? LaunchWalk<PassType, 1, Layout::kChannelsLast>(plan, device, job, stream)
+                                 : LaunchWalk<PassType, kWide, Layout::kChannelsLast>(plan, device, job, stream);
   }
-  return plan.walk.vector == 1 ? LaunchWalk<PassType, 1, Layout::kChannelsFirst>(plan, job, stream)
-                               : LaunchWalk<PassType, kWide, Layout::kChannelsFirst>(plan, job, stream);
+  return plan.walk.vector == 1 ? LaunchWalk<PassType, 1, Layout::kChannelsFirst>(plan, device, job, stream)
+                               : LaunchWalk<PassType, kWide, Layout::kChannelsFirst>(plan, device, job, stream);
 }
 
 template <class Args>
@@ -727,7 +729,7 @@ template <class T>
 int RunForward(const ForwardArgs& args, const Device& device, void* workspace, void* stream) {
   const Plan plan = PlanOf(args, device);
   if (workspace == nullptr && Bytes(plan) > 0) return kInvalidValue;
-  return LaunchPass<ForwardPass<T>>(plan, MakeJob(args, plan, workspace), stream);
+  return LaunchPass<ForwardPass<T>>(plan, device, MakeJob(args, plan, workspace), stream);
 }
 
 template <class T>
@@ -736,11 +738,12 @@ int RunBackward(const BackwardArgs& args, const Device& device, void* workspace,
   if (args.shape.batch > 0) {
     plan = PlanOf(args, device);
     if (workspace == nullptr && Bytes(plan) > 0) return kInvalidValue;
-    const int error = LaunchPass<BackwardPass<T>>(plan, MakeJob(args, plan, workspace), stream);
+    const int error = LaunchPass<BackwardPass<T>>(plan, device, MakeJob(args, plan, workspace), stream);
     if (error != 0 || args.shape.batch == 1) return error;
   }
   return Launch(&AddSamples<T>, CeilDiv(args.shape.channels, kGradientChannels), kMaxThreads, 1,
-                2 * kMaxThreads * int64_t{sizeof(double)}, stream, MakeJob(args, plan, workspace));
+                2 * kMaxThreads * int64_t{sizeof(double)}, device.shared_bytes_per_block, stream,
+                MakeJob(args, plan, workspace));
 }
 
 }  // namespace

@@ -39,9 +39,9 @@ struct ComputeType<double> {
 template <class T>
 using Compute = typename ComputeType<T>::Type;
 
-// What one access of a thread takes; aligned, so that it is one instruction.
+// What one access of a thread takes; aligned, so that it is one instruction, or several of 16 bytes.
 template <class T, int kSize>
-struct alignas(sizeof(T) * kSize) Vector {
+struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Vector {
   T values[kSize];
 };
 
@@ -113,15 +113,17 @@ __device__ __forceinline__ const E* OfRank(const E* shared, int rank) {
 #endif
 }
 
-// Starts a kernel whose blocks form clusters of `cluster` along x. Returns a cudaError_t.
+// Starts a kernel whose blocks form clusters of `cluster` along x. Returns a cudaError_t. `most_shared_bytes`: that a
+// block may opt into on this device.
 template <class Argument>
-int Launch(void (*kernel)(Argument), int64_t blocks, int threads, int cluster, int64_t shared_bytes, void* stream,
-           const Argument& argument) {
+int Launch(void (*kernel)(Argument), int64_t blocks, int threads, int cluster, int64_t shared_bytes,
+           int64_t most_shared_bytes, void* stream, const Argument& argument) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
+    // Always the same limit: it is the kernel's, not the launch's, and another thread may be about to launch it.
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+                             static_cast<int>(most_shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   cudaLaunchAttribute attribute;
