@@ -224,7 +224,8 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   const int64_t bytes = ElementBytes(args.data_type);
   Plan plan = MakePlan(shape);
   // In place, the lines to write are in the cache already. A small new tensor should be left there for its reader.
-  plan.stream = args.y != args.x && shape.batch * shape.positions * shape.channels * bytes > L3CacheBytes() / 2;
+  const int64_t last_cache = std::max(L3CacheBytes(), L2CacheBytes());
+  plan.stream = args.y != args.x && shape.batch * shape.positions * shape.channels * bytes > last_cache / 2;
   const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, 1, parallel.threads));
   const int64_t whole_maps = shape.batch * blocks.count;
   if (whole_maps >= parallel.threads || plan.chunks == 1) {
