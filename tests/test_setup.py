@@ -293,6 +293,23 @@ def test_no_bazel_and_no_root(machine):
     machine.check_fails("Bazel is missing", "sudo apt-get install bazel-bootstrap")
 
 
+def test_venv_of_somebody_else_is_left_alone(machine):
+    own = machine.checkout / ".venv" / "own"
+    own.parent.mkdir()
+    own.write_text("own")
+    machine.check_fails(f"{own.parent} was not made by this script: move it away, then start again.")
+    assert own.read_text() == "own"
+    assert machine.calls() == []
+
+
+def test_a_space_in_the_path(tmp_path):
+    machine = Machine(tmp_path / "my work")
+    result = machine.run(machine.checkout / "tools" / "build_wheel.sh")
+    assert result.returncode == 1
+    assert f"tf_agc: {machine.checkout} has a space in its name" in result.stderr
+    assert machine.calls() == []
+
+
 def test_checkout_of_somebody_else(machine):
     # A file in the directory's place stops root as well.
     (machine.checkout / ".cache").touch()

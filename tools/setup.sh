@@ -131,8 +131,13 @@ make_venv() {
       fail "${python} has no venv module: name another Python with PYTHON=/path/to/python3."
   fi
 
+  # .venv is a usual name: one that was not made here is somebody's own.
+  [[ ! -e ${VENV} || -f ${VENV}/tf_agc_stamp ]] ||
+    fail "${VENV} was not made by this script: move it away, then start again."
   say "making ${VENV} with Python ${version} (some minutes)"
   rm -rf "${VENV}"
+  mkdir -p "${VENV}"
+  : >"${VENV}/tf_agc_stamp"
   "${python}" -m venv "${VENV}" >"${CACHE}/pip.log" 2>&1 ||
     fail "${python} could not make ${VENV}: see ${CACHE}/pip.log."
   # --no-deps: the lock is complete, and older pips stumble over extras when they resolve it once more.
@@ -243,6 +248,7 @@ case ${1:-} in
     ;;
   *) choose_tensorflow ;;
 esac
+[[ ${ROOT} != *[[:space:]]* ]] || fail "${ROOT} has a space in its name, which Bazel does not take: move the checkout."
 mkdir -p "${CACHE}" 2>/dev/null && [[ -w ${ROOT} ]] ||
   fail "${ROOT} cannot be written by $(id -un): take a checkout of your own."
 check_compiler
