@@ -77,7 +77,8 @@ def _folded(
     """Runs an op once for all elements, with the mapped axis folded away around it."""
     loop.stack_inputs([index for index, kind in enumerate(inputs) if kind in into])
     values = [value.t for value in loop.inputs]
-    length, size = loop.pfor.loop_len_vector, tf.shape(values[0])[1:][into["maps"]]
+    length = tf.cast(loop.pfor.loop_len_vector, tf.int64)
+    size = tf.shape(values[0], out_type=tf.int64)[1:][into["maps"]]
     folded = [_merge(value, into[kind]) if kind in into else value for value, kind in zip(values, inputs, strict=True)]
     attributes = {name: loop.get_attr(name) for name in ("activation", "alpha", "data_format")}
     results = op(*folded, **attributes)
@@ -91,7 +92,7 @@ def _merge(value: tf.Tensor, axis: int) -> tf.Tensor:
     """Merges axis 0 into the one that is `axis` of the others."""
     axis %= tf.rank(value) - 1
     value = tf.transpose(value, tf.concat([tf.range(1, axis + 1), [0], tf.range(axis + 1, tf.rank(value))], axis=0))
-    shape = tf.shape(value)
+    shape = tf.shape(value, out_type=tf.int64)
     merged = shape[axis : axis + 1] * shape[axis + 1]
     return tf.reshape(value, tf.concat([shape[:axis], merged, shape[axis + 2 :]], axis=0))
 
@@ -99,6 +100,6 @@ def _merge(value: tf.Tensor, axis: int) -> tf.Tensor:
 def _split(value: tf.Tensor, axis: int, length: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     """Undoes `_merge`: makes an axis 0 of `length` out of an axis, of which `size` is left."""
     axis %= tf.rank(value)
-    shape = tf.shape(value)
+    shape = tf.shape(value, out_type=tf.int64)
     value = tf.reshape(value, tf.concat([shape[:axis], length, [size], shape[axis + 1 :]], axis=0))
     return tf.transpose(value, tf.concat([[axis], tf.range(axis), tf.range(axis + 1, tf.rank(value))], axis=0))

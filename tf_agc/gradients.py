@@ -69,7 +69,7 @@ def _agc_grad_gradient(ops: Any, op: tf.Operation, ddx: Any, ddgain: Any, ddmean
     activation = _Activation(tf.compat.as_str(op.get_attr("activation")), op.get_attr("alpha"))
 
     # Maps lose their spatial axes: [N, P, C] or [N, C, P], whatever the rank, known or not.
-    maps_shape = tf.shape(kept)
+    maps_shape = tf.shape(kept, out_type=tf.int64)  # a map may have more positions than int32 counts
     spatial = tf.reduce_prod(maps_shape[1:-1] if channels_last else maps_shape[2:], keepdims=True)
     parts = [maps_shape[:1], spatial, maps_shape[-1:]] if channels_last else [maps_shape[:2], spatial]
     flat_shape = tf.concat(parts, axis=0)
@@ -115,7 +115,7 @@ def _agc_grad_gradient(ops: Any, op: tf.Operation, ddx: Any, ddgain: Any, ddmean
 class _Activation:
     """What the second derivatives need of an activation, from what was kept of it, k.
 
-    The same selects as in cc/core/loops.cc, so that both fall on the same side of every kink.
+    The same selects as in cc/core/activations.h, so that both fall on the same side of every kink.
     """
 
     def __init__(self, name: str, alpha: float) -> None:
