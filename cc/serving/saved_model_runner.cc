@@ -163,7 +163,9 @@ Tensor ReadInput(const std::string& name, const std::string& file, const tensorf
   tensorflow::TensorShape shape;
   const absl::Status status = tensorflow::TensorShape::BuildTensorShape(array.shape, &shape);
   if (!status.ok()) Fail("--input " + Quoted(name) + ": " + file + ": " + std::string(status.message()));
-  const tensorflow::PartialTensorShape expected(info.tensor_shape());
+  tensorflow::PartialTensorShape expected;
+  const absl::Status valid = tensorflow::PartialTensorShape::BuildPartialTensorShape(info.tensor_shape(), &expected);
+  if (!valid.ok()) Fail(Quoted(name) + " of the signature has no valid shape: " + std::string(valid.message()));
   if (!expected.IsCompatibleWith(shape)) {
     Fail("--input " + Quoted(name) + " must have shape " + expected.DebugString() + ", got " + shape.DebugString() +
          " in " + file);
