@@ -5,6 +5,7 @@ Its models are made here with Python, where the op comes from the wheel.
 
 import pathlib
 import re
+import shutil
 import subprocess
 
 import keras
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from agc_testing import ACTIVATIONS, ALPHA, DATA_FORMATS, parameter_dtype
+from tensorflow.core.protobuf import saved_model_pb2
 
 import tf_agc
 from tf_agc import native
@@ -353,6 +355,21 @@ def test_a_damaged_model(types, tmp_path):
     assert done.returncode == 1
     (line,) = _errors(done)
     assert line.startswith(f"saved_model_runner: cannot load {tmp_path}: ")
+
+
+@pytest.mark.parametrize("sizes", [[2**40, 2**40], [1] * 255])
+def test_a_signature_with_an_invalid_shape(types, files, sizes):
+    shutil.copytree(types, files / "model")
+    model = saved_model_pb2.SavedModel.FromString((types / "saved_model.pb").read_bytes())
+    shape = model.meta_graphs[0].signature_def["text"].inputs["i"].tensor_shape
+    shape.Clear()
+    for size in sizes:
+        shape.dim.add(size=size)
+    (files / "model" / "saved_model.pb").write_bytes(model.SerializeToString())
+    done = _run(f"--model={files}/model", "--signature=text", f"--input=i={files}/i.npy", check=False)
+    assert done.returncode == 1
+    (line,) = _errors(done)
+    assert line.startswith('saved_model_runner: "i" of the signature has no valid shape: ')
 
 
 def test_outputs_that_no_file_holds(types, files):
