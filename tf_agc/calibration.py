@@ -80,10 +80,10 @@ def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> Calibr
 
     The model runs as in inference (`training=False`). Nothing but the gains changes: other
     non-trainable state (moving averages, states of recurrent layers, seeds) is put back, unless it
-    is hidden from Keras, as in a layer's own `tf.Variable`. A layer
-    that the pass calls several times (shared, or inside TimeDistributed) is calibrated on its
-    first call. Channels that are constant on the batch (dead, or maps of one value) keep their
-    gain. A layer's `gain_constraint` has the last word, as in training. On an error nothing changes.
+    is hidden from Keras, as in a layer's own `tf.Variable`. A layer that the pass calls several
+    times (shared, or inside TimeDistributed) is calibrated on its first call. Channels that are
+    constant on the batch (dead, or maps of one value) keep their gain. A layer's `gain_constraint`
+    has the last word, as in training. On an error nothing changes.
 
     Args:
         model: a built model, compiled or not, of any kind. Its layers may be nested anywhere.

@@ -1,5 +1,6 @@
-// The two ops in XLA's own operations, for every platform and use where a custom call cannot run: GPUs without our
-// CUDA kernels, maps of dynamic size, ahead-of-time compilation. The same definition as cc/core, a second time and in fewer lines.
+// The two ops in XLA's own operations, for every platform and use where a custom call cannot run: GPUs without our CUDA
+// kernels, maps of dynamic size, ahead-of-time compilation. The same definition as cc/core, a second time and in fewer
+// lines.
 //
 // No attribute is read and nothing is validated here.
 
