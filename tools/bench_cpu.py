@@ -323,13 +323,15 @@ def _candidates(shape, data_format, dtype, peers) -> Iterator[_Candidate]:
         "composite of stock ops": composite,
         "fused_batch_norm": fused_batch_norm,
     }
-    if dtype == "float32":
-        stock |= {
-            "keras BatchNormalization": keras_layer(lambda: keras.layers.BatchNormalization(axis=axis)),
-            "keras GroupNormalization": keras_layer(lambda: keras.layers.GroupNormalization(groups, axis=axis)),
-            "keras LayerNormalization": keras_layer(lambda: keras.layers.LayerNormalization(axis=axis)),
-        }
-    if dtype == "float16":  # for which it has no fast kernel of its own
+    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
+    stock |= {
+        "keras BatchNormalization": keras_layer(lambda: keras.layers.BatchNormalization(axis=axis, dtype=policy)),
+        "keras GroupNormalization": keras_layer(
+            lambda: keras.layers.GroupNormalization(groups, axis=axis, dtype=policy)
+        ),
+        "keras LayerNormalization": keras_layer(lambda: keras.layers.LayerNormalization(axis=axis, dtype=policy)),
+    }
+    if dtype != "float32":  # for which it has no fast kernels of its own
         stock["fused_batch_norm in float32, cast"] = cast_fused_batch_norm
     for name, make_layer in stock.items():
         yield _Candidate(f"{name}, graph", "peer", make_layer)

@@ -1,6 +1,7 @@
 """What stands beside every committed measurement: machine, versions, commit. Nothing is measured here."""
 
 import datetime
+import filecmp
 import os
 import pathlib
 import platform
@@ -47,7 +48,15 @@ def _commit() -> str:
         return subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False).stdout
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "cc", "tf_agc", "tools/*.py")
-    return (git("rev-parse", "--short=12", "HEAD").strip() or "unknown") + (" with changes" if changed else "")
+    commit = (git("rev-parse", "--short=12", "HEAD").strip() or "unknown") + (" with changes" if changed else "")
+    return commit if _imports_the_checkout() else f"{commit}, with another tf_agc installed"
+
+
+def _imports_the_checkout() -> bool:
+    """Whether the tf_agc that runs has the checkout's files, and the libraries that tools/build.sh last put there."""
+    checkout, imported = CHECKOUT / "tf_agc", pathlib.Path(tf_agc.__file__).parent
+    files = [file.relative_to(checkout) for file in checkout.rglob("*") if file.suffix in (".py", ".so")]
+    return all((imported / file).is_file() and filecmp.cmp(checkout / file, imported / file, False) for file in files)
 
 
 def _caches() -> str:
