@@ -70,9 +70,9 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
   --fake_live_allocations;
   return (CUresult)0;
 }
-CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t size) {
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t size, CUstream stream) {
   memcpy((void*)to, from, size);
-  return (CUresult)0;
+  return (CUresult)(stream == (CUstream)&handle ? 0 : 1);
 }
 CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t size) {
   memcpy(to, (void*)from, size);

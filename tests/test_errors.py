@@ -150,6 +150,7 @@ import resource
 import tensorflow as tf
 from tf_agc import native
 
+tf.config.set_visible_devices([], "GPU")  # the limit is one of the CPU's memory
 channels = 2**21
 maps, means, parameters = tf.ones([64, 1, channels], tf.float16), tf.ones([64, channels]), tf.ones([channels])
 

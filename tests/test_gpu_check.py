@@ -311,7 +311,8 @@ def test_everything_is_right(check, launchers, capsys):
     (correct,) = results["sections"]["correctness"]["notes"]
     assert correct.startswith(f"{3 * 2 * 4 * 5 * 2 + 1 * 2 * 4} cases; the largest error is 0.")
     assert results["sections"]["huge"]["notes"][0].startswith("left out: ")
-    assert results["sections"]["sanitizer"]["notes"] == ["left out: there is no compute-sanitizer on PATH"]
+    sanitizer = "left out: there is no compute-sanitizer in CUDA_HOME, on PATH or in /usr/local/cuda"
+    assert results["sections"]["sanitizer"]["notes"] == [sanitizer]
     assert results["sections"]["latency"]["notes"][0] == "bfloat16 forward: 1.0 x an empty kernel"
 
     assert "# gpu: Fake GPU" in rows and "# commit: abc" in rows
@@ -434,11 +435,28 @@ def test_compiles_what_bazel_does(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     gpu_check.build((9, 0), tmp_path)
-    compiled = {pathlib.Path(argument) for argument in (tmp_path / "arguments").read_text().splitlines()}
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert not any(argument.startswith("-L") for argument in arguments)
+    # As in the toolkit of Python's index, where nvcc would not look.
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libcudart_static.a").touch()
+    gpu_check.build((9, 0), tmp_path)
+    assert f"-L{tmp_path}/lib" in (tmp_path / "arguments").read_text().splitlines()
+    compiled = {pathlib.Path(argument) for argument in arguments}
     directory = ROOT / "cc" / "core" / "cuda"
     libraries = [rule for rule in (directory / "BUILD").read_text().split("\n)\n") if "library(" in rule]
     sources = [re.findall(r'^    srcs = \["(.*)"\]', rule, re.M) for rule in libraries if "testonly" not in rule]
     assert {file for file in compiled if file.parent == directory} == {directory / name for (name,) in sources}
+
+
+def test_earlier_results_are_left_alone(tmp_path, tools, capsys):
+    import gpu_check
+
+    (tmp_path / "gpu.csv").write_text("earlier")
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--output", str(tmp_path)])
+    assert f"--output must be a directory without results, and {tmp_path} has some" in capsys.readouterr().err
+    assert (tmp_path / "gpu.csv").read_text() == "earlier"
 
 
 def test_the_script_needs_no_tensorflow(tmp_path):

@@ -173,9 +173,9 @@ class Check:
 
     def sanitizer(self, report: Report) -> None:
         """memcheck and racecheck over small shapes."""
-        tool = shutil.which("compute-sanitizer")
+        tool = _find_tool("compute-sanitizer") or shutil.which("compute-sanitizer")
         if tool is None:
-            report.note("left out: there is no compute-sanitizer on PATH")
+            report.note("left out: there is no compute-sanitizer in CUDA_HOME, on PATH or in /usr/local/cuda")
             return
         for check in ("memcheck", "racecheck"):
             with tempfile.TemporaryDirectory() as directory:
@@ -197,14 +197,19 @@ class Check:
 SECTIONS = ("correctness", "huge", "bandwidth", "latency", "pytorch", "sanitizer")
 
 
+def _find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: CUDA_HOME's, or the one on PATH, or that of the usual place."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(name, path=f"{home}/bin" if home else f"{os.environ['PATH']}:/usr/local/cuda/bin")
+
+
 def build(compute_capability: tuple[int, int], directory: pathlib.Path) -> pathlib.Path:
     """Compiles cc/core/cuda for one GPU; needs nvcc and a C++ compiler, not Bazel.
 
     Raises:
         gpu_driver.Error: there is no nvcc, or it refuses the sources.
     """
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    nvcc = _find_tool("nvcc")
     if nvcc is None:
         raise gpu_driver.Error(
             "there is no nvcc to build the kernels with; name a built library with --library "
@@ -215,6 +220,10 @@ def build(compute_capability: tuple[int, int], directory: pathlib.Path) -> pathl
     name = "".join(map(str, compute_capability))
     command = [nvcc, "-shared", "-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{CHECKOUT}", "-o", str(library)]
     command += [f"-gencode=arch=compute_{name},code=sm_{name}", *sources]
+    # nvcc itself looks in lib64 alone, which the toolkit from Python's index has not.
+    toolkit = pathlib.Path(nvcc).resolve().parent.parent
+    folders = [toolkit / folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
+    command += [f"-L{folder}" for folder in folders if (folder / "libcudart_static.a").is_file()][:1]
     print(f"building for sm_{name} with {nvcc}", flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -257,6 +266,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.library is not None and not options.library.is_file():
         parser.error(f"--library must name a built libtf_agc_cuda.so, got {options.library}")
+    if any((options.output / name).exists() for name in ("gpu.csv", "gpu.json")):
+        parser.error(f"--output must be a directory without results, and {options.output} has some: name another one")
     options.library = options.library and options.library.resolve()  # without a slash it would be looked for elsewhere
     return options
 

@@ -70,7 +70,7 @@ class Driver:
             ("cuMemGetInfo_v2", pointer, pointer),
             ("cuMemAlloc_v2", pointer, size),
             ("cuMemFree_v2", address),
-            ("cuMemcpyHtoD_v2", address, pointer, size),
+            ("cuMemcpyHtoDAsync_v2", address, pointer, size, pointer),
             ("cuMemcpyDtoH_v2", pointer, address, size),
             ("cuMemcpyDtoDAsync_v2", address, address, size, pointer),
             ("cuMemsetD8Async", address, ctypes.c_ubyte, size, pointer),
@@ -155,7 +155,8 @@ class Driver:
         array = np.ascontiguousarray(array)
         buffer = self.allocate(array.nbytes * repeat, offset)
         if array.nbytes > 0:
-            self._call("cuMemcpyHtoD_v2", buffer.address, array.ctypes.data, array.nbytes)
+            # On the stream of the copies below: the one without a stream may still be under way when it returns.
+            self._call("cuMemcpyHtoDAsync_v2", buffer.address, array.ctypes.data, array.nbytes, self.stream)
         done = array.nbytes
         while done < buffer.size:  # twice as much in every round
             size = min(done, buffer.size - done)

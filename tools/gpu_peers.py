@@ -38,7 +38,7 @@ def compare(check, report, large_shapes: tuple) -> None:
         calls = check.calls(shape, "channels_last", dtype)
         ours = row("tf_agc", check.driver.time_graph([call.both for call in calls]))
         del calls
-        for name, module in _peers(shape[3]):
+        for name, module in _peers(shape[3], getattr(torch, dtype)):
             try:
                 suffix, times = _time(check.driver, module, shape, dtype, check.sets(shape, dtype))
                 theirs = row(name + suffix, times)
@@ -47,14 +47,14 @@ def compare(check, report, large_shapes: tuple) -> None:
                 report.note(f"{name} does not run at {shape} {dtype}: {str(error).splitlines()[0]}")
 
 
-def _peers(channels: int) -> Iterator[tuple[str, torch.nn.Module]]:
+def _peers(channels: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.nn.Module]]:
     def with_relu(norm):
         return torch.nn.Sequential(norm, torch.nn.ReLU()).cuda()
 
     groups = next(groups for groups in (32, 16, 8, 4, 3, 2, 1) if channels % groups == 0)
     yield "BatchNorm2d + ReLU, eager", with_relu(torch.nn.BatchNorm2d(channels))
     yield "BatchNorm2d + ReLU, compiled", torch.compile(with_relu(torch.nn.BatchNorm2d(channels)), dynamic=False)
-    yield f"GroupNorm({groups}) + ReLU, eager", with_relu(torch.nn.GroupNorm(groups, channels))
+    yield f"GroupNorm({groups}) + ReLU, eager", with_relu(torch.nn.GroupNorm(groups, channels, dtype=dtype))
     yield "InstanceNorm2d + ReLU, eager", with_relu(torch.nn.InstanceNorm2d(channels, affine=True))
 
 
