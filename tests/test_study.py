@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -222,6 +223,7 @@ def trainer(tools, monkeypatch):
     monkeypatch.setattr(study, "_Trainings", lambda lock: trainer)
     monkeypatch.setattr(study, "RUNS_AT_ONCE", 1)  # in the order of the plan
     monkeypatch.setattr(study, "_split_files", lambda *_: {name: name for name in ("train", "validation", "test")})
+    monkeypatch.setattr(study, "_digest", lambda files: "0123")
     monkeypatch.setattr(machine, "describe", lambda: MACHINE)
     return trainer
 
@@ -282,7 +284,7 @@ def test_interrupted_and_continued(trainer, call, tmp_path, capsys):
     for text in (
         "| digits, 4 | plain | AGC | ",
         "### digits, 4 epochs",
-        "| plain | 128 | BatchNorm | -1.0 |  | one seed | 1.00 |",
+        "| plain | 128 | BatchNorm | -1.0 |  |  | one seed | 1.00 |",
         "| plain | AGC | 2, 128 | +6.0 |  |",
     ):
         assert text in table
@@ -398,6 +400,9 @@ def test_margins(tools):
     value, margin = study_report.difference(ours.tolist(), theirs.tolist())
     assert value == pytest.approx(ours.mean() - theirs.mean())
     assert margin == pytest.approx(2 * np.sqrt(ours.var(ddof=1) / 5 + theirs.var(ddof=1) / 5))
+    # Student's t of two equal deviations: 2 / sqrt(2 / 3) at four degrees of freedom.
+    assert study_report.p_value([1.0, 2.0, 3.0], [3.0, 4.0, 5.0]) == pytest.approx(0.0705, abs=1e-4)
+    assert np.isnan(study_report.p_value([1.0], [2.0, 3.0]))
     assert study_report.verdict(1.0, 2.0) == "equal" and study_report.verdict(-1.0, 2.0) == "equal"
     assert study_report.verdict(3.0, 2.0) == "better" and study_report.verdict(-3.0, 2.0) == "worse"
     assert study_report.verdict(3.0, study_report.difference([1.0], [2.0, 3.0])[1]) == "one seed"
@@ -434,6 +439,25 @@ def test_the_largest_batch(tools, base, expected):
     assert f"| some | 1000 | {row.largest_batch} | 10 | {row.largest_batch / 10:.2f} |" in study_memory.table(
         [row, other]
     )
+
+
+def test_a_batch_that_kills_its_process_is_too_large(tools, monkeypatch):
+    import bench_model
+    import study_memory
+    from study_results import StudyError
+
+    status = -signal.SIGKILL
+
+    def peak(network, normalization, batch):
+        if batch > 10:
+            raise subprocess.CalledProcessError(status, "python")
+        return float(batch)
+
+    monkeypatch.setattr(bench_model, "peak_of_fresh_process", peak)
+    assert study_memory.largest_batch("some", "agc", 1000).largest_batch == 10
+    status = 1
+    with pytest.raises(StudyError, match="some with agc at a batch of 16 ended with 1: see above"):
+        study_memory.largest_batch("some", "agc", 1000)
 
 
 def test_memory_goes_on(trainer, call, tmp_path, monkeypatch, capsys):
@@ -483,6 +507,33 @@ def test_results_of_another_version_are_refused(trainer, call, tmp_path):
     read_results(tmp_path).add(run_row(), [], [], VERSIONS | {"keras": "2"})
     expected = ".*results has results of keras 2, and this is 3: pass another --results_dir$"
     assert_one_sentence(call, "run", "--quick", "--search", match=expected)
+
+
+def test_results_of_other_images_are_refused(trainer, call, tmp_path, monkeypatch):
+    import study
+
+    call("run", "--quick", "--search")
+    # Of another data set: nothing to compare.
+    read_results(tmp_path).add(run_row(), [], [], VERSIONS | {"cifar10 images": "4567"})
+    monkeypatch.setattr(study, "_digest", lambda files: "89ab")
+    expected = ".*results has results of digits images 0123, and this is 89ab: pass another --results_dir$"
+    assert_one_sentence(call, "run", "--quick", match=expected)
+
+
+def test_other_images_are_told_apart(split_files, tmp_path):
+    import study
+    import study_training
+
+    files = dict(split_files)
+    digest = study._digest(files)
+    assert study._digest(files) == digest
+    other = study_training.load_split(files["test"])
+    other.labels[0] += 1
+    files["test"] = str(tmp_path / "other.npz")
+    study_training.save_split(other, tmp_path / "other.npz")
+    assert study._digest(files) != digest
+    cell = run_row().cell
+    assert study._checkpoint(cell, digest, tmp_path) != study._checkpoint(cell, study._digest(files), tmp_path)
 
 
 @pytest.mark.parametrize("used", ["work", "results"])

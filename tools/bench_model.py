@@ -171,8 +171,12 @@ def _print_peak_memory(name: str, normalization: str, batch: str) -> None:
     network = dataclasses.replace(NETWORKS[name], batch=int(batch))
     images, labels = network.data()
     model = compiled(network, normalization)
-    for _ in range(_MEMORY_STEPS):
-        model.train_on_batch(images, labels)
+    try:
+        for _ in range(_MEMORY_STEPS):
+            model.train_on_batch(images, labels)
+    except tf.errors.ResourceExhaustedError:
+        print("inf")
+        return
     print(memory.peak_mib())
 
 

@@ -223,9 +223,11 @@ def run_plan(options: argparse.Namespace) -> None:
         ) as progress,
     ):
         results, todo, _ = _unfinished(options)  # another process may have gone on before the lock
-        results.check_versions(described)
         seconds = {cell: estimated_seconds(cell, results) for cell in todo}
         files = _split_files(plan.dataset, options.data_dir.expanduser(), options.work_dir)
+        images = _digest(files)
+        described |= {f"{plan.dataset} images": images}
+        results.check_versions(described)
         everything = progress.add_task("all runs", total=sum(seconds.values()))
         trainings = _Trainings(lock)
 
@@ -239,7 +241,7 @@ def run_plan(options: argparse.Namespace) -> None:
                 progress.advance(everything, (done - shown) * seconds[cell])
                 shown = done
 
-            job = job_of(cell, plan.augment, files, _checkpoint(cell, options.work_dir))
+            job = job_of(cell, plan.augment, files, _checkpoint(cell, images, options.work_dir))
             trained = trainings.train(job, options.work_dir / f"{cell.file_name()}.log", show)
             show(1.0)
             progress.remove_task(one)
@@ -307,6 +309,18 @@ def _split_files(dataset: str, data_dir: pathlib.Path, work_dir: pathlib.Path) -
     return {name: str(path) for name, path in paths.items()}
 
 
+def _digest(files: dict[str, str]) -> str:
+    """Tells the images and labels of all splits from others, wherever they come from."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        with np.load(files[name]) as split:
+            for array in (split["images"], split["labels"]):
+                digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]
+
+
 def job_of(cell: Cell, augment: bool, files: dict[str, str], checkpoint: pathlib.Path) -> dict:
     """What study_training.Job is made of; the search is not told where the test split is."""
     names = ("train", "validation", "test") if cell.split == "test" else ("train", "validation")
@@ -314,8 +328,8 @@ def job_of(cell: Cell, augment: bool, files: dict[str, str], checkpoint: pathlib
     return job | {"augment": augment, "splits": {name: files[name] for name in names}, "checkpoint": str(checkpoint)}
 
 
-def _checkpoint(cell: Cell, work_dir: pathlib.Path) -> pathlib.Path:
-    return work_dir / f"{cell.file_name()}.npz"
+def _checkpoint(cell: Cell, images: str, work_dir: pathlib.Path) -> pathlib.Path:
+    return work_dir / f"{cell.file_name()}-{images}.npz"
 
 
 def add_run(cell: Cell, trained: dict, work_dir: pathlib.Path, results: Results, described: dict[str, str]) -> Run:
@@ -336,10 +350,11 @@ def add_run(cell: Cell, trained: dict, work_dir: pathlib.Path, results: Results,
         machine=f"{described['cpu']}, {described['cores']} cores, {described['instruction set']}",
         commit=described["commit"],
     )
-    versions = {name: described[name] for name in ("tf_agc", "tensorflow", "keras", "python")}
+    images = f"{cell.dataset} images"
+    versions = {name: described[name] for name in ("tf_agc", "tensorflow", "keras", "python", images)}
     # The gains of one seed make a picture, those of all of them a large file.
     results.add(run, curve, gains if cell.split == "test" and cell.seed == 0 else [], versions)
-    _checkpoint(cell, work_dir).unlink(missing_ok=True)
+    _checkpoint(cell, described[images], work_dir).unlink(missing_ok=True)
     return run
 
 

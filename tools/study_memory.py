@@ -5,9 +5,13 @@ bench_model.py's, in a fresh process each; options and files are study.py's.
 """
 
 import dataclasses
+import math
+import signal
+import subprocess
 from collections.abc import Callable
 
 import bench_model
+from study_results import StudyError
 
 NETWORKS = ("plain CNN, 6 layers", "ResNet-20, pre-activation", "ResNet-20, post-activation")
 NORMALIZATIONS = ("agc", "batch_norm")
@@ -25,11 +29,23 @@ class LargestBatch:
     peak_mib: float
 
 
+def _peak_mib(network: str, normalization: str, batch: int) -> float:
+    """Infinite where there is not so much memory at all."""
+    try:
+        return bench_model.peak_of_fresh_process(network, normalization, batch)
+    except subprocess.CalledProcessError as error:
+        if error.returncode == -signal.SIGKILL:
+            return math.inf
+        raise StudyError(
+            f"{network} with {normalization} at a batch of {batch} ended with {error.returncode}: see above"
+        ) from error
+
+
 def largest_batch(
     network: str,
     normalization: str,
     limit_mib: float,
-    peak_mib: Callable[[str, str, int], float] = bench_model.peak_of_fresh_process,
+    peak_mib: Callable[[str, str, int], float] = _peak_mib,
 ) -> LargestBatch:
     """Doubles the batch until it is too large, then halves the interval down to 2 % of it; 0 where none fits."""
     fits, too_large = (0, float("nan")), None

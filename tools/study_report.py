@@ -6,6 +6,7 @@ import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+import scipy.stats
 from matplotlib.figure import Figure
 
 from study_results import Results, Run, StudyError
@@ -30,6 +31,13 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, f
     """The difference of two means over seeds, and its margin: twice its standard error."""
     margin = 2 * math.hypot(standard_error(ours), standard_error(theirs))
     return statistics.mean(ours) - statistics.mean(theirs), margin
+
+
+def p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Of Welch's t-test: how often seeds alone make means differ so much. NaN where one of them has one seed."""
+    if min(len(ours), len(theirs)) < 2:
+        return math.nan
+    return float(scipy.stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
 
 
 def verdict(value: float, margin: float) -> str:
@@ -139,17 +147,19 @@ def _difference_table(runs: list[Run]) -> str:
             theirs = groups.get((network, batch, other))
             if theirs:
                 value, margin = difference(_percent(ours), _percent(theirs))
+                p = p_value(_percent(ours), _percent(theirs))
                 rows.append(
                     [
                         network, str(batch), TITLES[other], f"{value:+.1f}", _shown_margin(margin),
-                        verdict(value, margin), _step_ratio(ours, theirs),
+                        "" if math.isnan(p) else f"{p:.2g}", verdict(value, margin), _step_ratio(ours, theirs),
                     ]
                 )  # fmt: skip
     title = (
-        "AGC against the others, in points of test accuracy; equal is within the margin, twice the standard error. The "
-        "last column is the other's step time over AGC's, medians over seeds on the same machine:"
+        "AGC against the others, in points of test accuracy; equal is within the margin, twice the standard error. "
+        "With three seeds that is a weak test; p is that of Welch's, which counts how few they are. The last column is "
+        "the other's step time over AGC's, medians over seeds on the same machine:"
     )
-    header = ["network", "batch", "against", "difference", "margin", "AGC is", "step time, x AGC's"]
+    header = ["network", "batch", "against", "difference", "margin", "p", "AGC is", "step time, x AGC's"]
     return title + "\n\n" + _markdown(header, rows)
 
 

@@ -115,8 +115,8 @@ class Results:
                 setattr(self, name, rows)
 
     def check_versions(self, versions: dict[str, str]) -> None:
-        """Rows of one table come from one version of everything that trains."""
-        for name in ("tensorflow", "keras"):
+        """Rows of one table come from one version of everything that trains, and from the same images."""
+        for name in ("tensorflow", "keras", *(name for name in versions if name.endswith(" images"))):
             if self.meta.get(name, versions[name]) != versions[name]:
                 raise StudyError(
                     f"{self.directory} has results of {name} {self.meta[name]}, and this is {versions[name]}: "
@@ -128,7 +128,7 @@ class Results:
 
     def add(self, run: Run, curve: list[CurvePoint], gains: list[LayerRecord], versions: dict[str, str]) -> None:
         """Adds a finished run, which is finished once the last file is written; adding it again is harmless."""
-        self.meta = versions
+        self.meta = self.meta | versions
         for name, rows in (("curves", curve), ("gains", gains), ("runs", [run])):
             kept = [row for row in getattr(self, name) if row.cell != run.cell]
             setattr(self, name, [*kept, *rows])
