@@ -189,6 +189,9 @@ class Check:
 
     def tensorflow(self, report: Report) -> None:
         """The Python tests on the GPU, the layout optimizer's transposes, and the op's time in a graph."""
+        # Read when TensorFlow is imported, here and in the process of the tests: neither takes the whole GPU from the
+        # other.
+        os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
         import gpu_tensorflow
 
         gpu_tensorflow.check(report)

@@ -1,25 +1,21 @@
 """The TensorFlow op on a GPU, for `gpu_check.sh --tensorflow`: tests, transposes around it, its time in a graph."""
 
-import os
 import pathlib
 import statistics
 import subprocess
 import sys
 import time
 
-# Read when TensorFlow is imported, here and in the process of the tests: neither takes the whole GPU from the other.
-os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2, device_properties_pb2, rewriter_config_pb2
+from tensorflow.python.framework import meta_graph
+from tensorflow.python.grappler import cluster, tf_optimizer
 
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from tensorflow.core.protobuf import config_pb2, device_properties_pb2, rewriter_config_pb2  # noqa: E402
-from tensorflow.python.framework import meta_graph  # noqa: E402
-from tensorflow.python.grappler import cluster, tf_optimizer  # noqa: E402
-
-import bench_shapes  # noqa: E402
-import tf_agc  # noqa: E402
-from gpu_report import Report, Row  # noqa: E402
-from tf_agc import native  # noqa: E402
+import bench_shapes
+import tf_agc
+from gpu_report import Report, Row
+from tf_agc import native
 
 _CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 _TESTS = ("test_functional", "test_kernel", "test_gradient", "test_higher_order", "test_in_place", "test_errors")
