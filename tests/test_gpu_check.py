@@ -69,6 +69,9 @@ class _Launchers:
     def __init__(self, library):
         self._x = None
 
+    def start(self, stream):
+        assert stream
+
     def workspace_bytes(self, args):
         return 24
 
@@ -223,6 +226,8 @@ const char* TfAgcCudaErrorString(int error) { return error == 7 ? "seven" : "oth
     assert launchers.workspace_bytes(backward) == 5
     with pytest.raises(gpu_driver.Error, match=r"^TfAgcCudaBackward: seven \(7\)$"):
         launchers.launch(backward, None, 1)
+    with pytest.raises(gpu_driver.Error, match=r"^TfAgcCudaForward: other \(1\)$"):
+        launchers.start(1)
 
 
 def test_driver(fake):
@@ -309,7 +314,7 @@ def test_everything_is_right(check, launchers, capsys):
     assert code == 0 and results["failures"] == []
     assert results["machine"]["gpu"] == "Fake GPU" and results["machine"]["commit"] == "abc"
     (correct,) = results["sections"]["correctness"]["notes"]
-    assert correct.startswith(f"{3 * 2 * 4 * 5 * 2 + 1 * 2 * 4} cases; the largest error is 0.")
+    assert correct.startswith(f"{3 * 2 * 4 * 5 * 2 + 2 * 2 * 4} cases; the largest error is 0.")
     assert results["sections"]["huge"]["notes"][0].startswith("left out: ")
     sanitizer = "left out: there is no compute-sanitizer in CUDA_HOME, on PATH or in /usr/local/cuda"
     assert results["sections"]["sanitizer"]["notes"] == [sanitizer]
@@ -388,6 +393,33 @@ def test_huge_tensors_repeat_a_sample(fake, launchers, monkeypatch, tmp_path):
     assert many.results()["y"].shape == (5, 9, 8)
 
 
+def test_a_call_like_another_has_its_maps(fake, launchers):
+    import gpu_call
+    import gpu_driver
+    import gpu_numerics
+
+    driver, case = gpu_driver.Driver(), gpu_numerics.make_case(2, 9, 8, "bfloat16", "relu", seed=1)
+    first = gpu_call.Call(driver, launchers(None), case, "channels_first")
+    second = gpu_call.Call(driver, launchers(None), case, "channels_first", like=first)
+    first.run()
+    second.run()
+    for name, values in second.results().items():
+        np.testing.assert_array_equal(values, first.results()[name])
+
+
+def test_a_driver_that_is_too_old_for_the_library(check, launchers, monkeypatch, capsys):
+    import gpu_check
+    import gpu_driver
+
+    def start(self, stream):
+        raise gpu_driver.Error("TfAgcCudaForward: CUDA driver version is insufficient for CUDA runtime version (35)")
+
+    monkeypatch.setattr(launchers, "start", start)
+    assert gpu_check.main(["--library", __file__]) == 2
+    sentence = "TfAgcCudaForward: CUDA driver version is insufficient for CUDA runtime version (35)"
+    assert capsys.readouterr().err == f"tf_agc: nothing was checked: {sentence}.\n"
+
+
 def test_enough_sets_to_leave_the_cache(fake, launchers):
     import gpu_check
     import gpu_driver
@@ -395,7 +427,7 @@ def test_enough_sets_to_leave_the_cache(fake, launchers):
     check = gpu_check.Check(gpu_driver.Driver(), None, None, False, 0)
     assert check.sets((1, 8, 8, 64), "float32") == 4 * 2**16 // (2 * 4 * 8 * 8 * 64)  # of an L2 cache of 64 KiB
     assert check.sets((1024, 8, 8, 64), "float32") == 2
-    assert check.sets((1, 1, 1, 1), "float32") == 64
+    assert check.sets((1, 1, 1, 1), "float32") == 512
 
 
 # ---- Where there is nothing to check ----

@@ -20,6 +20,7 @@ class Call:
         layout: of the maps in memory, "channels_last" or "channels_first".
         misaligned: whether maps start one element behind an aligned address.
         repeat: how many times the case's samples follow each other in the batch.
+        like: a call of the same case and layout, whose maps are copied: that is quicker than to encode them again.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Call:
         layout: str,
         misaligned: bool = False,
         repeat: int = 1,
+        like: "Call | None" = None,
     ) -> None:
         self._driver, self._launchers, self._case, self._layout = driver, launchers, case, layout
         samples, positions, channels = case.x.shape
@@ -42,8 +44,12 @@ class Call:
         offset = t.itemsize if misaligned else 0
         self._buffers = {}
         for name in ("x", "dy"):
-            encoded = numerics.encode(self._in_memory(getattr(case, name)), case.dtype)
-            self._buffers[name] = driver.upload(encoded, offset, repeat)
+            if like is not None:
+                self._buffers[name] = driver.allocate(like._buffers[name].size, offset)
+                driver.copy(self._buffers[name], like._buffers[name])
+            else:
+                encoded = numerics.encode(self._in_memory(getattr(case, name)), case.dtype)
+                self._buffers[name] = driver.upload(encoded, offset, repeat)
         self._buffers["dmean"] = driver.upload(case.dmean.astype(u), repeat=repeat)
         for name in ("gain", "mean_scale"):
             self._buffers[name] = driver.upload(getattr(case, name).astype(u))
@@ -107,12 +113,12 @@ class Call:
         shape, kind = self._kinds[name]
         return self._driver.download(self._buffers[name], (1, *shape[1:]), kind, index * math.prod(shape[1:]))
 
-    def errors(self, stored: dict[str, np.ndarray]) -> dict[str, float]:
-        """The largest error of each result as a multiple of what is allowed."""
+    def errors(self, stored: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> dict[str, float]:
+        """The largest error of each result as a multiple of what is allowed; `want` is what numerics expects."""
         got = {}
         for name, values in stored.items():
             if name in ("y", "dx"):
                 got[name] = numerics.decode(self._in_memory(values), self._case.dtype)
             else:
                 got[name] = values.astype(np.float64)
-        return numerics.errors(self._case, numerics.expected(self._case), got)
+        return numerics.errors(self._case, want, got)

@@ -293,6 +293,14 @@ class Launchers:
         self._library.TfAgcCudaErrorString.argtypes = [ctypes.c_int]
         self._library.TfAgcCudaErrorString.restype = ctypes.c_char_p
 
+    def start(self, stream: int) -> None:
+        """A call without work, which fails where the CUDA runtime in the library cannot use this driver.
+
+        Raises:
+            Error: in CUDA's words.
+        """
+        self.launch(ForwardArgs(), None, stream)
+
     def workspace_bytes(self, args: ForwardArgs | BackwardArgs) -> int:
         return getattr(self._library, f"TfAgcCuda{_pass_of(args)}WorkspaceBytes")(ctypes.byref(args))
 

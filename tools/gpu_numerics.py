@@ -78,9 +78,11 @@ def make_case(batch: int, positions: int, channels: int, dtype: str, activation:
         dtype=dtype,
         activation=activation,
     )
-    z = case.gain * (case.x - case.mean_scale * case.x.mean(1, keepdims=True))
+    offset = case.mean_scale * case.x.mean(1, keepdims=True)
+    z = case.gain * (case.x - offset)
     for kink in {"linear": (), "relu6": (0, 6)}.get(activation, (0,)):
-        case.dy[np.abs(z - kink) <= 4 * _EPSILON[dtype] * max(kink, 1)] = 0
+        terms = max(kink, 1) + np.abs(case.gain * offset)
+        case.dy[np.abs(z - kink) <= 4 * _EPSILON[dtype] * terms] = 0
     return case
 
 

@@ -14,6 +14,11 @@ import gpu_driver
 from gpu_report import Row
 
 
+def available() -> bool:
+    """Whether PyTorch finds a GPU: one that was built without CUDA, or for a newer driver, does not."""
+    return torch.cuda.is_available()
+
+
 def compare(check, report, large_shapes: tuple) -> None:
     """Times ours and every peer, the large shapes first; leaves out what is not begun before the deadline.
 
@@ -35,6 +40,8 @@ def compare(check, report, large_shapes: tuple) -> None:
             report.row(Row("pytorch", shape, "channels_last", dtype, "forward + backward", candidate, *times))
             return times[0]
 
+        # Or it has compiled the same code for so many shapes that it runs the next ones as they are.
+        torch.compiler.reset()
         calls = check.calls(shape, "channels_last", dtype)
         ours = row("tf_agc", check.driver.time_graph([call.both for call in calls]))
         del calls

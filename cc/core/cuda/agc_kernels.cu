@@ -4,8 +4,10 @@
 // - Everything is bound by memory, so a map is read once where it fits on chip: the blocks of a cluster copy their
 //   parts into shared memory, add, exchange their sums through distributed shared memory, and write from shared memory.
 //   Where it does not fit, one launch adds and a second one reads again, from the L2 cache (plan.h has the rule).
-// - Forward copies asynchronously (cp.async): a tile's loads are all in flight at once and take no registers. Backward
-//   needs two tensors but holds only dz, so its loads go through registers, four steps at a time.
+// - Forward copies asynchronously (cp.async): a tile's loads are all in flight at once and take no registers, and those
+//   that have come are added while others are on their way. Backward needs two tensors but holds only dz, so its loads
+//   go through registers, four steps at a time; so do single elements of 16 bits, which cp.async does not take.
+// - What a map needs beside its sum, its parameters, is read before the barriers, which hide how long that takes.
 // - One walk serves both layouts: a thread follows a column step by step (plan.h). In shared memory each thread holds
 //   the slots that it filled itself, side by side with its neighbours': no bank conflicts, no barrier before reading.
 // - Sums are in float over at most 64 terms, then in double. From there on they are added as one binary tree over the
@@ -179,10 +181,11 @@ TF_AGC_DEVICE void AddSteps(Inputs (&inputs)[kCount], const Terms& terms, S (&su
   }
 }
 
-// Adds the steps [begin, end). load(step) reads a step's inputs; after its terms are taken, keep(step, inputs).
-template <int kVector, int kSums, int kMaps, class S, class Load, class Terms, class Keep>
-TF_AGC_DEVICE void SumSteps(int begin, int end, const Load& load, const Terms& terms, const Keep& keep,
-                            S (&sums)[kSums][kMaps]) {
+// Adds the steps [begin, end), kUnroll at a time. wait_for(step) returns when that step and those that are loaded with
+// it can be; load(step) reads a step's inputs; after its terms are taken, keep(step, inputs).
+template <int kVector, int kSums, int kMaps, class S, class WaitFor, class Load, class Terms, class Keep>
+TF_AGC_DEVICE void SumSteps(int begin, int end, const WaitFor& wait_for, const Load& load, const Terms& terms,
+                            const Keep& keep, S (&sums)[kSums][kMaps]) {
   using Inputs = decltype(load(0));
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
@@ -191,6 +194,7 @@ TF_AGC_DEVICE void SumSteps(int begin, int end, const Load& load, const Terms& t
   }
   int step = begin;
   for (; step + kUnroll <= end; step += kUnroll) {
+    wait_for(step);
     Inputs inputs[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) inputs[u] = load(step + u);
@@ -199,6 +203,7 @@ TF_AGC_DEVICE void SumSteps(int begin, int end, const Load& load, const Terms& t
     for (int u = 0; u < kUnroll; ++u) keep(step + u, inputs[u]);
   }
   for (; step < end; ++step) {
+    wait_for(step);
     Inputs inputs[1] = {load(step)};
     AddSteps<1, kVector>(inputs, terms, sums);
     keep(step, inputs[0]);
@@ -210,6 +215,7 @@ template <class S, class ThreadType, int kSums, class Load, class Terms>
 TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Terms& terms,
                           double (&totals)[kSums][ThreadType::kMaps]) {
   constexpr int kMaps = ThreadType::kMaps;
+  auto wait_for = [](int) {};
   auto forget = [](int, const auto&) {};
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
@@ -219,7 +225,8 @@ TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Term
   for (int begin = 0; begin < thread.count; begin += kFloatTerms) {
     const int rest = thread.count - begin;
     S sums[kSums][kMaps];
-    SumSteps<ThreadType::kVector>(begin, begin + (rest < kFloatTerms ? rest : kFloatTerms), load, terms, forget, sums);
+    const int end = begin + (rest < kFloatTerms ? rest : kFloatTerms);
+    SumSteps<ThreadType::kVector>(begin, end, wait_for, load, terms, forget, sums);
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
 #pragma unroll
@@ -293,12 +300,21 @@ struct ForwardPass {
   static constexpr int kSums = Sums(Pass::kForward);
   static constexpr int kParameters = Parameters(Pass::kForward);
 
-  static TF_AGC_DEVICE void Finish(const Job<Args>& job, int64_t map, const double* totals, bool first, S* parameters) {
-    const int64_t channel = map % job.walk.channels;
+  struct OfMap {
+    S gain;
+    S mean_scale;
+  };
+  static TF_AGC_DEVICE OfMap Read(const Job<Args>& job, int64_t map) {
+    const int64_t channel = Remainder(map, job.walk.channels);
+    return {static_cast<const S*>(job.args.gain)[channel], static_cast<const S*>(job.args.mean_scale)[channel]};
+  }
+
+  static TF_AGC_DEVICE void Finish(const Job<Args>& job, int64_t map, const OfMap& of_map, const double* totals,
+                                   bool first, S* parameters) {
     const S mean = static_cast<S>(totals[0] / static_cast<double>(job.walk.positions));
     if (first) static_cast<S*>(job.args.mean)[map] = mean;
-    parameters[0] = static_cast<const S*>(job.args.gain)[channel];
-    parameters[1] = static_cast<const S*>(job.args.mean_scale)[channel] * mean;
+    parameters[0] = of_map.gain;
+    parameters[1] = of_map.mean_scale * mean;
   }
 
   // Sums x on the way to shared memory.
@@ -306,16 +322,25 @@ struct ForwardPass {
   static TF_AGC_DEVICE void SumAndHold(const Job<Args>& job, const ThreadType& thread, unsigned char* held,
                                        S (&sums)[kSums][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector;
+    using Input = Vector<T, kVector>;
     const T* x = static_cast<const T*>(job.args.x);
-    auto* slots = reinterpret_cast<Vector<T, kVector>*>(held) + threadIdx.x;
+    auto* slots = reinterpret_cast<Input*>(held) + threadIdx.x;
     const int threads = static_cast<int>(blockDim.x);
-    for (int step = 0; step < thread.count; ++step) {
-      StartCopy(&slots[step * threads], reinterpret_cast<const Vector<T, kVector>*>(x + thread.Element(step)));
+    auto terms = [](const Input& in, int i, S* out) { out[0] = ToCompute(in.values[i]); };
+    if constexpr (sizeof(Input) < 4) {
+      auto load = [&](int step) { return Load<kVector>(x + thread.Element(step)); };
+      auto hold = [&](int step, const Input& in) { slots[step * threads] = in; };
+      SumSteps<kVector>(0, thread.count, [](int) {}, load, terms, hold, sums);
+    } else {
+      for (int step = 0; step < thread.count; ++step) {
+        StartCopy(&slots[step * threads], reinterpret_cast<const Input*>(x + thread.Element(step)));
+        if ((step + 1) % kUnroll == 0) EndBatch();
+      }
+      EndBatch();
+      auto wait_for = [&](int step) { WaitForBatches(thread.count / kUnroll - step / kUnroll); };
+      auto load = [&](int step) { return slots[step * threads]; };
+      SumSteps<kVector>(0, thread.count, wait_for, load, terms, [](int, const Input&) {}, sums);
     }
-    WaitForCopies();
-    auto load = [&](int step) { return slots[step * threads]; };
-    auto terms = [](const Vector<T, kVector>& in, int i, S* out) { out[0] = ToCompute(in.values[i]); };
-    SumSteps<kVector>(0, thread.count, load, terms, [](int, const Vector<T, kVector>&) {}, sums);
   }
 
   template <class ThreadType>
@@ -372,21 +397,32 @@ struct BackwardPass {
   static constexpr int kSums = Sums(Pass::kBackward);
   static constexpr int kParameters = Parameters(Pass::kBackward);
 
-  static TF_AGC_DEVICE void Finish(const Job<Args>& job, int64_t map, const double* totals, bool first, S* parameters) {
-    const int64_t channel = map % job.walk.channels;
+  struct OfMap {
+    S gain;
+    S mean_scale;
+    S dmean;
+    S mean;
+  };
+  static TF_AGC_DEVICE OfMap Read(const Job<Args>& job, int64_t map) {
+    const int64_t channel = Remainder(map, job.walk.channels);
+    return {static_cast<const S*>(job.args.gain)[channel], static_cast<const S*>(job.args.mean_scale)[channel],
+            static_cast<const S*>(job.args.dmean)[map], static_cast<const S*>(job.args.mean)[map]};
+  }
+
+  static TF_AGC_DEVICE void Finish(const Job<Args>& job, int64_t map, const OfMap& of_map, const double* totals,
+                                   bool first, S* parameters) {
     const double positions = static_cast<double>(job.walk.positions);
-    const S mean_scale = static_cast<const S*>(job.args.mean_scale)[channel];
-    parameters[0] = static_cast<const S*>(job.args.gain)[channel];
-    parameters[1] = static_cast<S>(static_cast<double>(mean_scale) * totals[0] / positions);
-    parameters[2] = static_cast<S>(static_cast<double>(static_cast<const S*>(job.args.dmean)[map]) / positions);
+    parameters[0] = of_map.gain;
+    parameters[1] = static_cast<S>(static_cast<double>(of_map.mean_scale) * totals[0] / positions);
+    parameters[2] = static_cast<S>(static_cast<double>(of_map.dmean) / positions);
     if (!first) return;
     const double gain_term = totals[1];
-    const double mean_scale_term = static_cast<double>(static_cast<const S*>(job.args.mean)[map]) * totals[0];
+    const double mean_scale_term = static_cast<double>(of_map.mean) * totals[0];
     if (job.sample_sums != nullptr) {
       job.sample_sums[map] = gain_term;
       job.sample_sums[job.walk.batch * job.walk.channels + map] = mean_scale_term;
     } else {
-      WriteParameterGradients(job.args, channel, gain_term, mean_scale_term);
+      WriteParameterGradients(job.args, map, gain_term, mean_scale_term);  // Of one sample, a map is a channel.
     }
   }
 
@@ -415,7 +451,7 @@ struct BackwardPass {
         FromCompute(out[0], &in.dz.values[i]);
       };
       auto hold = [&](int step, const WithHeld& in) { slots[step * threads] = in.dz; };
-      SumSteps<kVector>(0, thread.count, load_to_hold, hold_terms, hold, sums);
+      SumSteps<kVector>(0, thread.count, [](int) {}, load_to_hold, hold_terms, hold, sums);
     });
   }
 
@@ -485,7 +521,7 @@ struct BackwardPass {
         offset[i] = S(0);
         if (Act::kKeepsInput && thread.count > 0) {
           const int64_t map = thread.map + i;
-          offset[i] = static_cast<const S*>(job.args.mean_scale)[map % job.walk.channels] *
+          offset[i] = static_cast<const S*>(job.args.mean_scale)[Remainder(map, job.walk.channels)] *
                       static_cast<const S*>(job.args.mean)[map];
         }
       }
@@ -529,21 +565,32 @@ struct BackwardPass {
 
 // ---- Kernels ----
 
-// Turns a tile's sums into parameters[kParameters][maps of the tile]: total(i) is the sum of all blocks. Ends with a
-// barrier.
+// What the first of the maps that a thread finishes needs beside its sums.
+template <class PassType>
+TF_AGC_DEVICE typename PassType::OfMap ReadFirst(const Job<typename PassType::Args>& job, int64_t tile) {
+  const int i = static_cast<int>(threadIdx.x);
+  const int64_t map = i < TileMaps(job.walk) ? MapOf(job.walk, tile, i) : -1;
+  return map < 0 ? typename PassType::OfMap{} : PassType::Read(job, map);
+}
+
+// Turns a tile's sums into parameters[kParameters][maps of the tile]: total(i) is the sum of all blocks, of_first comes
+// from ReadFirst(). Ends with a barrier.
 template <class PassType, class Total>
-TF_AGC_DEVICE void FinishTile(const Job<typename PassType::Args>& job, int64_t tile, bool first, const Total& total,
+TF_AGC_DEVICE void FinishTile(const Job<typename PassType::Args>& job, int64_t tile,
+                              const typename PassType::OfMap& of_first, bool first, const Total& total,
                               typename PassType::S* parameters) {
   constexpr int kSums = PassType::kSums, kParameters = PassType::kParameters;
   const int maps = TileMaps(job.walk);
-  for (int i = static_cast<int>(threadIdx.x); i < maps; i += static_cast<int>(blockDim.x)) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < maps; i += static_cast<int>(blockDim.x)) {
     const int64_t map = MapOf(job.walk, tile, i);
     if (map < 0) continue;
+    const typename PassType::OfMap of_map = i == thread ? of_first : PassType::Read(job, map);
     double totals[kSums];
 #pragma unroll
     for (int s = 0; s < kSums; ++s) totals[s] = total(s * maps + i);
     typename PassType::S out[kParameters];
-    PassType::Finish(job, map, totals, first, out);
+    PassType::Finish(job, map, of_map, totals, first, out);
 #pragma unroll
     for (int k = 0; k < kParameters; ++k) parameters[k * maps + i] = out[k];
   }
@@ -578,19 +625,21 @@ __global__ void __launch_bounds__(kMaxThreads) OnChip(const __grid_constant__ Jo
 
   S sums[kSums][kMaps];
   PassType::SumAndHold(job, thread, shared + layout.held, sums);
+  const typename PassType::OfMap of_first = ReadFirst<PassType>(job, thread.tile);
   AddThreads<ThreadType, kSums>(walk, thread, sums, reinterpret_cast<double*>(shared + layout.warp_sums), tile_sums);
   if (walk.blocks == 1) {
     __syncthreads();
-    FinishTile<PassType>(job, thread.tile, true, [&](int i) { return tile_sums[i]; }, parameters);
+    FinishTile<PassType>(job, thread.tile, of_first, true, [&](int i) { return tile_sums[i]; }, parameters);
   } else {
     ClusterArrive();
     ClusterWait();
     auto total = [&](int i) {
       double sum = 0;
+#pragma unroll 4
       for (int rank = 0; rank < walk.blocks; ++rank) sum += OfRank(tile_sums, rank)[i];
       return sum;
     };
-    FinishTile<PassType>(job, thread.tile, thread.block == 0, total, parameters);
+    FinishTile<PassType>(job, thread.tile, of_first, thread.block == 0, total, parameters);
     ClusterArrive();  // This block has read what it needs of the others.
   }
   S own[kParameters][kMaps];
@@ -623,6 +672,7 @@ __global__ void __launch_bounds__(kMaxThreads) WriteTiles(const __grid_constant_
   const SharedLayout layout = MakeSharedLayout(walk, kSums, kParameters, 0);
   S* parameters = reinterpret_cast<S*>(SharedMemory() + layout.parameters);
   const ThreadType thread(walk, job.first_tile);
+  const typename PassType::OfMap of_first = ReadFirst<PassType>(job, thread.tile);
   const int tile_sums = kSums * TileMaps(walk);
   const double* sums = job.block_sums + (thread.tile - job.first_tile) * walk.blocks * tile_sums;
   auto total = [&](int i) {
@@ -630,7 +680,7 @@ __global__ void __launch_bounds__(kMaxThreads) WriteTiles(const __grid_constant_
     for (int block = 0; block < walk.blocks; ++block) sum += sums[block * tile_sums + i];
     return sum;
   };
-  FinishTile<PassType>(job, thread.tile, thread.block == 0, total, parameters);
+  FinishTile<PassType>(job, thread.tile, of_first, thread.block == 0, total, parameters);
   S own[kParameters][ThreadType::kMaps];
   ReadParameters(walk, thread, parameters, own);
   PassType::WriteAgain(job, thread, own);

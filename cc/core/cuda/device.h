@@ -76,19 +76,18 @@ __device__ __forceinline__ unsigned char* SharedMemory() {
 }
 #endif
 
-// Starts a copy of global into shared memory, past the registers on sm_80 and later. Only the thread that started it
-// may read, after WaitForCopies().
+// Starts a copy of global into shared memory, past the registers on sm_80 and later, of a V of 4, 8 or 16 bytes. Only
+// the thread that started it may read, after it has ended the batch of copies and waited for it.
 template <class V>
 __device__ __forceinline__ void StartCopy(V* to, const V* from) {
-  if constexpr (sizeof(V) >= 4) {
-    __pipeline_memcpy_async(to, from, sizeof(V));
-  } else {
-    *to = *from;
-  }
+  __pipeline_memcpy_async(to, from, sizeof(V));
 }
-__device__ __forceinline__ void WaitForCopies() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
+__device__ __forceinline__ void EndBatch() { __pipeline_commit(); }
+// Waits for all batches but those that were ended last, `later` of them. The toolkit has no number above 7: then it
+// waits for more.
+__device__ __forceinline__ void WaitForBatches(int later) {
+  __pipeline_wait_prior(static_cast<size_t>(later < 7 ? later : 7));
+  asm volatile("" ::: "memory");  // Not in the toolkit's: what is read next must not be read before.
 }
 
 // Clusters. Code compiled for less than 9.0 has none, nor has its plan: the other branches are never reached.

@@ -5,7 +5,7 @@
 // threads go on, so that a missing barrier changes results, and the same seed does it again. A few clusters are alive
 // at once, each with all its blocks. What real hardware leaves undefined is made to show:
 // - shared memory is allocated at its exact size, is NaN at first, and NaN again when its block has ended;
-// - an asynchronous copy arrives when it is waited for, never before;
+// - an asynchronous copy arrives when its batch is waited for, never before;
 // - a barrier that not all threads reach, a copy that nobody waits for, a shuffle of half a warp, a misaligned copy end
 //   the process with a message;
 // - a launch that a device would refuse is refused.
@@ -48,7 +48,7 @@ void* __cluster_map_shared_rank(const void* shared, unsigned rank);
 
 void __pipeline_memcpy_async(void* to, const void* from, size_t bytes);
 void __pipeline_commit();
-void __pipeline_wait_prior(size_t batches);  // 0 alone.
+void __pipeline_wait_prior(size_t batches);  // At most 7: beyond, CUDA does as for 8.
 
 // ---- 16-bit floats ----
 

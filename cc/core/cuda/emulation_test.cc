@@ -140,6 +140,23 @@ TEST(AsynchronousCopy, ArrivesWhenItIsWaitedFor) {
   EXPECT_EQ(out, (std::vector<int>{7, -1, 7}));
 }
 
+TEST(AsynchronousCopy, ArrivesWithItsBatch) {
+  std::vector<int> out = {7, 8, 0, 0, 0};
+  auto kernel = [](Job job) {
+    for (int i = 0; i < 2; ++i) {
+      __pipeline_memcpy_async(SharedInts() + i, &job.out[i], sizeof(int));
+      __pipeline_commit();
+    }
+    __pipeline_wait_prior(1);
+    job.out[2] = SharedInts()[0];
+    job.out[3] = SharedInts()[1];
+    __pipeline_wait_prior(0);
+    job.out[4] = SharedInts()[1];
+  };
+  ASSERT_EQ(Launch(kernel, 1, 1, 1, 2 * sizeof(int), out.data()), cudaSuccess);
+  EXPECT_EQ(out, (std::vector<int>{7, 8, 7, -1, 8}));
+}
+
 TEST(Launch, RefusesWhatADeviceRefuses) {
   auto kernel = [](Job) {};
   EXPECT_EQ(Launch(kernel, 0, 32, 1, 0, nullptr), cudaErrorInvalidConfiguration);
@@ -181,6 +198,12 @@ TEST(DeathTest, ShufflesAndCopies) {
   EXPECT_DEATH(RunKernel([](Job) { __shfl_xor_sync(0xffffu, 0.0, 1); }), "a shuffle of less than a warp");
   EXPECT_DEATH(RunKernel([](Job job) { __pipeline_memcpy_async(SharedMemory(), job.out, 4); }),
                "a thread ended without waiting for its copies");
+  EXPECT_DEATH(RunKernel([](Job job) {
+                 __pipeline_memcpy_async(SharedMemory(), job.out, 4);
+                 __pipeline_wait_prior(0);  // Of what was never committed.
+               }),
+               "a thread ended without waiting for its copies");
+  EXPECT_DEATH(RunKernel([](Job) { __pipeline_wait_prior(8); }), "all but more than 7 batches");
   EXPECT_DEATH(RunKernel([](Job job) { __pipeline_memcpy_async(SharedMemory() + 4, job.out, 8); }),
                "a misaligned asynchronous copy");
   EXPECT_DEATH(RunKernel([](Job job) { __pipeline_memcpy_async(SharedMemory(), job.out, 2); }),
