@@ -3,9 +3,12 @@
 
 #include "cc/core/agc.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -80,6 +83,39 @@ INSTANTIATE_TEST_SUITE_P(Sizes, EverySize,
 INSTANTIATE_TEST_SUITE_P(Chunks, EverySize,
                          testing::Values(std::make_tuple(1, 70001, 1), std::make_tuple(1, 2113, 37),
                                          std::make_tuple(1, 40, 3071)));
+
+// A y that is too large for the caches is written past them, in place it never is.
+TEST(Forward, LargeNewOutputsAreThoseInPlace) {
+  const size_t positions = 1000, channels = 64;
+  const size_t half_of_cache = static_cast<size_t>(std::max(L3CacheBytes(), L2CacheBytes()) / 2);
+  for (DataType type : kTypes) {
+    const size_t sample = positions * channels * Bytes(type), batch = half_of_cache / 2 / sample + 1;
+    const auto memory = [&] {  // Aligned, or nothing is streamed.
+      return std::unique_ptr<char, decltype(&std::free)>(static_cast<char*>(std::aligned_alloc(64, batch * sample)),
+                                                         std::free);
+    };
+    const auto x = memory(), y = memory();
+    Array ones(ParameterType(type), channels), mean(ParameterType(type), batch * channels), mean_in_place(mean);
+    for (size_t c = 0; c < channels; ++c) ones.Set(c, 1);
+    for (InstructionSet level : Levels()) {
+      for (Layout layout : kLayouts) {
+        for (size_t i = 0; i < batch * sample / 2; ++i) {
+          const uint16_t bits = static_cast<uint16_t>(0x3c00 + i * 37 % 509);  // Positive numbers of every type.
+          std::memcpy(x.get() + 2 * i, &bits, 2);
+        }
+        const Shape shape{static_cast<int64_t>(batch), positions, channels, layout};
+        ForwardArgs args{shape, type, Activation::kRelu, 0, x.get(), ones.data(), ones.data(), y.get(), mean.data()};
+        ASSERT_TRUE(Forward(args, Serial(), level));
+        args.y = x.get();
+        args.mean = mean_in_place.data();
+        ASSERT_TRUE(Forward(args, Serial(), level));
+        ASSERT_EQ(std::memcmp(x.get(), y.get(), batch * sample), 0)
+            << InstructionSetName(level) << " type " << static_cast<int>(type);
+        ASSERT_TRUE(mean == mean_in_place);
+      }
+    }
+  }
+}
 
 TEST(Forward, SampleDoesNotDependOnItsNeighbours) {
   for (Layout layout : kLayouts) {
