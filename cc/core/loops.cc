@@ -312,7 +312,9 @@ void ApplyRows(const Map& map, const Parameters<T, Map::kParameters>& parameters
     return;
   }
   const int64_t first = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.out + element));
-  const bool stream = map.stream && first % kStreamBytes<T> == 0 && stride * int64_t{sizeof(T)} % kStreamBytes<T> == 0;
+  // Whole rows only: where an ordinary store finishes a line, what was streamed of it takes far longer than it saves.
+  const int64_t offsets = first | stride * int64_t{sizeof(T)} | width * int64_t{sizeof(T)};
+  const bool stream = map.stream && offsets % kStreamBytes<T> == 0;
   // Four rows share one load of the parameters.
   for (; rows >= 4; rows -= 4, element += 4 * stride) {
     ApplySomeRows<4, kPerColumn>(map, parameters, element, stride, width, stream);
