@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kAccessBytes = 16;  // The widest load of one thread.
 constexpr int kWarp = 32;
+constexpr int kPortableCluster = 8;       // The largest cluster that every device with clusters takes.
 constexpr int64_t kReservedBytes = 1024;  // Shared memory that the driver keeps of each block.
 constexpr int64_t kMaxGridBlocks = 0x7fffffff;
 
@@ -100,7 +101,7 @@ class Planner {
 
   bool OnChip() {
     const int64_t most = device_.shared_bytes_per_block;
-    const int largest_cluster = device_.compute_capability >= 90 ? kMostClusterBlocks : 1;
+    const int largest_cluster = device_.compute_capability >= 90 ? kPortableCluster : 1;
     for (const int64_t segment : {kLeastSegmentBytes, kSectorBytes}) {
       for (const int64_t sharing : {3, 2, 1}) {
         const int64_t budget = std::min(most, device_.shared_bytes_per_multiprocessor / sharing - kReservedBytes);

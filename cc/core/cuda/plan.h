@@ -38,8 +38,6 @@ enum class Pass { kForward, kBackward };
 // multiprocessor, and backward up to 116 (16 bits, eight at a time), which leaves room for two.
 constexpr int kMaxThreads = 256;
 
-constexpr int kMostClusterBlocks = 8;  // That every device with clusters takes.
-
 // A thread adds at most this many terms in float before it goes on in double, which keeps the error of a mean at a few
 // units in the last place for any number of positions.
 constexpr int kFloatTerms = 64;
