@@ -1,21 +1,12 @@
 """The benchmark's tools: what they count, what they write and read again, and that our op is what is timed."""
 
 import dataclasses
-import pathlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from tf_agc import native
-
-TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
-
-
-@pytest.fixture
-def tools(monkeypatch):
-    """Makes the modules of tools/ importable, as they are for each other."""
-    monkeypatch.syspath_prepend(str(TOOLS))
 
 
 class _Copy:
@@ -34,8 +25,8 @@ class _Copy:
         ("ResNet-50, 64x64", 0.84),
     ],
 )
-def test_kept_activations_against_batch_normalization(tools, fresh_keras, native_required, network, at_most):
-    import bench_model
+def test_kept_activations_against_batch_normalization(fresh_keras, native_required, network, at_most):
+    from benchmarks import bench_model
 
     at_size = bench_model.NETWORKS[network]
     images, labels = at_size.data()
@@ -45,8 +36,8 @@ def test_kept_activations_against_batch_normalization(tools, fresh_keras, native
     assert none < agc <= at_most * batch_norm
 
 
-def test_times_our_op(tools, native_required):
-    import bench_cpu
+def test_times_our_op(native_required):
+    from benchmarks import bench_cpu
 
     rows = list(bench_cpu.measure(_Copy(), (2, 5, 3, 7), "channels_first", "bfloat16", peers=False, quick=True))
     rows = [row for row in rows if isinstance(row, bench_cpu.Row)]  # relu alone may be too short to be timed
@@ -60,8 +51,8 @@ def test_times_our_op(tools, native_required):
     assert limits["forward + backward"] == pytest.approx(2500)
 
 
-def test_relus_of_a_chain_stay_apart(tools):
-    import bench_cpu
+def test_relus_of_a_chain_stay_apart():
+    from benchmarks import bench_cpu
 
     relu = next(c for c in bench_cpu._candidates((1, 4, 4, 3), "channels_last", "float32", False) if c.role == "floor")
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
@@ -75,10 +66,8 @@ def test_relus_of_a_chain_stay_apart(tools):
     assert [node.op for graph in metadata.partition_graphs for node in graph.node].count("Relu") == 5
 
 
-def test_results_can_be_read_again(tools, tmp_path):
-    import bench
-    import bench_cpu
-    import result_files
+def test_results_can_be_read_again(tmp_path):
+    from benchmarks import bench, bench_cpu, result_files
 
     def row(candidate, role, ms):
         return bench_cpu.Row(
@@ -93,10 +82,8 @@ def test_results_can_be_read_again(tools, tmp_path):
     assert line.split(" | ")[-4:] == ["2.00", "fast, graph", "8", "2.0 |"]
 
 
-def test_monitor_counts_the_records_against_the_steps(tools, fresh_keras, native_required, monkeypatch):
-    import bench
-    import bench_model
-    import bench_monitor
+def test_monitor_counts_the_records_against_the_steps(fresh_keras, native_required, monkeypatch):
+    from benchmarks import bench, bench_model, bench_monitor
     from tf_agc import models
 
     tiny = bench_model.Network(lambda norm: models.plain_cnn((8, 8, 3), 10, norm, filters=(4,)), (8, 8, 3), 4)
@@ -108,8 +95,8 @@ def test_monitor_counts_the_records_against_the_steps(tools, fresh_keras, native
     assert "| tiny, 4 | 2 |" in bench.monitor_table([half], {}) and "| 2.5 | 490 |" in bench.monitor_table([half], {})
 
 
-def test_a_foreign_file_is_refused(tools, tmp_path):
-    import bench
+def test_a_foreign_file_is_refused(tmp_path):
+    from benchmarks import bench
 
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
@@ -117,8 +104,8 @@ def test_a_foreign_file_is_refused(tools, tmp_path):
         bench.read_csv(path)
 
 
-def test_machine_names_what_results_depend_on(tools, native_required):
-    import machine
+def test_machine_names_what_results_depend_on(native_required):
+    from benchmarks import machine
 
     described = machine.describe()
     assert described["instruction set"] == native.instruction_set()

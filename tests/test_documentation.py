@@ -101,11 +101,13 @@ def test_links(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_paths(page):
-    """Files that a page names in code, such as `tools/setup.sh`, and the scripts in its commands."""
+    """Files that a page names in code, such as `tools/setup.sh`, and the scripts and modules in its commands."""
     code = [token.content for token in tokens_of(page) if token.type == "code_inline"]
     commands = [token.content for token in fences(page) if token.info == "bash"]
     paths = [text for text in code if re.fullmatch(r"(\./)?(bazel|cc|docs|tests|tf_agc|tools)/[\w./-]+", text)]
     paths += [path for text in commands for path in re.findall(r"(?<!\S)(?:\./)?tools/[\w./-]+", text)]
+    modules = [name for text in (*code, *commands) for name in re.findall(r"python tools ([\w.]+)", text)]
+    paths += [f"tools/{name.replace('.', '/')}.py" for name in modules]
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing, f"{name_of(page)} names {missing}"
 

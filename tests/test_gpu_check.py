@@ -289,8 +289,8 @@ def test_median_and_spread(fake):
 @pytest.fixture
 def check(tmp_path, fake, launchers, monkeypatch):
     """Runs gpu_check on few small shapes; returns its exit code and what it wrote."""
-    import bench_shapes
     import gpu_check
+    from benchmarks import bench_shapes
 
     monkeypatch.setattr(gpu_check, "ODD_SHAPES", ((0, 3, 3, 8), (2, 1, 1, 5), (2, 3, 5, 7)))
     monkeypatch.setattr(gpu_check, "LARGE_SHAPES", ((2, 3, 5, 8),))

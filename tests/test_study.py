@@ -108,7 +108,7 @@ def test_a_diverged_run_ends_early(split_files, tmp_path, fresh_keras):
 
 
 def test_the_peak_is_forgotten(tools):
-    import memory
+    from benchmarks import memory
 
     block = np.ones(2**24)
     before = memory.peak_mib()
@@ -216,8 +216,8 @@ class Trainer:
 
 @pytest.fixture
 def trainer(tools, monkeypatch):
-    import machine
     import study
+    from benchmarks import machine
 
     trainer = Trainer()
     monkeypatch.setattr(study, "_Trainings", lambda lock: trainer)
@@ -306,7 +306,7 @@ def test_one_batch_size_is_not_drawn_against_batch_sizes(trainer, call, tmp_path
 
 def test_killed_between_two_files(trainer, call, tmp_path, monkeypatch):
     """What was written of a run that counts as unfinished is replaced, not repeated."""
-    import result_files
+    from benchmarks import result_files
 
     write = result_files.write_csv
 
@@ -442,8 +442,8 @@ def test_the_largest_batch(tools, base, expected):
 
 
 def test_a_batch_that_kills_its_process_is_too_large(tools, monkeypatch):
-    import bench_model
     import study_memory
+    from benchmarks import bench_model
     from study_results import StudyError
 
     status = -signal.SIGKILL

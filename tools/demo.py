@@ -87,8 +87,8 @@ def run(options: argparse.Namespace, output_dir: pathlib.Path) -> None:
     import demo_report
     import demo_training
     import image_datasets
-    import machine
     import tf_agc
+    from benchmarks import machine
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # of TensorFlow Datasets and Keras
     described = machine.describe()

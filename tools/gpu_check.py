@@ -23,9 +23,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-import bench_shapes
 import gpu_driver
 import gpu_numerics as numerics
+from benchmarks import bench_shapes
 from gpu_call import Call
 from gpu_report import Report, Row
 

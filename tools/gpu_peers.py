@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-import bench_shapes
 import gpu_driver
+from benchmarks import bench_shapes
 from gpu_report import Row
 
 

@@ -12,8 +12,8 @@ from tensorflow.core.protobuf import config_pb2, device_properties_pb2, rewriter
 from tensorflow.python.framework import meta_graph
 from tensorflow.python.grappler import cluster, tf_optimizer
 
-import bench_shapes
 import tf_agc
+from benchmarks import bench_shapes
 from gpu_report import Report, Row
 from tf_agc import native
 

@@ -25,10 +25,12 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-import machine  # noqa: E402
-import memory  # noqa: E402
-import result_files  # noqa: E402
 import tf_agc  # noqa: E402
+from benchmarks import (
+    machine,  # noqa: E402
+    memory,  # noqa: E402
+    result_files,  # noqa: E402
+)
 from option_types import at_least, not_negative  # noqa: E402
 from tf_agc.implementation import DEFAULT  # noqa: E402
 

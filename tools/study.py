@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-import result_files
+from benchmarks import result_files
 from option_types import at_least
 from study_results import Cell, CurvePoint, LayerRecord, Results, Run, StudyError, read_rows
 
@@ -207,7 +207,7 @@ def run_plan(options: argparse.Namespace) -> None:
     import rich.console
     import rich.progress
 
-    import machine
+    from benchmarks import machine
 
     plan, described = plan_of(options), machine.describe()
     with (
@@ -411,8 +411,8 @@ def find_largest_batches(options: argparse.Namespace) -> None:
     import rich.console
     import rich.progress
 
-    import machine
     import study_memory
+    from benchmarks import machine
 
     path = _results_dir(options) / "memory.csv"
     described = machine.describe()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 
-import bench_model
+from benchmarks import bench_model
 from study_results import StudyError
 
 NETWORKS = ("plain CNN, 6 layers", "ResNet-20, pre-activation", "ResNet-20, post-activation")

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pathlib
 
-import result_files
+from benchmarks import result_files
 
 
 class StudyError(Exception):

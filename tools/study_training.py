@@ -22,10 +22,12 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-import machine  # noqa: E402
-import memory  # noqa: E402
 import tf_agc  # noqa: E402
 import training_recipe  # noqa: E402
+from benchmarks import (
+    machine,  # noqa: E402
+    memory,  # noqa: E402
+)
 from image_datasets import Split  # noqa: E402
 from tf_agc import models, monitor  # noqa: E402
 

@@ -1,5 +1,5 @@
 // The physical limit that benchmarks compare with: a copy of the same bytes on the same number of threads. No
-// arithmetic of the op's here. Python calls it through ctypes (tools/bench_cpu.py).
+// arithmetic of the op's here. Python calls it through ctypes (tools/benchmarks/bench_cpu.py).
 
 #include <cstdint>
 #include <cstring>

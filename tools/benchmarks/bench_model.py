@@ -1,12 +1,13 @@
 """`bench.py model`: one training step of whole networks, their kept activations, and peak memory.
 
-What is measured and how; options, tables and files are bench.py's. `python bench_model.py NETWORK NORMALIZATION BATCH`
-is the fresh process in which peak memory is taken; it prints one number.
+What is measured and how; options, tables and files are bench.py's. `python tools benchmarks.bench_model NETWORK
+NORMALIZATION BATCH` is the fresh process in which peak memory is taken; it prints one number.
 """
 
 import dataclasses
 import math
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -19,9 +20,11 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-import memory  # noqa: E402
 import tf_agc  # noqa: E402
+from benchmarks import memory  # noqa: E402
 from tf_agc import models  # noqa: E402
+
+_TOOLS = pathlib.Path(__file__).resolve().parents[1]
 
 NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "none")
 JIT_NORMALIZATIONS = ("agc", "batch_norm", "none")
@@ -163,7 +166,7 @@ def compiled(network: Network, normalization: str, jit: bool = False) -> keras.M
 
 def peak_of_fresh_process(network: str, normalization: str, batch: int) -> float:
     """Largest resident memory, in MiB, of a process that trains some steps."""
-    command = [sys.executable, __file__, network, normalization, str(batch)]
+    command = [sys.executable, str(_TOOLS), "benchmarks.bench_model", network, normalization, str(batch)]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 

@@ -13,8 +13,8 @@ import time
 import keras
 import numpy as np
 
-import bench_model
 import tf_agc
+from benchmarks import bench_model
 
 _EPOCHS = 5
 _QUICK_EPOCHS = 3

@@ -13,13 +13,12 @@ import re
 import subprocess
 import sys
 
-import bench_shapes
-import result_files
+from benchmarks import bench_shapes, result_files
 
 # Read when TensorFlow is imported: of its log only errors are news here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-TOOLS = pathlib.Path(__file__).resolve().parent
+TOOLS = pathlib.Path(__file__).resolve().parents[1]
 CHECKOUT = TOOLS.parent
 
 
@@ -83,9 +82,8 @@ def run_cpu(options: argparse.Namespace) -> None:
     import rich.progress
     import tensorflow as tf
 
-    import bench_cpu
-    import machine
     import tf_agc
+    from benchmarks import bench_cpu, machine
 
     tf_agc.implementation("native")  # or an error that says why there is nothing to measure
     threads = os.cpu_count()
@@ -157,9 +155,8 @@ def count_instructions() -> None:
 def run_model(options: argparse.Namespace) -> None:
     import rich.progress
 
-    import bench_model
-    import machine
     import tf_agc
+    from benchmarks import bench_model, machine
 
     tf_agc.implementation("native")  # or an error that says why there is nothing to measure
     meta = machine.describe()
@@ -174,10 +171,8 @@ def run_model(options: argparse.Namespace) -> None:
 def run_monitor(options: argparse.Namespace) -> None:
     import rich.progress
 
-    import bench_model
-    import bench_monitor
-    import machine
     import tf_agc
+    from benchmarks import bench_model, bench_monitor, machine
 
     tf_agc.implementation("native")  # or an error that says why there is nothing to measure
     networks = list(bench_model.NETWORKS)[: 1 if options.quick else None]
@@ -196,8 +191,7 @@ def _console():
 
 def read_csv(path: pathlib.Path) -> tuple[list, dict[str, str]]:
     """Returns what `result_files.write_csv` wrote, of either benchmark."""
-    import bench_cpu
-    import bench_model
+    from benchmarks import bench_cpu, bench_model
 
     try:
         return result_files.read_csv(path, bench_cpu.Row, bench_model.Row)
@@ -302,7 +296,7 @@ def run_report(options: argparse.Namespace) -> None:
         return
     print(cpu_summary(rows, meta))
     if options.plot:
-        import bench_plot
+        from benchmarks import bench_plot
 
         bench_plot.draw(rows, meta, options.plot)
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 import tf_agc
 from tf_agc import native
 
-CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def cpu_model() -> str:
