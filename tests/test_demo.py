@@ -143,7 +143,7 @@ def test_without_the_native_library(tmp_path):
 
 def test_two_processes_prepare_the_digits_at_once(tmp_path):
     code = (
-        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import image_datasets;"
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); from study import image_datasets;"
         "digits = image_datasets.load('digits', pathlib.Path(sys.argv[2]));"
         "print(digits.train.labels.sum(), digits.test.images.sum())"
     )
@@ -161,7 +161,7 @@ def test_the_digits(data_dir, output, monkeypatch):
     monkeypatch.syspath_prepend(str(TOOLS))
     import sklearn.datasets
 
-    import image_datasets
+    from study import image_datasets
 
     before = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
     digits = image_datasets.load("digits", data_dir)

@@ -28,16 +28,10 @@ MACHINE = VERSIONS | {"cpu": "some", "cores": "2", "instruction set": "none", "c
 
 
 @pytest.fixture
-def tools(monkeypatch):
-    """Makes the modules of tools/ importable, as they are for each other."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-
-
-@pytest.fixture
-def split_files(tools, tmp_path):
+def split_files(tmp_path):
     """Files of three splits of the digits."""
-    import study_training
-    from image_datasets import Split
+    from study import study_training
+    from study.image_datasets import Split
 
     digits = sklearn.datasets.load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
@@ -54,7 +48,7 @@ def split_files(tools, tmp_path):
 @pytest.mark.parametrize(("normalization", "killed"), [("agc", True), ("batch_norm", False)])
 def test_a_resumed_run_is_the_uninterrupted_one(split_files, tmp_path, native_required, normalization, killed):
     """Killed, or left behind by the process that started it: weights, optimizer and results are the same bits."""
-    import study_training
+    from study import study_training
 
     job = study_training.Job(
         network="plain", normalization=normalization, batch_size=4, seed=3, learning_rate=0.01, epochs=2,
@@ -62,7 +56,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(split_files, tmp_path, native_re
     )  # fmt: skip
 
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(tf_agc.__file__).parents[1])}
-    command = [sys.executable, str(TOOLS / "study_training.py"), json.dumps(dataclasses.asdict(job))]
+    command = [sys.executable, str(TOOLS), "study.study_training", json.dumps(dataclasses.asdict(job))]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -95,7 +89,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(split_files, tmp_path, native_re
 
 
 def test_a_diverged_run_ends_early(split_files, tmp_path, fresh_keras):
-    import study_training
+    from study import study_training
 
     # A rate that is only too high may end in a dead network instead, whose loss is finite: it depends on the processor.
     job = study_training.Job(
@@ -107,7 +101,7 @@ def test_a_diverged_run_ends_early(split_files, tmp_path, fresh_keras):
     assert 1 <= len(result["curve"]) <= study_training.RECORDS_PER_EPOCH and result["peak_mib"] > 100
 
 
-def test_the_peak_is_forgotten(tools):
+def test_the_peak_is_forgotten():
     from benchmarks import memory
 
     block = np.ones(2**24)
@@ -117,8 +111,8 @@ def test_the_peak_is_forgotten(tools):
     assert memory.peak_mib() <= before - 100  # of 128 MiB
 
 
-def test_a_checkpoint_of_other_code_is_not_continued(tools, tmp_path, monkeypatch):
-    import study_training
+def test_a_checkpoint_of_other_code_is_not_continued(tmp_path, monkeypatch):
+    from study import study_training
 
     def state():
         variable = keras.Variable(np.zeros(3))
@@ -142,10 +136,10 @@ def test_a_checkpoint_of_other_code_is_not_continued(tools, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_batches(tools, augment):
+def test_batches(augment):
     """Every image once an epoch; shifted and mirrored as NumPy does; from any step on the same ones."""
-    import training_recipe
-    from image_datasets import Split
+    from study import training_recipe
+    from study.image_datasets import Split
 
     images = np.random.default_rng(0).integers(0, 256, (10, 6, 5, 2)).astype(np.uint8)
     split = Split(images, np.arange(10))
@@ -215,9 +209,9 @@ class Trainer:
 
 
 @pytest.fixture
-def trainer(tools, monkeypatch):
-    import study
+def trainer(monkeypatch):
     from benchmarks import machine
+    from study import study
 
     trainer = Trainer()
     monkeypatch.setattr(study, "_Trainings", lambda lock: trainer)
@@ -229,9 +223,9 @@ def trainer(tools, monkeypatch):
 
 
 @pytest.fixture
-def call(tools, tmp_path):
+def call(tmp_path):
     """Calls the tool in this process, with directories of this test's own."""
-    import study
+    from study import study
 
     def call(command, *arguments):
         options = ["--results_dir", str(tmp_path / "results")]
@@ -243,7 +237,7 @@ def call(tools, tmp_path):
 
 
 def read_results(tmp_path):
-    import study_results
+    from study import study_results
 
     return study_results.Results(tmp_path / "results")
 
@@ -324,10 +318,8 @@ def test_killed_between_two_files(trainer, call, tmp_path, monkeypatch):
     assert (len(read_results(tmp_path).runs), len(read_results(tmp_path).curves)) == (18, 18)
 
 
-def test_the_order_of_the_matrix(tools):
-    import study
-    import study_report
-    import study_training
+def test_the_order_of_the_matrix():
+    from study import study, study_report, study_training
 
     assert set(study.NETWORKS) == set(study_training.NETWORKS)
     assert set(study.NORMALIZATIONS) == set(study_report.TITLES) >= {*study_training.AGC, *models.NORMALIZATIONS}
@@ -343,8 +335,8 @@ def test_the_order_of_the_matrix(tools):
     assert {cell.split for cell in searched} == {"validation"} and {cell.seed for cell in searched} == {1000}
 
 
-def test_a_part_of_the_matrix(tools):
-    import study
+def test_a_part_of_the_matrix():
+    from study import study
 
     def plan(*arguments):
         return study.plan_of(study.parse_options(["run", *arguments]))
@@ -362,7 +354,7 @@ def test_a_part_of_the_matrix(tools):
 
 
 def run_row(**changes):
-    import study_results
+    from study import study_results
 
     values = dict(
         dataset="digits", split="validation", network="plain", normalization="agc", batch_size=128, seed=0,
@@ -372,8 +364,8 @@ def run_row(**changes):
     return study_results.Run(**values | changes)
 
 
-def test_the_best_learning_rate(tools, tmp_path):
-    import study_results
+def test_the_best_learning_rate(tmp_path):
+    from study import study_results
 
     results = study_results.Results(tmp_path)
     with pytest.raises(
@@ -393,8 +385,8 @@ def test_the_best_learning_rate(tools, tmp_path):
     assert results.best_learning_rate("digits", "plain", "agc", 2) == 0.2
 
 
-def test_margins(tools):
-    import study_report
+def test_margins():
+    from study import study_report
 
     ours, theirs = np.random.default_rng(0).normal(70, 1, (2, 5))
     value, margin = study_report.difference(ours.tolist(), theirs.tolist())
@@ -408,8 +400,8 @@ def test_margins(tools):
     assert study_report.verdict(3.0, study_report.difference([1.0], [2.0, 3.0])[1]) == "one seed"
 
 
-def test_step_times_of_one_machine_are_compared(tools):
-    import study_report
+def test_step_times_of_one_machine_are_compared():
+    from study import study_report
 
     def row(machine, milliseconds):
         return run_row(machine=machine, seconds_per_step=milliseconds / 1e3)
@@ -418,9 +410,8 @@ def test_step_times_of_one_machine_are_compared(tools):
     assert study_report._step_ratio([row("old", 1)], [row("new", 20)]) == ""
 
 
-def test_two_learning_rates_are_not_mixed(tools, tmp_path):
-    import study_report
-    import study_results
+def test_two_learning_rates_are_not_mixed(tmp_path):
+    from study import study_report, study_results
 
     results = study_results.Results(tmp_path)
     results.runs = [run_row(split="test"), run_row(split="test", seed=1, learning_rate=0.2)]
@@ -429,8 +420,8 @@ def test_two_learning_rates_are_not_mixed(tools, tmp_path):
 
 
 @pytest.mark.parametrize(("base", "expected"), [(300, 350), (998, 1), (1001, 0)])
-def test_the_largest_batch(tools, base, expected):
-    import study_memory
+def test_the_largest_batch(base, expected):
+    from study import study_memory
 
     row = study_memory.largest_batch("some", "agc", 1000, lambda network, normalization, batch: base + 2 * batch)
     assert expected * 0.98 <= row.largest_batch <= expected
@@ -441,10 +432,10 @@ def test_the_largest_batch(tools, base, expected):
     )
 
 
-def test_a_batch_that_kills_its_process_is_too_large(tools, monkeypatch):
-    import study_memory
+def test_a_batch_that_kills_its_process_is_too_large(monkeypatch):
     from benchmarks import bench_model
-    from study_results import StudyError
+    from study import study_memory
+    from study.study_results import StudyError
 
     status = -signal.SIGKILL
 
@@ -462,7 +453,7 @@ def test_a_batch_that_kills_its_process_is_too_large(tools, monkeypatch):
 
 def test_memory_goes_on(trainer, call, tmp_path, monkeypatch, capsys):
     """Killed between two networks, it measures the others alone; rows of another limit are not mixed in."""
-    import study_memory
+    from study import study_memory
 
     measured = []
 
@@ -510,7 +501,7 @@ def test_results_of_another_version_are_refused(trainer, call, tmp_path):
 
 
 def test_results_of_other_images_are_refused(trainer, call, tmp_path, monkeypatch):
-    import study
+    from study import study
 
     call("run", "--quick", "--search")
     # Of another data set: nothing to compare.
@@ -521,8 +512,7 @@ def test_results_of_other_images_are_refused(trainer, call, tmp_path, monkeypatc
 
 
 def test_other_images_are_told_apart(split_files, tmp_path):
-    import study
-    import study_training
+    from study import study, study_training
 
     files = dict(split_files)
     digest = study._digest(files)
@@ -566,9 +556,9 @@ def test_other_sentences(trainer, call, capsys):
 
 
 @pytest.fixture
-def trainings(tools, tmp_path, monkeypatch):
+def trainings(tmp_path, monkeypatch):
     """Runs a text in place of study_training.py."""
-    import study
+    from study import study
 
     monkeypatch.setattr(study, "TOOLS", tmp_path)
     with (tmp_path / "lock").open("w") as lock:
@@ -576,9 +566,9 @@ def trainings(tools, tmp_path, monkeypatch):
 
 
 def test_a_training_process_that_fails(trainings, tmp_path):
-    import study_results
+    from study import study_results
 
-    (tmp_path / "study_training.py").write_text("raise MemoryError('too large')", encoding="utf-8")
+    (tmp_path / "__main__.py").write_text("raise MemoryError('too large')", encoding="utf-8")
     message = "^a training process ended with exit code 1: see .*log; the same command goes on$"
     with pytest.raises(study_results.StudyError, match=message):
         trainings.train({}, tmp_path / "log", lambda done: None)
@@ -587,10 +577,10 @@ def test_a_training_process_that_fails(trainings, tmp_path):
 
 def test_stopped_processes(trainings, tmp_path):
     """All that run at a time end, and none starts after them."""
-    import study_results
+    from study import study_results
 
     sleeping = 'import time; print(\'{"step": 1, "steps": 2}\', flush=True); time.sleep(1000)'
-    (tmp_path / "study_training.py").write_text(sleeping, encoding="utf-8")
+    (tmp_path / "__main__.py").write_text(sleeping, encoding="utf-8")
     started = threading.Barrier(3)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         futures = [
@@ -607,7 +597,7 @@ def test_stopped_processes(trainings, tmp_path):
 
 
 def test_several_runs_at_once(trainer, call, tmp_path, monkeypatch):
-    import study
+    from study import study
 
     monkeypatch.setattr(study, "RUNS_AT_ONCE", 3)
     together = threading.Barrier(3)

@@ -1,7 +1,7 @@
 """The demo: one small residual CNN trained with AGC, with BatchNormalization and with neither.
 
 Options, the order of things and error messages live here; the work is in demo_training.py,
-demo_report.py, image_datasets.py and predict.py.
+demo_report.py, study/image_datasets.py and predict.py.
 """
 
 import argparse
@@ -86,9 +86,9 @@ def run(options: argparse.Namespace, output_dir: pathlib.Path) -> None:
 
     import demo_report
     import demo_training
-    import image_datasets
     import tf_agc
     from benchmarks import machine
+    from study import image_datasets
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # of TensorFlow Datasets and Keras
     described = machine.describe()

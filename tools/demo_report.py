@@ -14,8 +14,8 @@ import rich.table
 from matplotlib.figure import Figure
 
 from demo_training import Recipe, Run
-from image_datasets import ImageDataset
-from training_recipe import GRADIENT_NORM
+from study.image_datasets import ImageDataset
+from study.training_recipe import GRADIENT_NORM
 
 TITLES = {
     "agc": "AutomaticGainControl",

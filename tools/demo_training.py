@@ -12,8 +12,8 @@ import numpy as np
 import rich.progress
 
 import tf_agc
-import training_recipe
-from image_datasets import ImageDataset
+from study import training_recipe
+from study.image_datasets import ImageDataset
 from tf_agc.models import residual_cnn
 
 NORMALIZATIONS = ("agc", "batch_norm", "none")

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator
 
 from benchmarks import result_files
 from option_types import at_least
-from study_results import Cell, CurvePoint, LayerRecord, Results, Run, StudyError, read_rows
+from study.study_results import Cell, CurvePoint, LayerRecord, Results, Run, StudyError, read_rows
 
 # Read when TensorFlow is imported: of its log only errors are news here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-TOOLS = pathlib.Path(__file__).resolve().parent
+TOOLS = pathlib.Path(__file__).resolve().parents[1]
 CACHE = TOOLS.parent / ".cache"
 NETWORKS = ("plain", "resnet20_pre", "resnet20_post")
 NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "layer_norm", "agc_uncalibrated", "none")
@@ -141,14 +141,14 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     limit.set_defaults(call=find_largest_batches)
     for command in (run, table, plot, limit):
         command.add_argument(
-            "--results_dir", type=pathlib.Path, help="(default: tools/results/study; of --quick, .cache/study/quick)"
+            "--results_dir", type=pathlib.Path, help="(default: tools/study/results; of --quick, .cache/study/quick)"
         )
     return parser.parse_args(arguments)
 
 
 def _results_dir(options: argparse.Namespace) -> pathlib.Path:
     quick = getattr(options, "quick", False)
-    return options.results_dir or (CACHE / "study" / "quick" if quick else TOOLS / "results" / "study")
+    return options.results_dir or (CACHE / "study" / "quick" if quick else TOOLS / "study" / "results")
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -297,8 +297,7 @@ def _split_files(dataset: str, data_dir: pathlib.Path, work_dir: pathlib.Path) -
     origin = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:8]
     paths = {name: work_dir / f"{dataset}-{origin}-{name}.npz" for name in ("train", "validation", "test")}
     if not all(path.exists() for path in paths.values()):
-        import image_datasets
-        import study_training
+        from study import image_datasets, study_training
 
         try:
             loaded = image_datasets.load(dataset, data_dir)
@@ -373,7 +372,7 @@ class _Trainings:
 
     def train(self, job: dict, log: pathlib.Path, show: Callable[[float], None]) -> dict:
         """Trains in a fresh process and returns its result; `show` gets the part that is done."""
-        command = [sys.executable, str(TOOLS / "study_training.py"), json.dumps(job)]
+        command = [sys.executable, str(TOOLS), "study.study_training", json.dumps(job)]
         environment = os.environ | {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
         message: dict = {}
         with log.open("w", encoding="utf-8") as errors:
@@ -411,8 +410,8 @@ def find_largest_batches(options: argparse.Namespace) -> None:
     import rich.console
     import rich.progress
 
-    import study_memory
     from benchmarks import machine
+    from study import study_memory
 
     path = _results_dir(options) / "memory.csv"
     described = machine.describe()
@@ -428,7 +427,7 @@ def find_largest_batches(options: argparse.Namespace) -> None:
 
 def _finished_batches(path: pathlib.Path, limit_mib: int, described: dict[str, str]) -> list:
     """The rows to go on from, which have to be of the same limit, machine, versions and commit."""
-    import study_memory
+    from study import study_memory
 
     if not path.exists():
         return []
@@ -442,13 +441,13 @@ def _finished_batches(path: pathlib.Path, limit_mib: int, described: dict[str, s
 
 
 def print_tables(options: argparse.Namespace) -> None:
-    import study_report
+    from study import study_report
 
     print(study_report.tables(_some_results(options)))
 
 
 def draw_plots(options: argparse.Namespace) -> None:
-    import study_report
+    from study import study_report
 
     for path in study_report.draw(_some_results(options)):
         print(path)

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable
 
 from benchmarks import bench_model
-from study_results import StudyError
+from study.study_results import StudyError
 
 NETWORKS = ("plain CNN, 6 layers", "ResNet-20, pre-activation", "ResNet-20, post-activation")
 NORMALIZATIONS = ("agc", "batch_norm")

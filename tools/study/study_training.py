@@ -1,4 +1,4 @@
-"""One training run of the study. `python study_training.py JOB` is the fresh process in which it happens.
+"""One training run of the study. `python tools study.study_training JOB` is the fresh process in which it happens.
 
 Killed at any point and started again, it goes on from its checkpoint to the same bits. It sees the splits that its job
 names and no other. It writes its checkpoint and, line by line in JSON, messages to standard output; which runs there
@@ -23,12 +23,12 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import tf_agc  # noqa: E402
-import training_recipe  # noqa: E402
 from benchmarks import (
     machine,  # noqa: E402
     memory,  # noqa: E402
 )
-from image_datasets import Split  # noqa: E402
+from study import training_recipe  # noqa: E402
+from study.image_datasets import Split  # noqa: E402
 from tf_agc import models, monitor  # noqa: E402
 
 NETWORKS = {

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from image_datasets import Split
+from study.image_datasets import Split
 
 GRADIENT_NORM = 1.0
 CALIBRATION_IMAGES = 256

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import scipy.stats
 from matplotlib.figure import Figure
 
-from study_results import Results, Run, StudyError
+from study.study_results import Results, Run, StudyError
 
 TITLES = {
     "agc": "AGC",
