@@ -20,11 +20,11 @@ PNG = b"\x89PNG\r\n\x1a\n"
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
 
 
-def run_tool(script, *arguments, package=pathlib.Path(tf_agc.__file__).parents[1]):
+def run_tool(module, *arguments, package=pathlib.Path(tf_agc.__file__).parents[1]):
     """Runs a tool with the tf_agc that this process tests, or with another copy of it."""
     environment = os.environ | OFFLINE | {"PYTHONPATH": str(package)}
     return subprocess.run(
-        [sys.executable, str(TOOLS / script), *map(str, arguments)],
+        [sys.executable, str(TOOLS), module, *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
@@ -52,7 +52,7 @@ def output(data_dir, tmp_path_factory):
     """What one small run printed, and its directory. 1038 images are not a multiple of 200."""
     directory = tmp_path_factory.mktemp("output") / "new"
     options = ("--epochs", 2, "--batch_size", 200, "--seed", 3)
-    result = run_tool("demo.py", "--data_dir", data_dir, "--output_dir", directory, *options)
+    result = run_tool("demo.demo", "--data_dir", data_dir, "--output_dir", directory, *options)
     assert result.returncode == 0, result.stderr
     return result.stdout, directory
 
@@ -98,8 +98,7 @@ def test_predict_notices_other_logits(output, tmp_path, monkeypatch):
     logits = np.load(directory / "test_logits.npy")
     logits[7, 3] += 0.01
     np.save(tmp_path / "other.npy", logits)
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import predict
+    from demo import predict
 
     arguments = (directory / "model", directory / "test_images.npy", tmp_path / "other.npy")
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
@@ -109,15 +108,14 @@ def test_predict_notices_other_logits(output, tmp_path, monkeypatch):
 
 def test_a_used_output_directory_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("precious", encoding="utf-8")
-    result = run_tool("demo.py", "--output_dir", tmp_path)
+    result = run_tool("demo.demo", "--output_dir", tmp_path)
     assert_one_sentence(result, "is not empty: pass another --output_dir")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_default_output_directories_are_numbered(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.setenv("TF_AGC_IMPLEMENTATION", "auto")  # demo.py sets it
-    import demo
+    from demo import demo
 
     monkeypatch.setattr(demo, "CHECKOUT", tmp_path)
     names = [demo.make_output_dir(None).name for _ in range(3)]
@@ -126,7 +124,7 @@ def test_default_output_directories_are_numbered(tmp_path, monkeypatch):
 
 def test_a_data_set_that_cannot_be_had(tmp_path):
     options = ("--output_dir", tmp_path / "output", "--data_dir", tmp_path / "data")
-    result = run_tool("demo.py", "--dataset", "mnist", *options)
+    result = run_tool("demo.demo", "--dataset", "mnist", *options)
     assert_one_sentence(result, r"the data set mnist in .*: connect to the network .*--data_dir")
 
 
@@ -137,28 +135,29 @@ def test_without_the_native_library(tmp_path):
         package,
         ignore=shutil.ignore_patterns("native_library", "__pycache__"),
     )
-    result = run_tool("demo.py", "--output_dir", tmp_path / "output", package=tmp_path)
+    result = run_tool("demo.demo", "--output_dir", tmp_path / "output", package=tmp_path)
     assert_one_sentence(result, "the native implementation is not available: there is no native")
 
 
 def test_two_processes_prepare_the_digits_at_once(tmp_path):
     code = (
-        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); from study import image_datasets;"
-        "digits = image_datasets.load('digits', pathlib.Path(sys.argv[2]));"
+        "import pathlib, sys; from study import image_datasets;"
+        "digits = image_datasets.load('digits', pathlib.Path(sys.argv[1]));"
         "print(digits.train.labels.sum(), digits.test.images.sum())"
     )
-    command = [sys.executable, "-c", code, str(TOOLS), str(tmp_path)]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(TOOLS)}
     processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(2)
     ]
     # The notes about the preparation come before our line.
     first, second = (process.communicate(timeout=300)[0].splitlines()[-1] for process in processes)
     assert first == second
 
 
-def test_the_digits(data_dir, output, monkeypatch):
+def test_the_digits(data_dir, output):
     """Reads what the run above prepared, once more, and compares it with scikit-learn's."""
-    monkeypatch.syspath_prepend(str(TOOLS))
     import sklearn.datasets
 
     from study import image_datasets

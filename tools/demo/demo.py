@@ -20,7 +20,7 @@ from option_types import at_least
 os.environ["TF_AGC_IMPLEMENTATION"] = "native"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-TOOLS = pathlib.Path(__file__).resolve().parent
+TOOLS = pathlib.Path(__file__).resolve().parents[1]
 CHECKOUT = TOOLS.parent
 SAVED_TEST_IMAGES = 500
 
@@ -84,10 +84,9 @@ def run(options: argparse.Namespace, output_dir: pathlib.Path) -> None:
     import rich.console
     import rich.progress
 
-    import demo_report
-    import demo_training
     import tf_agc
     from benchmarks import machine
+    from demo import demo_report, demo_training
     from study import image_datasets
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # of TensorFlow Datasets and Keras
@@ -127,7 +126,7 @@ def run(options: argparse.Namespace, output_dir: pathlib.Path) -> None:
     agc.model.export(model, verbose=False)
     np.save(images, dataset.test.images[:SAVED_TEST_IMAGES])
     np.save(expected, logits[:SAVED_TEST_IMAGES])
-    command = [sys.executable, str(TOOLS / "predict.py"), str(model), str(images), str(expected)]
+    command = [sys.executable, str(TOOLS), "demo.predict", str(model), str(images), str(expected)]
     if subprocess.run(command, check=False).returncode != 0:
         raise DemoError(f"the fresh process failed: see above, or run {' '.join(command)}")
 

@@ -13,7 +13,7 @@ import numpy as np
 import rich.table
 from matplotlib.figure import Figure
 
-from demo_training import Recipe, Run
+from demo.demo_training import Recipe, Run
 from study.image_datasets import ImageDataset
 from study.training_recipe import GRADIENT_NORM
 

@@ -1,4 +1,4 @@
-"""Predicts with an exported model in a process of its own: `predict.py MODEL IMAGES [EXPECTED]`.
+"""Predicts with an exported model in a process of its own: `python tools demo.predict MODEL IMAGES [EXPECTED]`.
 
 Knows nothing of training: only the SavedModel and `import tf_agc`, which loads the op.
 """
