@@ -1,4 +1,4 @@
-"""tools/gpu_check.py without a GPU: what it expects, how it counts and what it reports.
+"""tools/gpu/gpu_check.py without a GPU: what it expects, how it counts and what it reports.
 
 The driver is tests/fake_cuda_driver.c, whose device is this process's memory; the launchers are a class that computes
 what is expected. Nothing of the CUDA kernels runs here.
@@ -23,12 +23,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ("y", "mean", "dx", "dgain", "dmean_scale")
 
 
-@pytest.fixture(autouse=True)
-def tools(monkeypatch):
-    """Makes the modules of tools/ importable, as they are for each other."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-
-
 @pytest.fixture(scope="module")
 def driver_file(tmp_path_factory):
     """The fake driver; where CUDA's own header is installed, the compiler compares the types of its functions."""
@@ -42,7 +36,7 @@ def driver_file(tmp_path_factory):
 @pytest.fixture
 def fake(driver_file, monkeypatch):
     """The fake driver's variables; `Driver()` finds it."""
-    import gpu_driver
+    from gpu import gpu_driver
 
     library = ctypes.CDLL(driver_file)
     original = gpu_driver.Driver
@@ -55,7 +49,7 @@ def fake(driver_file, monkeypatch):
 @pytest.fixture
 def launchers(monkeypatch):
     """Makes `Launchers` compute, wrongly by what a test adds to `wrong`."""
-    import gpu_driver
+    from gpu import gpu_driver
 
     _Launchers.wrong, _Launchers.launched = {}, 0
     monkeypatch.setattr(gpu_driver, "Launchers", _Launchers)
@@ -76,8 +70,7 @@ class _Launchers:
         return 24
 
     def launch(self, args, workspace, stream):
-        import gpu_driver
-        import gpu_numerics
+        from gpu import gpu_driver, gpu_numerics
 
         type(self).launched += 1
         assert workspace % 8 == 0 and stream
@@ -127,7 +120,7 @@ class _Launchers:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_expectations_are_the_reference(activation):
-    import gpu_numerics
+    from gpu import gpu_numerics
 
     case = gpu_numerics.make_case(3, 35, 7, "float64", activation, seed=1)
     x, gain, mean_scale = (tf.constant(value) for value in (case.x, case.gain, case.mean_scale))
@@ -142,7 +135,7 @@ def test_expectations_are_the_reference(activation):
 
 
 def test_shares_the_tests_names_and_roundings():
-    import gpu_numerics
+    from gpu import gpu_numerics
 
     assert (gpu_numerics.DTYPES, gpu_numerics.ACTIVATIONS, gpu_numerics.LAYOUTS) == (DTYPES, ACTIVATIONS, DATA_FORMATS)
     assert gpu_numerics._EPSILON == EPSILON and gpu_numerics._SMALLEST_NORMAL == SMALLEST_NORMAL
@@ -150,7 +143,7 @@ def test_shares_the_tests_names_and_roundings():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_storage(dtype):
-    import gpu_numerics
+    from gpu import gpu_numerics
 
     values = np.concatenate([np.random.default_rng(0).standard_normal(1000) * 100, [0, -0.0, 1e-3, np.inf, -np.inf]])
     values = np.append(values, [1 + 2.0**-8, 1 + 3 * 2.0**-8])  # halfway between two values of bfloat16
@@ -165,7 +158,7 @@ def test_storage(dtype):
 @pytest.mark.parametrize("name", RESULTS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_wrong_is_seen(name, dtype):
-    import gpu_numerics
+    from gpu import gpu_numerics
 
     case = gpu_numerics.make_case(2, 35, 6, dtype, "relu", seed=2)
     want = gpu_numerics.expected(case)
@@ -182,7 +175,7 @@ def test_what_is_wrong_is_seen(name, dtype):
 
 
 def test_structures_are_those_of_the_header(tmp_path):
-    import gpu_driver
+    from gpu import gpu_driver
 
     kinds = {"Shape": gpu_driver.Shape, "ForwardArgs": gpu_driver.ForwardArgs, "BackwardArgs": gpu_driver.BackwardArgs}
     asserts = []
@@ -204,7 +197,7 @@ def test_structures_are_those_of_the_header(tmp_path):
 
 def test_launchers_are_those_of_the_header(tmp_path):
     """The header's functions, defined in terms of what ctypes passes, answer through `Launchers`."""
-    import gpu_driver
+    from gpu import gpu_driver
 
     source, library = tmp_path / "launchers.cc", tmp_path / "liblaunchers.so"
     source.write_text("""#include "cc/core/cuda/agc_cuda.h"
@@ -231,7 +224,7 @@ const char* TfAgcCudaErrorString(int error) { return error == 7 ? "seven" : "oth
 
 
 def test_driver(fake):
-    import gpu_driver
+    from gpu import gpu_driver
 
     driver = gpu_driver.Driver()
     assert driver.describe() == {
@@ -262,7 +255,7 @@ def test_driver(fake):
 
 
 def test_time_of_one_call(fake):
-    import gpu_driver
+    from gpu import gpu_driver
 
     driver, launches = gpu_driver.Driver(), ctypes.c_int.in_dll(fake, "fake_graph_launches")
     ctypes.c_float.in_dll(fake, "fake_elapsed_ms").value = 0.5
@@ -275,7 +268,7 @@ def test_time_of_one_call(fake):
 
 
 def test_median_and_spread(fake):
-    import gpu_driver
+    from gpu import gpu_driver
 
     driver, elapsed = gpu_driver.Driver(), ctypes.c_float.in_dll(fake, "fake_elapsed_ms")
     times = iter([2.0, 2.0, *range(10, 31)])  # a warm-up, how often to repeat, 21 measurements
@@ -289,8 +282,8 @@ def test_median_and_spread(fake):
 @pytest.fixture
 def check(tmp_path, fake, launchers, monkeypatch):
     """Runs gpu_check on few small shapes; returns its exit code and what it wrote."""
-    import gpu_check
     from benchmarks import bench_shapes
+    from gpu import gpu_check
 
     monkeypatch.setattr(gpu_check, "ODD_SHAPES", ((0, 3, 3, 8), (2, 1, 1, 5), (2, 3, 5, 7)))
     monkeypatch.setattr(gpu_check, "LARGE_SHAPES", ((2, 3, 5, 8),))
@@ -357,7 +350,7 @@ def test_results_that_change_fail(check, launchers, monkeypatch):
 
 
 def test_a_section_that_breaks_does_not_stop_the_others(check, monkeypatch):
-    import gpu_check
+    from gpu import gpu_check
 
     def broken(self, report):
         report.note("so far")
@@ -379,9 +372,7 @@ def test_the_deadline_leaves_timings_out(check):
 
 
 def test_huge_tensors_repeat_a_sample(fake, launchers, monkeypatch, tmp_path):
-    import gpu_call
-    import gpu_driver
-    import gpu_numerics
+    from gpu import gpu_call, gpu_driver, gpu_numerics
 
     driver, case = gpu_driver.Driver(), gpu_numerics.make_case(1, 9, 8, "float16", "relu", seed=1)
     one, many = (gpu_call.Call(driver, launchers(None), case, "channels_last", repeat=n) for n in (1, 5))
@@ -394,9 +385,7 @@ def test_huge_tensors_repeat_a_sample(fake, launchers, monkeypatch, tmp_path):
 
 
 def test_a_call_like_another_has_its_maps(fake, launchers):
-    import gpu_call
-    import gpu_driver
-    import gpu_numerics
+    from gpu import gpu_call, gpu_driver, gpu_numerics
 
     driver, case = gpu_driver.Driver(), gpu_numerics.make_case(2, 9, 8, "bfloat16", "relu", seed=1)
     first = gpu_call.Call(driver, launchers(None), case, "channels_first")
@@ -408,8 +397,7 @@ def test_a_call_like_another_has_its_maps(fake, launchers):
 
 
 def test_a_driver_that_is_too_old_for_the_library(check, launchers, monkeypatch, capsys):
-    import gpu_check
-    import gpu_driver
+    from gpu import gpu_check, gpu_driver
 
     def start(self, stream):
         raise gpu_driver.Error("TfAgcCudaForward: CUDA driver version is insufficient for CUDA runtime version (35)")
@@ -421,8 +409,7 @@ def test_a_driver_that_is_too_old_for_the_library(check, launchers, monkeypatch,
 
 
 def test_enough_sets_to_leave_the_cache(fake, launchers):
-    import gpu_check
-    import gpu_driver
+    from gpu import gpu_check, gpu_driver
 
     check = gpu_check.Check(gpu_driver.Driver(), None, None, False, 0)
     assert check.sets((1, 8, 8, 64), "float32") == 4 * 2**16 // (2 * 4 * 8 * 8 * 64)  # of an L2 cache of 64 KiB
@@ -434,8 +421,7 @@ def test_enough_sets_to_leave_the_cache(fake, launchers):
 
 
 def test_without_a_gpu(monkeypatch, capsys, fake, tmp_path):
-    import gpu_check
-    import gpu_driver
+    from gpu import gpu_check, gpu_driver
 
     ctypes.c_int.in_dll(fake, "fake_devices").value = 0
     assert gpu_check.main(["--output", str(tmp_path / "output")]) == 2
@@ -447,7 +433,7 @@ def test_without_a_gpu(monkeypatch, capsys, fake, tmp_path):
 
 
 def test_without_a_library_and_a_compiler(monkeypatch, capsys, fake, tmp_path):
-    import gpu_check
+    from gpu import gpu_check
 
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert gpu_check.main(["--output", str(tmp_path / "output")]) == 2
@@ -459,7 +445,7 @@ def test_without_a_library_and_a_compiler(monkeypatch, capsys, fake, tmp_path):
 
 def test_compiles_what_bazel_does(monkeypatch, tmp_path):
     # What only tests compile lies in the same directory, and is no CUDA.
-    import gpu_check
+    from gpu import gpu_check
 
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
@@ -481,8 +467,8 @@ def test_compiles_what_bazel_does(monkeypatch, tmp_path):
     assert {file for file in compiled if file.parent == directory} == {directory / name for (name,) in sources}
 
 
-def test_earlier_results_are_left_alone(tmp_path, tools, capsys):
-    import gpu_check
+def test_earlier_results_are_left_alone(tmp_path, capsys):
+    from gpu import gpu_check
 
     (tmp_path / "gpu.csv").write_text("earlier")
     with pytest.raises(SystemExit):
@@ -495,13 +481,13 @@ def test_the_script_needs_no_tensorflow(tmp_path):
     # An interpreter in which neither can be imported; --help comes after all imports.
     program = (
         "import runpy, sys; sys.modules['tensorflow'] = sys.modules['keras'] = None; del sys.argv[0]; "
-        "sys.path[0] = sys.argv[0].rpartition('/')[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}" "$@"\n')
     python.chmod(0o755)
     done = subprocess.run(
-        [ROOT / "tools" / "gpu_check.sh", "--help"],
+        [ROOT / "tools" / "gpu" / "gpu_check.sh", "--help"],
         env={"PATH": os.defpath, "PYTHON": python},
         capture_output=True,
         text=True,
@@ -515,7 +501,7 @@ def test_the_script_needs_no_tensorflow(tmp_path):
 
 def test_transposes_around_the_op(native_required):
     # Two convolutions and two of our ops, on a GPU that only the layout optimizer believes in.
-    import gpu_tensorflow
+    from gpu import gpu_tensorflow
 
     counted = gpu_tensorflow.around_our_op(channels=8, layers=2)
     assert 0 < counted["ours"] <= counted["all"]

@@ -1,4 +1,4 @@
-"""PyTorch's layers beside ours in tools/gpu_check.py: a training step of each, forward and backward.
+"""PyTorch's layers beside ours in gpu_check.py: a training step of each, forward and backward.
 
 Everything is timed in CUDA graphs, so what Python and launches cost is left out: that is in the peers' favour. A peer
 that cannot be captured is timed as it is launched, and its name says so.
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-import gpu_driver
 from benchmarks import bench_shapes
-from gpu_report import Row
+from gpu import gpu_driver
+from gpu.gpu_report import Row
 
 
 def compare(check, report, large_shapes: tuple) -> None:

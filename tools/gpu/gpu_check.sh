@@ -3,4 +3,4 @@
 # interpreter; it needs NumPy, and PyTorch for the comparison with its layers. Nothing is installed.
 
 set -euo pipefail
-exec "${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/gpu_check.py" "$@"
+exec "${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/.." gpu.gpu_check "$@"

@@ -14,10 +14,10 @@ from tensorflow.python.grappler import cluster, tf_optimizer
 
 import tf_agc
 from benchmarks import bench_shapes
-from gpu_report import Report, Row
+from gpu.gpu_report import Report, Row
 from tf_agc import native
 
-_CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+_CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 _TESTS = ("test_functional", "test_kernel", "test_gradient", "test_higher_order", "test_in_place", "test_errors")
 
 # Ops in the longer chain; one op is a chain of these minus a chain of one, over the difference.

@@ -1,4 +1,4 @@
-"""What tools/gpu_check.py found: printed, and written as soon as it is known. Nothing is run or judged here."""
+"""What gpu_check.py found: printed, and written as soon as it is known. Nothing is run or judged here."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""`tools/gpu_check.sh`: on a GPU, are the CUDA kernels right, and how fast are they against its memory and PyTorch?
+"""`tools/gpu/gpu_check.sh`: on a GPU, are the CUDA kernels right, and how fast are they against its memory and PyTorch?
 
 Options, the sections and their order, and what is printed and written; how things are run is in gpu_*.py. TensorFlow is
 needed for --tensorflow alone. A section that fails is reported and the next one runs; what was found until then is in
@@ -23,13 +23,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-import gpu_driver
-import gpu_numerics as numerics
 from benchmarks import bench_shapes
-from gpu_call import Call
-from gpu_report import Report, Row
+from gpu import gpu_driver
+from gpu import gpu_numerics as numerics
+from gpu.gpu_call import Call
+from gpu.gpu_report import Report, Row
 
-CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+TOOLS = pathlib.Path(__file__).resolve().parents[1]
+CHECKOUT = TOOLS.parent
 
 # (N, H, W, C). Odd ones, for every type, layout and activation: no sample, one position, one channel, rows that 16
 # bytes do not divide, several tiles.
@@ -179,7 +180,7 @@ class Check:
     def pytorch(self, report: Report) -> None:
         """A training step, forward and backward, of ours and of PyTorch's layers with ReLU."""
         try:
-            import gpu_peers
+            from gpu import gpu_peers
         except ImportError as error:
             report.note(f"left out: PyTorch cannot be imported ({error})")
             return
@@ -195,8 +196,9 @@ class Check:
             return
         for check in ("memcheck", "racecheck"):
             with tempfile.TemporaryDirectory() as directory:
-                command = [tool, "--tool", check, "--error-exitcode", "86", sys.executable, __file__, "--small"]
-                command += ["--library", str(self.library), "--section", "correctness", "--output", directory]
+                command = [tool, "--tool", check, "--error-exitcode", "86"]
+                command += [sys.executable, str(TOOLS), "gpu.gpu_check", "--small", "--library", str(self.library)]
+                command += ["--section", "correctness", "--output", directory]
                 try:
                     done = subprocess.run(command, capture_output=True, text=True, timeout=_SANITIZER_SECONDS)
                 except subprocess.TimeoutExpired:
@@ -212,7 +214,7 @@ class Check:
         # Read when TensorFlow is imported, here and in the process of the tests: neither takes the whole GPU from the
         # other.
         os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-        import gpu_tensorflow
+        from gpu import gpu_tensorflow
 
         gpu_tensorflow.check(report)
 
@@ -282,7 +284,7 @@ def describe(driver: gpu_driver.Driver, commit: str | None) -> dict[str, str]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools/gpu_check.sh", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="tools/gpu/gpu_check.sh", description=__doc__.split("\n")[0])
     parser.add_argument("--library", type=pathlib.Path, help="a built libtf_agc_cuda.so; otherwise nvcc builds one")
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("gpu_check"), help="the directory for gpu.csv and gpu.json"

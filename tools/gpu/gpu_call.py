@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-import gpu_driver
-import gpu_numerics as numerics
+from gpu import gpu_driver
+from gpu import gpu_numerics as numerics
 
 _RESULTS = ("y", "mean", "dx", "dgain", "dmean_scale")
 
