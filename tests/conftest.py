@@ -1,12 +1,9 @@
 """Fixtures of all tests, and hypothesis's settings."""
 
 import os
-import sys
 
 # Before TensorFlow is imported: its start-up notes would fill the reports.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# pytest runs with --import-mode=importlib, which leaves the tests' own helpers off the path.
-sys.path.insert(0, os.path.dirname(__file__))
 
 import hypothesis  # noqa: E402
 import keras  # noqa: E402

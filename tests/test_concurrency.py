@@ -1,6 +1,6 @@
 """Many threads, many nodes, forked processes, and steps that fail in the middle: right results then and afterwards.
 
-What the threads call, and for minutes, is tools/stress.py's; here it runs once.
+What the threads call, and for minutes, is tools/fuzz/stress.py's; here it runs once.
 """
 
 import pathlib
@@ -22,9 +22,8 @@ TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
 
 @pytest.fixture
 def stress(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.setenv("TF_AGC_IMPLEMENTATION", "native")
-    import stress
+    from fuzz import stress
 
     return stress
 
@@ -34,7 +33,7 @@ def stress(monkeypatch):
 
 def test_64_threads():
     # A process of its own, for its inter-op threads. Each thread: 4 eager calls, 3 of one SavedModel, 3 of one graph.
-    lines = python(TOOLS / "stress.py", "threads", "--minutes", 0).stdout.splitlines()
+    lines = python(TOOLS, "fuzz.stress", "threads", "--minutes", 0).stdout.splitlines()
     assert lines[-4:] == [
         "eager: 256 calls",
         "SavedModel: 192 calls",

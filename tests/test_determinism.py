@@ -15,12 +15,9 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.framework import config  # private: the public name only switches determinism on
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, _HERE)  # as a program, conftest has not done it
-
-from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, check, make_case, results_of, run, step_of  # noqa: E402
-
-from tf_agc import native  # noqa: E402
+import agc_testing
+from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, check, make_case, results_of, run, step_of
+from tf_agc import native
 
 # Batch 1 with large maps, where positions or channel blocks are shared among threads; more samples
 # than threads; few channels, many channels; sizes that no block divides.
@@ -43,8 +40,8 @@ _PROCESSES = [(1, "-"), (2, "-"), (8, "-"), (2, "deterministic")]
 
 
 def test_thread_counts_processes_and_op_determinism(native_required):
-    root = os.path.dirname(os.path.dirname(native.__file__))
-    environment = {**os.environ, "PYTHONPATH": root, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    paths = [os.path.dirname(os.path.dirname(native.__file__)), os.path.dirname(agc_testing.__file__)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TF_CPP_MIN_LOG_LEVEL": "3"}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(threads), determinism],

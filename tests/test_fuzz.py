@@ -14,18 +14,12 @@ import tf_agc
 TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
 
 
-@pytest.fixture
-def tools(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-
-
 # ---- The examples
 
 
 @pytest.fixture
-def fuzz_rounds(tools, native_required, monkeypatch):
-    import fuzz_op
-    import fuzz_rounds
+def fuzz_rounds(native_required, monkeypatch):
+    from fuzz import fuzz_op, fuzz_rounds
 
     monkeypatch.setattr(fuzz_rounds, "EXAMPLES", 20)
     monkeypatch.setattr(fuzz_op, "MODES", ("eager", "eager", "function", "unknown shapes"))
@@ -37,7 +31,7 @@ def run_round(fuzz_rounds, module, tmp_path, seed=7):
 
 
 def test_right_and_wrong_calls(fuzz_rounds, tmp_path):
-    import fuzz_op
+    from fuzz import fuzz_op
 
     done = run_round(fuzz_rounds, fuzz_op, tmp_path)
     assert (done["seed"], done["finding"]) == (7, None)
@@ -46,7 +40,7 @@ def test_right_and_wrong_calls(fuzz_rounds, tmp_path):
 
 
 def test_a_seed_is_a_reproduction(fuzz_rounds, tmp_path):
-    import fuzz_op
+    from fuzz import fuzz_op
 
     def examples_of(seed):
         seen = []
@@ -59,7 +53,7 @@ def test_a_seed_is_a_reproduction(fuzz_rounds, tmp_path):
 
 
 def test_right_and_wrong_graphs(fuzz_rounds, tmp_path):
-    import fuzz_graph
+    from fuzz import fuzz_graph
 
     done = run_round(fuzz_rounds, fuzz_graph, tmp_path)
     assert done["finding"] is None and sum(done["counts"].values()) == 20
@@ -93,8 +87,8 @@ def wrong_type(*arguments, **options):
         ({"wrong": ("gain", "None")}, wrong_type, "gain must be something else"),
     ],
 )
-def test_what_refuses_badly(tools, monkeypatch, changes, planted, message):
-    import fuzz_op
+def test_what_refuses_badly(monkeypatch, changes, planted, message):
+    from fuzz import fuzz_op
 
     example = fuzz_op.Example(**EXAMPLE | changes)
     assert fuzz_op.outcome(example).startswith("refused, gain: ")
@@ -118,9 +112,9 @@ def test_what_refuses_badly(tools, monkeypatch, changes, planted, message):
         ({"sizes": (0, 3, 5)}, 2, "Mismatched elements"),
     ],
 )
-def test_a_wrong_number_is_found(tools, monkeypatch, changes, index, message, native_required):
+def test_a_wrong_number_is_found(monkeypatch, changes, index, message, native_required):
     """One element of one result, where nothing but that element is wrong."""
-    import fuzz_op
+    from fuzz import fuzz_op
 
     example = fuzz_op.Example(**EXAMPLE | changes)
     assert "eager" in fuzz_op.outcome(example)
@@ -137,8 +131,8 @@ def test_a_wrong_number_is_found(tools, monkeypatch, changes, index, message, na
 
 
 @pytest.mark.parametrize("op", ["TfAgc>Agc", "TfAgc>AgcGrad"])
-def test_a_wrong_graph_is_found(tools, monkeypatch, op, native_required):
-    import fuzz_graph
+def test_a_wrong_graph_is_found(monkeypatch, op, native_required):
+    from fuzz import fuzz_graph
 
     example = fuzz_graph.Example(op, (2, 3, 4), "float32", "elu", "channels_first", 0, ("const",), False, (), ())
     assert fuzz_graph.outcome(example) == f"right, compared, {op}"
@@ -164,8 +158,8 @@ def test_a_wrong_graph_is_found(tools, monkeypatch, op, native_required):
         (("op", "node", "TfAgc>Other"), "not imported: NotFoundError"),
     ],
 )
-def test_a_wrong_graph_is_refused(tools, native_required, mutation, outcome):
-    import fuzz_graph
+def test_a_wrong_graph_is_refused(native_required, mutation, outcome):
+    from fuzz import fuzz_graph
 
     example = fuzz_graph.Example(
         "TfAgc>AgcGrad", (2, 3, 4), "float32", "elu", "channels_last", 0, ("unknown",), False, (mutation,), ()
@@ -177,22 +171,24 @@ def test_a_wrong_graph_is_refused(tools, native_required, mutation, outcome):
 
 _STUB = """
 import ctypes, sys, types
-sys.path.insert(0, {tools!r})
-import fuzz_rounds
+from fuzz import fuzz_rounds
 from hypothesis import strategies as st
-sys.modules["fuzz_op"] = types.SimpleNamespace(examples=lambda: st.integers(0, 1000), outcome=lambda example: {outcome})
-fuzz_rounds.main(*sys.argv[1:])
+sys.modules["fuzz.fuzz_op"] = types.SimpleNamespace(
+    examples=lambda: st.integers(0, 1000), outcome=lambda example: {outcome}
+)
+fuzz_rounds.main(*sys.argv[2:])
 """
 
 
 @pytest.fixture
-def call(tools, monkeypatch, tmp_path, capsys):
+def call(monkeypatch, tmp_path, capsys):
     """Runs the command, where the outcome of an example, a number, is an expression."""
-    import fuzz
+    from fuzz import fuzz
 
     def call(outcome, *options):
-        (tmp_path / "fuzz_rounds.py").write_text(_STUB.format(tools=str(TOOLS), outcome=outcome), encoding="utf-8")
+        (tmp_path / "__main__.py").write_text(_STUB.format(outcome=outcome), encoding="utf-8")
         monkeypatch.setattr(fuzz, "TOOLS", tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(TOOLS))
         with pytest.raises(SystemExit) as status:
             fuzz.main(["op", "--minutes", "0", "--seed", "7", *options])
         return status.value.code, capsys.readouterr().out
@@ -211,7 +207,7 @@ def test_counts(call):
 def test_a_finding_is_shrunk_and_printed(call):
     status, printed = call("'small' if example < 500 else 1 / 0")
     assert status == 1
-    assert "\nFINDING, seed 7: python tools/fuzz.py op --seed 7 --minutes 0\n500\nTraceback" in printed
+    assert "\nFINDING, seed 7: python tools fuzz.fuzz op --seed 7 --minutes 0\n500\nTraceback" in printed
     assert "ZeroDivisionError: division by zero" in printed
 
 
@@ -219,7 +215,7 @@ def test_a_crash_is_a_finding(call):
     status, printed = call("'small' if example < 500 else ctypes.string_at(0)")
     assert status == 1
     found = re.search(
-        r"\nFINDING, seed 7: python tools/fuzz.py op --seed 7 --minutes 0\n(\d+)\nexit status -11\n", printed
+        r"\nFINDING, seed 7: python tools fuzz.fuzz op --seed 7 --minutes 0\n(\d+)\nexit status -11\n", printed
     )
     assert found and int(found[1]) >= 500 and "Segmentation fault" in printed, printed
 
@@ -229,8 +225,8 @@ def test_a_process_that_does_not_start_is_a_finding(call, monkeypatch):
     assert status == 1 and "\nnone yet\nexit status 1\n" in printed and "SyntaxError" in printed
 
 
-def test_options(tools, capsys):
-    import fuzz
+def test_options(capsys):
+    from fuzz import fuzz
 
     for arguments, sentence in (
         (["layer"], "invalid choice: 'layer'"),

@@ -2,15 +2,13 @@
 
 A graph is made right and then changed: attributes, inputs, shapes, what is fed, or bytes of its serialized form. It
 must not be imported, or be refused with one of the errors of `_REFUSALS` when it runs, or run; and what ran is
-compared with the reference in float64, with the attributes and the inputs that the imported node really has. tests/
-is on the path for the bounds of that comparison, as in fuzz_op.py. No process, no option, no loop over examples here.
+compared with the reference in float64, with the attributes and the inputs that the imported node really has,
+within the bounds of agc_testing.py. No process, no option, no loop over examples here.
 """
 
 import dataclasses
 import math
-import pathlib
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +17,8 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from hypothesis import strategies as st
 
+import agc_testing
 import tf_agc  # noqa: F401  loads the ops
-
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
-import agc_testing  # noqa: E402
 
 NODE = "node"
 INPUTS = {

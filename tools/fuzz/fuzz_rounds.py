@@ -51,7 +51,7 @@ def run_round(
 
 
 def main(target: str, seed: str, seconds: str, current: str) -> None:
-    module = importlib.import_module(f"fuzz_{target}")
+    module = importlib.import_module(f"fuzz.fuzz_{target}")
     faulthandler.enable()
     start, number, finding = time.monotonic(), int(seed), None
     while finding is None and (number == int(seed) or time.monotonic() < start + float(seconds)):

@@ -1,6 +1,7 @@
-"""What the tests share: cases, their results in float64, and what may differ from them.
+"""What the tests and the fuzzers share: cases, their results in float64, and what may differ from them.
 
-No test lives here, and no formula of the layer: expectations come from `tf_agc.reference`.
+Here and not in tests/, from which tools take nothing. No test lives here, and no formula of the layer: expectations
+come from `tf_agc.reference`.
 """
 
 import ctypes
@@ -270,13 +271,14 @@ class Counters:
 
 
 def python(*arguments, path=None, check=True, prefix=(), **environment):
-    """Runs a fresh Python that imports the tf_agc under test, or the one under `path`; `prefix` starts it."""
+    """Runs a fresh Python that imports tools and the tf_agc under test, or that under `path`; `prefix` starts it."""
     root = path or os.path.dirname(os.path.dirname(native.__file__))
+    tools = os.path.dirname(__file__)
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TF_AGC_")}
     done = subprocess.run(
         [*prefix, sys.executable, *map(str, arguments)],
         cwd="/",  # Python would look for packages in this process's, the checkout
-        env={**inherited, "PYTHONPATH": str(root), "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        env={**inherited, "PYTHONPATH": f"{root}{os.pathsep}{tools}", "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
         capture_output=True,
         text=True,
         timeout=300,

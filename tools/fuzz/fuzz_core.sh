@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# libFuzzer on the CPU's arithmetic, under AddressSanitizer and UndefinedBehaviorSanitizer: tools/fuzz_core.sh MINUTES [SEED]
-# A finding ends it, and is a file in .cache/fuzz; `tools/fuzz_core.sh FILE` runs that one input again.
+# libFuzzer on the CPU's arithmetic, under AddressSanitizer and UndefinedBehaviorSanitizer: fuzz_core.sh MINUTES [SEED]
+# A finding ends it, and is a file in .cache/fuzz; `fuzz_core.sh FILE` runs that one input again.
 
 set -euo pipefail
-usage="usage: tools/fuzz_core.sh MINUTES [SEED], or tools/fuzz_core.sh FILE"
+usage="usage: tools/fuzz/fuzz_core.sh MINUTES [SEED], or tools/fuzz/fuzz_core.sh FILE"
 [[ $# == 1 && -f $1 || ${1:-} =~ ^[1-9][0-9]*$ && $# -le 2 && ${2:-1} =~ ^[1-9][0-9]*$ ]] || {
   echo "${usage}" >&2
   exit 2
@@ -12,7 +12,7 @@ input=$1 seed=${2:-1}
 [[ ! -f ${input} ]] || input=$(realpath "${input}")
 set --
 # shellcheck source=tools/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
 need_googletest
 # Clang 14 and 19 have been seen to work; the runtime is a package of its own.

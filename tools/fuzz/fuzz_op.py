@@ -1,8 +1,8 @@
 """Examples for tf_agc.agc and its gradient, right and wrong ones, and what is expected of them.
 
-Right ones are compared with the reference in float64, within the bounds of the tests: tests/ is on the path for that
-and for nothing else, because a second copy of those bounds would become another one. Wrong ones must be refused with
-a sentence about their argument. No process, no option, no loop over examples here.
+Right ones are compared with the reference in float64, within the bounds of the tests, of which
+there is one copy, agc_testing.py. Wrong ones must be refused with a sentence about their argument. No process, no
+option, no loop over examples here.
 
 Compared is what is promised. A map (of one sample and channel) whose values are finite and whose sums and products
 fit the type that is computed in: y and dx; a channel of such maps: dgain and dmean_scale, too. A map with NaN or
@@ -13,9 +13,7 @@ return, is compared by fuzz_graph.py.
 
 import dataclasses
 import math
-import pathlib
 import re
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -24,10 +22,8 @@ import numpy as np
 import tensorflow as tf
 from hypothesis import strategies as st
 
+import agc_testing
 import tf_agc
-
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
-import agc_testing  # noqa: E402
 
 MODES = (*["eager"] * 20, *["function"] * 6, *["unknown shapes"] * 6, "jit")
 VALUES = ("normal", "offset", "constant", "zero", "tiny", "huge", "nan", "inf", "-inf", "max")

@@ -19,7 +19,7 @@ import rich.progress
 
 from option_types import not_negative
 
-TOOLS = pathlib.Path(__file__).resolve().parent
+TOOLS = pathlib.Path(__file__).resolve().parents[1]
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def fuzz(target: str, minutes: float, seed: int) -> int:
         ) as progress,
     ):
         current, log = pathlib.Path(directory) / "example", pathlib.Path(directory) / "log"
-        command = [sys.executable, str(TOOLS / "fuzz_rounds.py"), target, str(seed), str(60 * minutes), str(current)]
+        command = [sys.executable, str(TOOLS), "fuzz.fuzz_rounds", target, str(seed), str(60 * minutes), str(current)]
         environment = {"TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ | {"HYPOTHESIS_STORAGE_DIRECTORY": directory}
         bar = progress.add_task(target, total=max(minutes, 1e-9))
         with (
@@ -82,7 +82,7 @@ def fuzz(target: str, minutes: float, seed: int) -> int:
     if finding is None:
         print("Interrupted, no finding." if interrupted else "No finding.")
         return 130 if interrupted else 0
-    print(f"FINDING, seed {last}: python tools/fuzz.py {target} --seed {last} --minutes 0")
+    print(f"FINDING, seed {last}: python tools fuzz.fuzz {target} --seed {last} --minutes 0")
     print(f"{finding['example']}\n{finding['error']}")
     return 1
 
