@@ -16,11 +16,11 @@ import sys
 
 import numpy as np
 import pytest
-from agc_testing import python
 
 import tf_agc
+from agc_testing import python
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "tools" / "distributed_training.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "tools" / "examples" / "distributed_training.py"
 
 
 @dataclasses.dataclass
@@ -85,8 +85,7 @@ def test_losses_and_what_is_exchanged(where, one_process, native_required):
 
 @pytest.mark.parametrize("config", ["{bad", ""])
 def test_a_cluster_description_that_is_no_json(monkeypatch, config):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import distributed_training
+    from examples import distributed_training
 
     monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
     monkeypatch.setenv("TF_CONFIG", config)
@@ -95,9 +94,8 @@ def test_a_cluster_description_that_is_no_json(monkeypatch, config):
 
 
 def test_a_worker_that_fails_ends_the_others(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(tf_agc.__file__).parents[1]))
-    import distributed_training
+    from examples import distributed_training
 
     (free,) = distributed_training.free_ports(1)
     with socket.create_server(("127.0.0.1", 0)) as taken:

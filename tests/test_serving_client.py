@@ -19,16 +19,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import python
 from tensorflow.core.framework.tensor_pb2 import TensorProto
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 import tf_agc
+from agc_testing import python
+from serving import client
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools" / "serving"))
-
-import client  # noqa: E402
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 6, 5, 4), dtype=np.uint8)
@@ -297,10 +295,10 @@ def test_an_answer_of_more_than_4_megabytes(servers, files):
 def test_rest_needs_neither_tensorflow_nor_grpc(servers, files):
     script = (
         "import sys; sys.modules.update(dict.fromkeys(['tensorflow', 'grpc', 'tensorflow_serving'])); "
-        "sys.argv[0] = 'client.py'; import client; client.main()"
+        "sys.argv[0] = 'client.py'; from serving import client; client.main()"
     )
     arguments = ["--model", "net", "--api", "rest", "--server", servers["rest"], "--signature", "text"]
-    done = python("-c", script, *arguments, "--input", f"x={files}/int.npy", path=ROOT / "tools" / "serving")
+    done = python("-c", script, *arguments, "--input", f"x={files}/int.npy")
     assert done.stdout == "outputs: <U2 [2]\n['3' '-4']\n" and not done.stderr
 
 

@@ -10,18 +10,15 @@ import pathlib
 import re
 import socket
 import subprocess
-import sys
 import threading
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 
+from serving import apply_overlay, client
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SERVING = ROOT / "tools" / "serving"
-sys.path.insert(0, str(SERVING))
-
-import apply_overlay  # noqa: E402
-import client  # noqa: E402
 
 
 def _instructions(name):

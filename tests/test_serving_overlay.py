@@ -10,10 +10,9 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools" / "serving"))
+from serving import apply_overlay
 
-import apply_overlay  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # As in their release 2.20.0, with everything left out that the overlay does not look at.
 WORKSPACE = """workspace(name = "tf_serving")

@@ -1,8 +1,8 @@
 """Example: one training loop for one device, several devices of a machine, or several machines.
 
-    python tools/distributed_training.py                 one device, the whole batch
-    python tools/distributed_training.py --replicas 2    MirroredStrategy over two logical CPUs
-    python tools/distributed_training.py --workers 2     MultiWorkerMirroredStrategy over two processes of this machine
+    python tools/examples/distributed_training.py               one device, the whole batch
+    python tools/examples/distributed_training.py --replicas 2  MirroredStrategy over two logical CPUs
+    python tools/examples/distributed_training.py --workers 2   MultiWorkerMirroredStrategy over two processes
 
 On a cluster, start it without options on every machine, with TF_CONFIG set as TensorFlow describes it. With AGC every
 run prints the same losses, because each sample is normalized alone, and replicas exchange gradients and the loss alone.

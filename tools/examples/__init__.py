@@ -1,0 +1,1 @@
+"""Programs to copy. Each runs alone, by its path, and imports nothing of tools."""
