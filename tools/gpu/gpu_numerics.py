@@ -1,6 +1,6 @@
 """What gpu_check.py expects of the kernels, in float64 and without TensorFlow, and how far they may be off.
 
-The definition is tf_agc/reference.py, and tools/agc_testing.py says what roundings are allowed; tests/test_gpu_check.py
+The definition is tf_agc/reference.py, and tools/agc_testing.py says what roundings are allowed; test_gpu_check.py
 holds both against what is here. Maps are [N, P, C] in here, whatever their layout in memory.
 """
 

@@ -18,7 +18,14 @@ from gpu.gpu_report import Report, Row
 from tf_agc import native
 
 _CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
-_TESTS = ("test_functional", "test_kernel", "test_gradient", "test_higher_order", "test_in_place", "test_errors")
+_TESTS = (
+    "op/test_functional.py",
+    "op/test_kernel.py",
+    "gradients/test_gradient.py",
+    "gradients/test_higher_order.py",
+    "op/test_in_place.py",
+    "op/test_errors.py",
+)
 
 # Ops in the longer chain; one op is a chain of these minus a chain of one, over the difference.
 _CHAIN = 9
@@ -59,7 +66,7 @@ def _runs_on_the_gpu(report: Report) -> None:
 
 
 def _tests(report: Report) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", *(f"{name}.py" for name in _TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", *_TESTS]
     # In the checkout itself Python would take the sources, and not the tf_agc that is installed.
     done = subprocess.run(command, cwd=_CHECKOUT / "tests", capture_output=True, text=True, timeout=400)
     last = done.stdout.strip().splitlines()[-1:]

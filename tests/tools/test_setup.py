@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # What the script may take for granted on any machine.
 ORDINARY = "awk cat chmod cmp cp cut dirname mkdir mktemp mv rm sed sha256sum timeout".split()

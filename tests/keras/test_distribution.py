@@ -20,7 +20,7 @@ import pytest
 import tf_agc
 from agc_testing import python
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "tools" / "examples" / "distributed_training.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "tools" / "examples" / "distributed_training.py"
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ import pytest
 
 import tf_agc
 
-TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
+TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 # No proxy listens there: what these tests download would make them depend on the network.

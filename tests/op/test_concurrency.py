@@ -17,7 +17,7 @@ from tf_agc import native
 
 pytestmark = pytest.mark.usefixtures("native_required")
 
-TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
+TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import sklearn.datasets
 import tf_agc
 from tf_agc import models
 
-TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
+TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
 VERSIONS = {"tf_agc": "0", "tensorflow": "2", "keras": "3", "python": "3.12"}
 MACHINE = VERSIONS | {"cpu": "some", "cores": "2", "instruction set": "none", "commit": "abc"}
 

@@ -1,4 +1,4 @@
-/* A driver whose device is this process's memory, for tests/test_gpu_check.py: what is launched runs at once, what is
+/* A driver whose device is this process's memory, for test_gpu_check.py: what is launched runs at once, what is
    captured runs once, a graph does nothing. Compiled with CUDA's own header where that is installed, so that the compiler
    compares the functions' types. */
 

@@ -26,7 +26,7 @@ import tf_agc
 from agc_testing import python
 from serving import client
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 6, 5, 4), dtype=np.uint8)

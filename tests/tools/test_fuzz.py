@@ -11,7 +11,7 @@ import pytest
 
 import tf_agc
 
-TOOLS = pathlib.Path(__file__).resolve().parents[1] / "tools"
+TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
 
 
 # ---- The examples

@@ -12,7 +12,7 @@ import pytest
 
 from serving import apply_overlay
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # As in their release 2.20.0, with everything left out that the overlay does not look at.
 WORKSPACE = """workspace(name = "tf_serving")

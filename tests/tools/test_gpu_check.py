@@ -1,6 +1,6 @@
 """tools/gpu/gpu_check.py without a GPU: what it expects, how it counts and what it reports.
 
-The driver is tests/fake_cuda_driver.c, whose device is this process's memory; the launchers are a class that computes
+The driver is fake_cuda_driver.c, whose device is this process's memory; the launchers are a class that computes
 what is expected. Nothing of the CUDA kernels runs here.
 """
 
@@ -19,7 +19,7 @@ from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, EPSILON, SMALLEST_NOR
 
 from tf_agc import reference
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ("y", "mean", "dx", "dgain", "dmean_scale")
 
 
@@ -29,7 +29,7 @@ def driver_file(tmp_path_factory):
     library = tmp_path_factory.mktemp("driver") / "libcuda_fake.so"
     include = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
     command = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", f"-I{include}", "-o", library]
-    subprocess.run([*command, ROOT / "tests" / "fake_cuda_driver.c"], check=True)
+    subprocess.run([*command, ROOT / "tests" / "tools" / "fake_cuda_driver.c"], check=True)
     return str(library)
 
 

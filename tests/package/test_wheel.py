@@ -20,7 +20,7 @@ import pytest
 import tf_agc
 from tf_agc import native
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 OPS = "tf_agc/native_library/libtf_agc.so"
 XLA = "tf_agc/native_library/libtf_agc_xla.so"

@@ -20,7 +20,7 @@ from tf_agc import native
 
 pytestmark = pytest.mark.usefixtures("native_required")
 
-_BINARIES = pathlib.Path(__file__).resolve().parents[1] / "bazel-bin" / "cc" / "serving"
+_BINARIES = pathlib.Path(__file__).resolve().parents[2] / "bazel-bin" / "cc" / "serving"
 
 # The log of TensorFlow 2.20, which the program cannot silence.
 _ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3"} if tf.__version__.startswith("2.20.") else {}
