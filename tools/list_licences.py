@@ -41,8 +41,9 @@ def licence(name: str) -> str:
     classifiers = [text for text in fields.get_all("Classifier") or [] if text.startswith("License ::")]
     names = [text.split(" :: ")[-1] for text in classifiers if text != "License :: OSI Approved"]
     # "License" may hold the whole text of one.
-    text = (fields.get("License") or "").strip().split("\n")[0]
-    return fields.get("License-Expression") or ", ".join(names) or text or KNOWN.get(name, "unknown")
+    text = (fields.get_all("License") or [""])[0].strip().split("\n")[0]
+    expression = (fields.get_all("License-Expression") or [""])[0]
+    return expression or ", ".join(names) or text or KNOWN.get(name, "unknown")
 
 
 def table(lock: pathlib.Path) -> str:

@@ -106,7 +106,7 @@ def measure(name: str, quick: bool) -> Iterator[Row]:
     for model in trained.values():
         for _ in range(2):
             model.train_on_batch(images, labels)
-    milliseconds = {variant: [] for variant in trained}
+    milliseconds: dict[tuple[str, bool], list[float]] = {variant: [] for variant in trained}
     for _ in range(_QUICK_STEPS if quick else _STEPS):
         for variant, model in trained.items():
             start = time.perf_counter()

@@ -75,7 +75,8 @@ def measure(name: str, quick: bool) -> Row:
     data = np.concatenate([images] * _STEPS), np.concatenate([labels] * _STEPS)
     with tempfile.TemporaryDirectory() as directory:
         monitor = tf_agc.GainMonitor(pathlib.Path(directory), images[:_MONITORED])
-        steps, records = {False: [], True: []}, []
+        steps: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+        records: list[tuple[float, float]] = []
         for epoch in range(2 * (_QUICK_EPOCHS if quick else _EPOCHS) + 2):
             monitored = epoch % 2 == 1
             before, after = _Timer(), _Timer()

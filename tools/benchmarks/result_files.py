@@ -8,7 +8,8 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class ForeignFileError(Exception):
@@ -56,7 +57,7 @@ def read_csv(path: pathlib.Path, *row_types: type) -> tuple[list, dict[str, str]
     if row_type is None:
         expected = " or ".join(",".join(names) for names in fields.values())
         raise ForeignFileError(f"{path} must have the columns {expected}, got {','.join(header)}")
-    read = {float: float, int: int, str: str, bool: "True".__eq__}
+    read: dict[Any, Callable[[str], Any]] = {float: float, int: int, str: str, bool: "True".__eq__}
     rows = []
     for cells in reader:
         try:

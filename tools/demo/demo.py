@@ -6,7 +6,6 @@ demo_report.py, study/image_datasets.py and predict.py.
 
 import argparse
 import contextlib
-import itertools
 import os
 import pathlib
 import subprocess
@@ -70,11 +69,13 @@ def make_output_dir(requested: pathlib.Path | None) -> pathlib.Path:
         if used:
             raise DemoError(f"{requested} is not empty: pass another --output_dir, or remove it")
         return requested.resolve()
-    for number in itertools.count(1):
+    number = 1
+    while True:
         path = CHECKOUT / ("demo_output" if number == 1 else f"demo_output_{number}")
         with contextlib.suppress(FileExistsError):
             path.mkdir()
             return path
+        number += 1
 
 
 def run(options: argparse.Namespace, output_dir: pathlib.Path) -> None:

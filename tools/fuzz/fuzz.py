@@ -55,6 +55,7 @@ def fuzz(target: str, minutes: float, seed: int) -> int:
             log.open("w", encoding="utf-8") as errors,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
         ):
+            assert process.stdout
             try:
                 for line in process.stdout:
                     message = json.loads(line)

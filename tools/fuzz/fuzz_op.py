@@ -287,15 +287,15 @@ def _check(case: agc_testing.Case, y: np.ndarray, dx: np.ndarray, dgain: np.ndar
     # denormals, and 0 * Inf is NaN.
     sample, channel = np.nonzero(fits_forward & finite_parameters & ~flushed & ~clean)
     part = _part(case, x[sample, :, channel].T[np.newaxis], dy[sample, :, channel].T[np.newaxis] * 0, channel)
-    want, maximum, epsilon = _expected(part).y[0].T, float(case.x.dtype.max), agc_testing.EPSILON[case.dtype]
-    got = y[sample, :, channel]
-    overflow = np.abs(want) > maximum * (1 - 4 * epsilon)
-    assert (got[overflow] * np.sign(want[overflow]) >= maximum * (1 - 8 * epsilon)).all(), "y: no overflow"
+    want_y, maximum, epsilon = _expected(part).y[0].T, float(case.x.dtype.max), agc_testing.EPSILON[case.dtype]
+    got_y = y[sample, :, channel]
+    overflow = np.abs(want_y) > maximum * (1 - 4 * epsilon)
+    assert (got_y[overflow] * np.sign(want_y[overflow]) >= maximum * (1 - 8 * epsilon)).all(), "y: no overflow"
     terms = (largest(x) * factors)[sample, channel, np.newaxis]
     with np.errstate(invalid="ignore"):  # Inf - Inf
-        error = np.abs(got - want)
-    close = (error <= 4 * epsilon * terms) | (got == want) | (np.isnan(got) & np.isnan(want)) | overflow
-    assert close.all(), f"y: {got[~close][:5]} where float64 has {want[~close][:5]}"
+        error = np.abs(got_y - want_y)
+    close = (error <= 4 * epsilon * terms) | (got_y == want_y) | (np.isnan(got_y) & np.isnan(want_y)) | overflow
+    assert close.all(), f"y: {got_y[~close][:5]} where float64 has {want_y[~close][:5]}"
 
     ordinary = finite_parameters & (np.abs(gain) > 1e-4)
     for name, gradient in (("dgain", dgain), ("dmean_scale", dmean_scale)):
@@ -327,6 +327,7 @@ def _expected(case: agc_testing.Case) -> agc_testing.Results:
 
 
 def _refused(example: Example) -> str:
+    assert example.wrong
     name, how = example.wrong
     small = dataclasses.replace(example, sizes=(2, *[1] * (len(example.sizes) - 2), example.sizes[-1]))
     shape = [*small.sizes]

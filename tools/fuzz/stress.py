@@ -43,7 +43,7 @@ _LARGE_GIB = 18  # two tensors
 _FEWEST_STEPS = 1000  # for a line through what follows the warm-up
 _ALLOWED = 0.1  # MiB in 1000 steps: 100 bytes a step
 
-Task = Callable[[], list[np.ndarray]]
+Task = Callable[..., list[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _add_repository(file: pathlib.Path, checkout: pathlib.Path) -> str | None:
         for node in _parse(file, text).body
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     ]
-    named = {}
+    named: dict[object, list] = {}
     for call in calls:
         values = {
             keyword.arg: keyword.value.value for keyword in call.keywords if isinstance(keyword.value, ast.Constant)

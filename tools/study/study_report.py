@@ -5,6 +5,7 @@ import math
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import scipy.stats
 from matplotlib.figure import Figure
@@ -231,7 +232,7 @@ def draw(results: Results) -> list[pathlib.Path]:
     return paths
 
 
-def _panels(columns: int, rows: int = 1, height: float = 4.0, **shared: bool) -> tuple[Figure, list]:
+def _panels(columns: int, rows: int = 1, height: float = 4.0, **shared: Any) -> tuple[Figure, list]:
     figure = Figure(figsize=(1 + 4.5 * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **shared).tolist()
 

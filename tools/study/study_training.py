@@ -31,7 +31,7 @@ from study import training_recipe  # noqa: E402
 from study.image_datasets import Split  # noqa: E402
 from tf_agc import models, monitor  # noqa: E402
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[..., keras.Model]] = {
     "plain": models.plain_cnn,
     "resnet20_post": models.resnet,
     "resnet20_pre": functools.partial(models.residual_cnn, blocks=3),
