@@ -8,8 +8,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import hypothesis  # noqa: E402
 import keras  # noqa: E402
 import pytest  # noqa: E402
-from agc_testing import Counters  # noqa: E402
 
+from agc_testing import Counters  # noqa: E402
 from tf_agc import native  # noqa: E402
 
 # The same examples in every run: a test that fails by chance stops somebody else's change.

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import ACTIVATIONS, ALPHA, DATA_FORMATS, check, make_case, run
 
+from agc_testing import ACTIVATIONS, ALPHA, DATA_FORMATS, check, make_case, run
 from tf_agc import AutomaticGainControl, native, reference
 
 pytestmark = pytest.mark.usefixtures("native_required")

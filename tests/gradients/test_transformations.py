@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import ACTIVATIONS, DATA_FORMATS, EPSILON, assert_close, make_case
 from tensorflow.python.ops.parallel_for import pfor
 
 import tf_agc
+from agc_testing import ACTIVATIONS, DATA_FORMATS, EPSILON, assert_close, make_case
 from tf_agc import AutomaticGainControl, native, reference
 
 pytestmark = pytest.mark.usefixtures("native_required", "fresh_keras")

@@ -9,12 +9,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import ALPHA, parameter_dtype
 
 # Private: Keras ships the harness of its own layers inside its wheel, and nothing public like it.
 from keras.src.testing import TestCase
 
 import tf_agc
+from agc_testing import ALPHA, parameter_dtype
 from tf_agc import AutomaticGainControl, native, reference
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")

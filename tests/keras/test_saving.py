@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import python
 
 import tf_agc
+from agc_testing import python
 from tf_agc import AutomaticGainControl
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")

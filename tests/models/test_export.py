@@ -14,10 +14,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import EPSILON, python
 from tensorflow.python.framework import op_def_library  # stands for the wrapper of a custom op's library
 
 import tf_agc
+from agc_testing import EPSILON, python
 from tf_agc import AutomaticGainControl, export, export_check, native, reference, saved_graph
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")

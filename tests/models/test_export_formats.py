@@ -8,9 +8,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import tensorflow as tf
-from agc_testing import ACTIVATIONS
 
 import tf_agc
+from agc_testing import ACTIVATIONS
 from tf_agc import AutomaticGainControl
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")

@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import python
 from tensorflow.python.eager import cancellation  # private: no public name
 
+from agc_testing import python
 from tf_agc import native
 
 pytestmark = pytest.mark.usefixtures("native_required")

@@ -4,8 +4,8 @@ import re
 
 import pytest
 import tensorflow as tf
-from agc_testing import python
 
+from agc_testing import python
 from tf_agc import native
 
 pytestmark = pytest.mark.usefixtures("native_required")

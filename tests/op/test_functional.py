@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import DTYPES
 
 import tf_agc
+from agc_testing import DTYPES
 from tf_agc import reference
 
 _X = np.random.default_rng(0).standard_normal((2, 4, 5, 3)).astype(np.float32)

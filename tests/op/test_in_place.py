@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import make_case
 
+from agc_testing import make_case
 from tf_agc import AutomaticGainControl, native, reference
 
 pytestmark = pytest.mark.usefixtures("native_required", "fresh_keras")

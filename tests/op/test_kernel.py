@@ -7,6 +7,9 @@ import hypothesis
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import strategies as st
+
+import tf_agc
 from agc_testing import (
     ACTIVATIONS,
     ALPHA,
@@ -21,9 +24,6 @@ from agc_testing import (
     python,
     run,
 )
-from hypothesis import strategies as st
-
-import tf_agc
 from tf_agc import native, reference
 
 pytestmark = pytest.mark.usefixtures("native_required")

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES
 
+from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES
 from tf_agc import reference
 
 

@@ -11,10 +11,10 @@ import subprocess
 import keras
 import pytest
 import tensorflow as tf
-from agc_testing import python
 from markdown_it import MarkdownIt
 
 import tf_agc
+from agc_testing import python
 from tf_agc import native
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -13,10 +13,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import python
 from tensorflow.python.framework import op_def_registry
 
 import tf_agc
+from agc_testing import python
 from tf_agc import __main__, native
 from tf_agc.version import PATCH, version_for
 

@@ -15,8 +15,8 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, EPSILON, SMALLEST_NORMAL
 
+from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, EPSILON, SMALLEST_NORMAL
 from tf_agc import reference
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

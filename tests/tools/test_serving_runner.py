@@ -12,10 +12,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from agc_testing import ACTIVATIONS, ALPHA, DATA_FORMATS, parameter_dtype
 from tensorflow.core.protobuf import saved_model_pb2
 
 import tf_agc
+from agc_testing import ACTIVATIONS, ALPHA, DATA_FORMATS, parameter_dtype
 from tf_agc import native
 
 pytestmark = pytest.mark.usefixtures("native_required")

@@ -10,6 +10,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla as tfxla
+from tensorflow.python.tools import saved_model_aot_compile, saved_model_utils
+
+import tf_agc
 from agc_testing import (
     ACTIVATIONS,
     DATA_FORMATS,
@@ -21,10 +25,6 @@ from agc_testing import (
     run,
     step_of,
 )
-from tensorflow.compiler.tf2xla.python import xla as tfxla
-from tensorflow.python.tools import saved_model_aot_compile, saved_model_utils
-
-import tf_agc
 from tf_agc import AutomaticGainControl, __main__, native, reference
 
 _SHAPES = [(3, 7, 5), (2, 5, 3, 17), (1, 9, 11, 130), (4, 2, 3, 2, 33)]
