@@ -11,6 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+# Private: tf.config.run_functions_eagerly, the public way to see into a tf.function, is the whole process's.
+from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
+
 from tf_agc.layer import AutomaticGainControl
 
 # What a layer calls with itself and its input or output.
@@ -24,7 +27,7 @@ def agc_layers(model: keras.Model) -> list[AutomaticGainControl]:
 
 
 def convert_batch(batch: Any) -> Any:
-    """The batch with tensors as its leaves.
+    """The batch with tensors as its leaves, and None where an optional input has none: what `model(batch)` takes.
 
     Raises:
         TypeError: batch is a data set, or nothing that becomes tensors.
@@ -32,13 +35,14 @@ def convert_batch(batch: Any) -> Any:
     """
     if isinstance(batch, tf.data.Dataset):
         raise TypeError("batch must be one batch of inputs, got a tf.data.Dataset: pass one of its batches")
+    message = f"batch must be one batch of inputs, as arrays or tensors, got {type(batch).__name__}"
+    if batch is None:
+        raise TypeError(message)
     try:
-        batch = keras.tree.map_structure(tf.convert_to_tensor, batch)
+        batch = keras.tree.map_structure(_convert_leaf, batch)
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"batch must be one batch of inputs, as arrays or tensors, got {type(batch).__name__}"
-        ) from error
-    leaves = keras.tree.flatten(batch)
+        raise TypeError(message) from error
+    leaves = [_dense_values(leaf) for leaf in keras.tree.flatten(batch) if leaf is not None]
     if not leaves or any(tf.size(leaf) == 0 for leaf in leaves):
         shapes = [leaf.shape.as_list() for leaf in leaves]
         raise ValueError(f"batch must have at least one sample, got shapes {shapes}")
@@ -55,19 +59,49 @@ def run(model: keras.Model, batch: Any, observer: contextvars.ContextVar[Observe
     of AutomaticGainControl layers are not state: what `observe` assigns to them stays.
     """
     state = [(variable, variable.numpy()) for variable in _state(model)]
-    # A call() that its author wrapped in a tf.function would show its layers no values.
-    ran_eagerly = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
+    inside = _inside.set(True)
     token = observer.set(observe)
     try:
         model(batch, training=False)
     finally:
         observer.reset(token)
-        tf.config.run_functions_eagerly(ran_eagerly)
+        _inside.reset(inside)
         for variable, value in state:
             # What did not change is left alone: an assignment under a strategy would make all replicas' states one.
             if not np.array_equal(variable.numpy(), value):
                 variable.assign(value)
+
+
+# Whether this thread (or whatever else has a context of its own) is in `run`.
+_inside = contextvars.ContextVar("tf_agc_inside_forward_pass", default=False)
+_runs_eagerly_in_process = Function._run_functions_eagerly.fget
+
+
+def _runs_eagerly(function: Any) -> bool:
+    """Whether a tf.function, when it is called here and now, runs its Python code instead of a graph.
+
+    In a pass they do, since a layer in a graph has no values to show. Not so TensorFlow's own, without which
+    tf.vectorized_map would not work, and not within code that is being traced.
+    """
+    module = getattr(function.python_function, "__module__", None) or ""
+    if _inside.get() and tf.executing_eagerly() and not module.startswith("tensorflow."):
+        return True
+    return bool(_runs_eagerly_in_process(function))
+
+
+# For good, and not set and restored in each pass: outside of a pass this answers what TensorFlow's own property does.
+Function._run_functions_eagerly = property(_runs_eagerly)
+
+
+def _convert_leaf(leaf: Any) -> Any:
+    return leaf if leaf is None or isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)) else tf.convert_to_tensor(leaf)
+
+
+def _dense_values(leaf: Any) -> tf.Tensor:
+    """All values of a tensor that may be sparse or ragged."""
+    if isinstance(leaf, tf.SparseTensor):
+        return leaf.values
+    return leaf.flat_values if isinstance(leaf, tf.RaggedTensor) else leaf
 
 
 def _state(model: keras.Model) -> list[keras.Variable]:
