@@ -30,7 +30,8 @@ _QUANTITIES = {
     "sparsity": "sparsity: fraction of zeros",
 }
 _OVER_CHANNELS: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
-_COLUMNS = ["epoch", "step", "layer", *(f"{name}_{over}" for name in _QUANTITIES for over in _OVER_CHANNELS)]
+_COUNTS = ["epoch", "step", "iterations"]
+_COLUMNS = [*_COUNTS, "layer", *(f"{name}_{over}" for name in _QUANTITIES for over in _OVER_CHANNELS)]
 
 
 class GainMonitor(keras.callbacks.Callback):
@@ -43,12 +44,13 @@ class GainMonitor(keras.callbacks.Callback):
     - sparsity: the fraction of the output's values that are exactly 0.
 
     Each has one value a channel. `gains.csv` has one row for each record and layer, with their mean, minimum and
-    maximum over the channels: `epoch`, `step`, `layer`, `gain_mean`, `gain_min`, `gain_max`, `mean_scale_mean`, ...,
-    `output_std_mean`, ..., `sparsity_mean`, .... `epoch` counts from 0 as in Keras's logs, `step` is the number of
-    batches trained so far; the last execution of an epoch counts as a whole one where it cannot be seen how long it was
-    (with `steps_per_execution`, data of unknown length, and loss scaling or an optimizer that is not called once for
-    each batch). TensorBoard shows the means as scalars and the channels as histograms over `step`, where the package
-    `tensorboard` is installed; otherwise a warning says that only the CSV file is written.
+    maximum over the channels: `epoch`, `step`, `iterations`, `layer`, `gain_mean`, `gain_min`, `gain_max`,
+    `mean_scale_mean`, ..., `output_std_mean`, ..., `sparsity_mean`, .... `epoch` counts from 0 as in Keras's logs,
+    `step` is the number of batches trained so far; the last execution of an epoch counts as a whole one where it cannot
+    be seen how long it was (with `steps_per_execution`, data of unknown length, and loss scaling or an optimizer that
+    is not called once for each batch). `iterations` is the optimizer's own count. TensorBoard shows the means as
+    scalars and the channels as histograms over `step`, where the package `tensorboard` is installed
+    (`pip install "tf-agc[plot]"`); otherwise a warning says that only the CSV file is written.
 
     Outputs are those of one fixed batch, in an eager forward pass as in inference (`training=False`) that leaves the
     model's state as it was, unless it is hidden from Keras, as in a layer's own `tf.Variable`: records can be compared
@@ -65,7 +67,11 @@ class GainMonitor(keras.callbacks.Callback):
             sample.
         update_freq: `"epoch"`, or a number of steps >= 1 after which, counted within each epoch, there is a record too;
             with `steps_per_execution`, at the first execution that begins after so many.
-        append: whether an existing `gains.csv` is continued, its steps too. Without it an existing one is an error.
+        append: whether an existing `gains.csv` is continued. Its place is where the optimizer's count says that the
+            model is: after `BackupAndRestore` (or another restored optimizer) what the log has beyond it is cut off,
+            with a warning, and stays in TensorBoard's files alone. With an optimizer that has not counted yet, or
+            does not count, the log goes on from its last step. Without `append` an existing file is an error, also for
+            a copy of a callback (`copy.deepcopy`, Keras Tuner) whose first training wrote it.
 
     Raises:
         TypeError: batch is a data set, or nothing that becomes tensors; log_dir is no path.
@@ -90,37 +96,68 @@ class GainMonitor(keras.callbacks.Callback):
         self.append = append
         self._batch = forward_pass.convert_batch(batch)
         self._recorded_model: keras.Model | None = None
+        self._finds_place = True
         self._epoch = 0
         self._epoch_start = 0  # steps before this epoch
         self._epoch_batches = 0  # of this epoch, up to the execution that ended last, if that was a whole one
         self._epoch_updates = 0  # the optimizer's count before this epoch
         self._step = 0  # steps before the execution that began last
         self._recorded_step: int | None = None
+        self._recorded_iterations = 0
         self._tensorboard = _tensorboard_summaries()
         self._writer: tf.summary.SummaryWriter | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._epoch_start = self._step
+        self._finds_place = True
         first = self._recorded_model
         if first is not None and first is not self.model:
             raise ValueError(
                 f"this GainMonitor records the model '{first.name}' of its first training, got another model, "
                 f"'{self.model.name}': make a GainMonitor for it, with another log_dir"
             )
-        if first is not None:
-            return
         path = self.log_dir / CSV_NAME
-        if _is_written(path):
+        if first is None and _is_written(path):
             if not self.append:
-                raise FileExistsError(f"{path} exists: choose another log_dir, or continue it with append=True")
-            self._epoch_start = max(row["step"] for row in _read(path))
+                raise FileExistsError(
+                    f"{path} exists: choose another log_dir, or continue it with append=True. Where a tuner trains "
+                    "copies of this callback, make a GainMonitor for each trial, with a log_dir of its own"
+                )
+            _read(path)  # errors before the first step, not after it
         self._recorded_model = self.model
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if self._finds_place:  # not in on_train_begin, where other callbacks may restore the model
+            self._finds_place = False
+            self._find_place()
         self._epoch, self._step = epoch, self._epoch_start
         self._epoch_batches, self._epoch_updates = 0, _updates(self.model)
         if self._step != self._recorded_step:
             self._record()
+
+    def _find_place(self) -> None:
+        """Sets the step that the model is at, as a training begins, and cuts off what the log has beyond it."""
+        self._epoch_start, self._recorded_step = self._step, None
+        path = self.log_dir / CSV_NAME
+        if not _is_written(path):
+            return
+        rows, iterations = _read(path), _iterations(self.model)
+        place = rows[-1]
+        self._epoch_start = max(self._step, place["step"])
+        if iterations:
+            # The count begins anew with another optimizer: only the records of the last one can be compared with it.
+            counts = [row["iterations"] for row in rows]
+            first = max((i for i in range(1, len(rows)) if counts[i] < counts[i - 1]), default=0)
+            place = next((row for row in reversed(rows[first:]) if row["iterations"] <= iterations), rows[first])
+            self._epoch_start = max(0, place["step"] + iterations - place["iterations"])
+        if (place["step"], place["iterations"]) == (self._epoch_start, iterations):
+            self._recorded_step, self._recorded_iterations = self._epoch_start, iterations
+        if rows[-1]["step"] > self._epoch_start:
+            warnings.warn(
+                f"{path} has records up to step {rows[-1]['step']}, and the model is at step {self._epoch_start}, as "
+                "its optimizer counts: the records beyond it are cut off",
+                stacklevel=2,
+            )
+        _cut(path, self._epoch_start + (self._recorded_step is not None))
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         before, self._step = self._step - self._epoch_start, self._epoch_start + batch
@@ -135,6 +172,10 @@ class GainMonitor(keras.callbacks.Callback):
         # Not from what began last: where the length of the data is unknown, that is one that finds no batch any more.
         batches = min(self._epoch_batches, self.params.get("steps") or self._epoch_batches)
         self._step = self._epoch_start = self._epoch_start + self._trained(batches)
+        if self._step == self._recorded_step and self._recorded_iterations != _iterations(self.model):
+            # At the end of data of unknown length the count may rise once more, without a batch.
+            _cut(self.log_dir / CSV_NAME, self._step)
+            self._recorded_step = None
         if self._step != self._recorded_step:
             self._record()
 
@@ -154,7 +195,7 @@ class GainMonitor(keras.callbacks.Callback):
             self._writer = None
 
     def _record(self) -> None:
-        self._recorded_step = self._step
+        self._recorded_step, self._recorded_iterations = self._step, _iterations(self.model)
         record = layer_statistics(self.model, self._batch)
         self._write_csv(record)
         if self._tensorboard is not None:
@@ -170,12 +211,10 @@ class GainMonitor(keras.callbacks.Callback):
                 for name in _QUANTITIES
                 for over in _OVER_CHANNELS.values()
             ]
-            rows.append([self._epoch, self._step, layer, *cells])
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
+            rows.append([self._epoch, self._step, self._recorded_iterations, layer, *cells])
         # Opened for each record, and written at once: no file is left open, or with half a record, when training fails.
         with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(text.getvalue())
+            file.write(_as_csv(rows))
 
     def _write_summaries(
         self, record: dict[str, dict[str, np.ndarray]], scalar_pb: Callable[..., Any], histogram_pb: Callable[..., Any]
@@ -255,13 +294,23 @@ class _Outputs:
         return known
 
 
-def _updates(model: keras.Model) -> int:
-    """How often the model's optimizer was called, 0 where it does not say (with loss scaling, or without one).
+def _counts(model: keras.Model) -> list[int]:
+    """How often the model's optimizer was called, then the optimizer that it wraps, if there is one.
 
     Not `iterations`, which leaves out the batches whose gradients are only accumulated.
     """
     variables = getattr(getattr(model, "optimizer", None), "variables", ())
-    return next((int(variable.numpy()) for variable in variables if variable.name == "iteration"), 0)
+    return [int(variable.numpy()) for variable in variables if variable.name == "iteration"]
+
+
+def _updates(model: keras.Model) -> int:
+    """How many batches the optimizer was called for, 0 where it does not say (with loss scaling, or without one)."""
+    return next(iter(_counts(model)), 0)
+
+
+def _iterations(model: keras.Model) -> int:
+    """The optimizer's count, which loss scaling lets rise only where no gradient overflows; 0 where there is none."""
+    return max(_counts(model), default=0)
 
 
 def _tensorboard_summaries() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
@@ -297,8 +346,25 @@ def _is_written(path: pathlib.Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
+def _as_csv(rows: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _cut(path: pathlib.Path, step: int) -> None:
+    """Removes the records of a step and all behind it from a file that `_read` takes."""
+    header, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
+    kept = [cells for cells in rows if int(cells[_COLUMNS.index("step")]) < step]
+    if len(kept) < len(rows):
+        # In one step: a process that ends here leaves the old file or the new one.
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(_as_csv([header, *kept]), encoding="utf-8", newline="")
+        new.replace(path)
+
+
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a file that GainMonitor wrote: epoch and step as int, values as float, NaN where there is none."""
+    """The rows of a file that GainMonitor wrote: counts as int, values as float, NaN where there is none."""
     text = path.read_text(encoding="utf-8", errors="replace")  # what is not text fails below
     header = ",".join(_COLUMNS) + "\n"
     if not text.startswith(header):
@@ -310,11 +376,12 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
     for cells in reader:
         try:
-            epoch, step, layer, *values = cells
+            epoch, step, iterations, layer, *values = cells
             numbers = [float(value or "nan") for value in values]
-            row = dict(zip(_COLUMNS, [int(epoch), int(step), layer, *numbers], strict=True))
+            counts = [int(epoch), int(step), int(iterations)]
+            row = dict(zip(_COLUMNS, [*counts, layer, *numbers], strict=True))
         except ValueError:
-            expected = f"epoch, step, layer and {len(_COLUMNS) - 3} numbers"
+            expected = f"{', '.join(_COUNTS)}, layer and {len(_COLUMNS) - 4} numbers"
             raise ValueError(f"{path}, line {reader.line_num} must have {expected}, got {cells}: remove it") from None
         rows.append(row)
     return rows

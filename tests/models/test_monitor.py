@@ -1,5 +1,6 @@
 """`GainMonitor`: what it records, in every kind of training, and what it leaves alone; the picture of `plot_gains`."""
 
+import copy
 import csv
 import os
 import re
@@ -236,7 +237,7 @@ def test_steps_of_data_of_unknown_length(tmp_path, steps_per_execution, argument
 
     # Continued, with the state that the optimizer has.
     model.fit(data, epochs=1, verbose=0, callbacks=[GainMonitor(tmp_path, _X, append=True)])
-    assert [int(row["step"]) for row in _rows(tmp_path)] == [*steps, 14, 21]
+    assert [int(row["step"]) for row in _rows(tmp_path)] == [*steps, 21]
 
 
 def test_steps_with_loss_scaling(tmp_path):
@@ -316,24 +317,116 @@ def test_an_existing_file_is_kept_or_continued(tmp_path):
     assert path.read_text() == before
 
     _fit(_sequential(), GainMonitor(path.parent, _X, append=True))
-    assert path.read_text().startswith(before)
-    assert [row["step"] for row in _rows(path.parent)[::3]] == ["0", "4", "4", "8"]
+    assert [row["step"] for row in _rows(path.parent)[::3]] == ["0", "4", "8"]
+    assert path.read_text().startswith("".join(before.splitlines(keepends=True)[:4]))
     plot_gains(path)
+
+
+class Cut(keras.callbacks.Callback):
+    """Ends a training in the middle, as a machine that is taken away does."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.left = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("same_monitor", [False, True])
+@pytest.mark.parametrize("loss_scale", [False, True])
+def test_a_restored_training_goes_on_from_the_model(tmp_path, same_monitor, loss_scale):
+    # 4 steps an epoch; saved after 5 steps, cut off after 7: in Keras epoch 1 then begins anew, at step 5.
+    model = keras.Sequential([keras.Input((6, 7, 3)), AutomaticGainControl("relu")])
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1.0) if loss_scale else optimizer
+    backup = {"backup_dir": str(tmp_path / "backup"), "save_freq": 5}
+    monitor = GainMonitor(tmp_path, _X, update_freq=1, append=True)
+
+    def fit(*callbacks):
+        model.fit(_X, _X, batch_size=2, epochs=2, verbose=0, callbacks=[*callbacks])
+
+    model.compile(optimizer, "mse")
+    with pytest.raises(KeyboardInterrupt):
+        fit(monitor, keras.callbacks.BackupAndRestore(**backup), Cut(7))
+    before = _rows(tmp_path)
+    assert [int(row["step"]) for row in before] == [0, 1, 2, 3, 4, 5, 6]
+    if not same_monitor:
+        monitor = GainMonitor(tmp_path, _X, update_freq=1, append=True)
+    message = re.escape("gains.csv has records up to step 6, and the model is at step 5, as its optimizer counts: the ")
+    with pytest.warns(UserWarning, match=message):
+        fit(monitor, keras.callbacks.BackupAndRestore(**backup))
+    rows = _rows(tmp_path)
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [int(row["iterations"]) for row in rows] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert rows[:6] == before[:6]
+    _check(rows[-1], model.layers[0], model(_X))
+    assert sorted(os.listdir(tmp_path))[-1] == "gains.csv"  # nothing of its replacement stays behind
+
+
+def test_another_optimizer_goes_on_from_the_last_step(tmp_path):
+    model = keras.Sequential([keras.Input((6, 7, 3)), AutomaticGainControl()])
+    for _ in range(2):
+        _fit(model, GainMonitor(tmp_path, _X, append=True), epochs=2)  # compiles anew
+    rows = _rows(tmp_path)
+    assert [(int(row["step"]), int(row["iterations"])) for row in rows] == [(0, 0), (4, 4), (8, 0), (12, 4), (16, 8)]
+    # Restored to a count that the first one had as well.
+    model.optimizer.iterations.assign(6)
+    with pytest.warns(UserWarning, match="records up to step 16, and the model is at step 14"):
+        _fit(model, GainMonitor(tmp_path, _X, append=True), compiled=True)
+    assert [int(row["step"]) for row in _rows(tmp_path)] == [0, 4, 8, 12, 14, 18]
+
+
+def test_a_copied_callback_says_what_to_do(tmp_path):
+    monitor = GainMonitor(tmp_path, _X)
+    first, second = copy.deepcopy(monitor), copy.deepcopy(monitor)  # as Keras Tuner does for each trial
+    _fit(_sequential(), first)
+    message = "make a GainMonitor for each trial, with a log_dir of its own"
+    with pytest.raises(FileExistsError, match=message):
+        _fit(_sequential(), second)
+
+
+def test_none_for_an_optional_input(tmp_path):
+    model = _optional()
+    x, y = _X[:, :, :, :1], np.zeros((8, 6, 7, 1))
+    model.compile("sgd", "mse")
+    model.fit([x, x], y, verbose=0, callbacks=[GainMonitor(tmp_path, [x, None])])
+    row = _rows(tmp_path)[-1]
+    _check(row, model.get_layer("agc"), model([x, None]))
+
+
+def _optional():
+    first, second = keras.Input((6, 7, 1)), keras.Input((6, 7, 1), optional=True)
+    return keras.Model([first, second], AutomaticGainControl(name="agc")(Sum()([first, second])))
+
+
+class Sum(keras.layers.Layer):
+    def call(self, inputs):
+        first, second = inputs
+        return first if second is None else first + second
+
+    def compute_output_shape(self, shapes):
+        return shapes[0]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: "a,b\n1,2\n", "was not written by GainMonitor: its first line must be epoch,step,layer,gain_"),
-        (lambda text: "\udcff\udcfe", "was not written by GainMonitor: its first line must be epoch,step,layer,gain_"),
+        (lambda text: "a,b\n1,2\n", "was not written by GainMonitor: its first line must be epoch,step,iterations,lay"),
+        (lambda text: "\udcff\udcfe", "was not written by GainMonitor: its first line must be epoch,step,iterations,lay"),
         (lambda text: text[:-1], "ends within a record: remove its last line"),
         (lambda text: text[:-30], "ends within a record: remove its last line"),
         (lambda text: text[: text.index("\n") + 1], "ends within a record"),
         (
-            lambda text: text + "1,8,agc,1\n",
-            "line 8 must have epoch, step, layer and 12 numbers, got ['1', '8', 'agc', '1']: remove it",
+            lambda text: text + "1,8,8,agc,1\n",
+            "line 8 must have epoch, step, iterations, layer and 12 numbers, got ['1', '8', '8', 'agc', '1']: remove",
         ),
-        (lambda text: text.replace("\n0,4", "\n0,x"), "line 5 must have epoch, step, layer and 12 numbers, got ['0', "),
+        (
+            lambda text: text.replace("\n0,4", "\n0,x"),
+            "line 5 must have epoch, step, iterations, layer and 12 numbers, got ['0', ",
+        ),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_continued_or_drawn(tmp_path, change, message):
