@@ -64,12 +64,13 @@ def export_saved_model(
             before. False: keeps the op, for programs that load or link it, whichever `implementation`
             is chosen.
         signatures: more signatures by name, each a `tf.function` with an `input_signature` of
-            `tf.TensorSpec`s, which returns a tensor, or a list, tuple or dict with str keys of tensors.
-            "serving_default" is the model itself, unless it is given here: its inputs named as in the
-            model, with any batch size or the one that `keras.Input(batch_shape=...)` fixes (in a
-            Sequential model: where a layer is stateful), its outputs named output_0, output_1, ... or
-            by the keys of a dict. In Python, the inputs of a loaded signature are named as arguments
-            can be: "image-1" and "a.b" are image_1 and a_b there, "1st" is arg_1st.
+            `tf.TensorSpec`s, which returns a tensor, or a list, tuple or dict with str keys of tensors;
+            a model in it should be called with `training=False`. "serving_default" is the model itself,
+            unless it is given here: in inference, without augmentation, dropout and noise, its inputs
+            named as in the model, with any batch size or the one that `keras.Input(batch_shape=...)`
+            fixes (in a Sequential model: where a layer is stateful), its outputs named output_0,
+            output_1, ... or by the keys of a dict. In Python, the inputs of a loaded signature are named
+            as arguments can be: "image-1" and "a.b" are image_1 and a_b there, "1st" is arg_1st.
         warmup: example inputs that the server runs before it takes requests: for "serving_default" a
             tensor, or a list, tuple or dict (by name) of them; with more signatures, a dict of such inputs
             by signature, for all of them. They are cast to the signature's dtypes. Needs the package
@@ -191,8 +192,9 @@ def _trace(model: keras.Model, signatures: dict[str, Any]) -> tuple[keras.export
         signatures = {"serving_default": None, **signatures}
     for name, function in signatures.items():
         if function is None:
-            traced = archive.add_endpoint(name, model.__call__, specs)
+            # Said outright: layers of augmentation are active where nobody says what is wanted.
             function = functools.partial(model, training=False)
+            traced = archive.add_endpoint(name, function, specs)
         else:
             _check_input_specs(name, function.input_signature)
             traced = archive.add_endpoint(name, function, function.input_signature)

@@ -236,6 +236,54 @@ def test_native_keeps_the_op_and_every_bit(tmp_path, capsys, native_required):
     np.testing.assert_array_equal(answers["output_0"], tf.function(model)(X))
 
 
+class StochasticDepth(keras.layers.Layer):
+    """Drops a residual branch in training, which is what `call` takes it for unless it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.agc = AutomaticGainControl("relu")
+
+    def build(self, input_shape):
+        self.agc.build(input_shape)
+
+    def call(self, x, training=True):
+        keep = tf.cast(tf.random.uniform([tf.shape(x)[0], 1, 1, 1]) < 0.5, x.dtype)
+        return x + (2 * keep * self.agc(x) if training else self.agc(x))
+
+
+TRAINING_ONLY = {
+    "flip": lambda: keras.layers.RandomFlip(),
+    "rotation": lambda: keras.layers.RandomRotation(0.5),
+    "zoom": lambda: keras.layers.RandomZoom(0.5),
+    "translation": lambda: keras.layers.RandomTranslation(0.5, 0.5),
+    "contrast": lambda: keras.layers.RandomContrast(0.9),
+    "crop": lambda: keras.layers.RandomCrop(4, 3),
+    "pipeline": lambda: keras.layers.Pipeline([keras.layers.RandomFlip(), keras.layers.RandomRotation(0.5)]),
+    "nested": lambda: keras.Sequential([keras.Input(X.shape[1:]), keras.layers.RandomFlip()]),
+    "dropout": lambda: keras.layers.Dropout(0.5),
+    "spatial dropout": lambda: keras.layers.SpatialDropout2D(0.5),
+    "Gaussian dropout": lambda: keras.layers.GaussianDropout(0.5),
+    "noise": lambda: keras.layers.GaussianNoise(1.0),
+    "batch statistics": lambda: keras.layers.BatchNormalization(moving_mean_initializer="ones"),
+    "stochastic depth": StochasticDepth,
+}
+
+
+@pytest.mark.parametrize("kind", TRAINING_ONLY)
+def test_a_served_model_is_one_of_inference(tmp_path, capsys, kind):
+    model = keras.Sequential([keras.Input(X.shape[1:]), TRAINING_ONLY[kind](), *_layers()])
+    model.compile("sgd", "mse")
+    model.fit(X, np.zeros((3, 3)), verbose=0)  # traces the layers for training
+    version = tf_agc.export_saved_model(model, tmp_path / "net")
+    assert "not compared" not in capsys.readouterr().out
+    signature = tf.saved_model.load(str(version)).signatures["serving_default"]
+    (name,) = signature.structured_input_signature[1]
+    want = model(X, training=False).numpy()
+    for _ in range(2):
+        got = signature(**{name: tf.constant(X)})["output_0"].numpy()
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_one_line_says_what_was_exported(tmp_path, capsys):
     version = tf_agc.export_saved_model(_functional(), str(tmp_path / "net"))
     (line,) = capsys.readouterr().out.splitlines()

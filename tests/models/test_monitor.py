@@ -414,8 +414,8 @@ class Sum(keras.layers.Layer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: "a,b\n1,2\n", "was not written by GainMonitor: its first line must be epoch,step,iterations,lay"),
-        (lambda text: "\udcff\udcfe", "was not written by GainMonitor: its first line must be epoch,step,iterations,lay"),
+        (lambda text: "a,b\n1,2\n", "was not written by GainMonitor: its first line must be epoch,step,iterations,"),
+        (lambda text: "\udcff\udcfe", "was not written by GainMonitor: its first line must be epoch,step,iterations,"),
         (lambda text: text[:-1], "ends within a record: remove its last line"),
         (lambda text: text[:-30], "ends within a record: remove its last line"),
         (lambda text: text[: text.index("\n") + 1], "ends within a record"),
