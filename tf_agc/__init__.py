@@ -4,18 +4,15 @@ The public names, and the check that this process runs Keras 3 on TensorFlow. No
 """
 
 import os as _os
+import sys as _sys
 import warnings as _warnings
 
-# Before anything imports Keras: on another backend that import may fail with an error of its own.
-if (_os.environ.get("KERAS_BACKEND") or "tensorflow") != "tensorflow":
+# Before anything imports Keras: on another backend that import may fail with an error of its own. Afterwards the
+# variable means nothing any more, and Keras itself is asked.
+if "keras" not in _sys.modules and (_os.environ.get("KERAS_BACKEND") or "tensorflow") != "tensorflow":
     raise ImportError(
         "tf_agc needs Keras's tensorflow backend: unset KERAS_BACKEND or set it to 'tensorflow', "
         f"got KERAS_BACKEND={_os.environ['KERAS_BACKEND']!r}."
-    )
-if _os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):
-    raise ImportError(
-        "tf_agc needs Keras 3 and does not work with the legacy tf_keras: unset "
-        f"TF_USE_LEGACY_KERAS, got TF_USE_LEGACY_KERAS={_os.environ['TF_USE_LEGACY_KERAS']!r}."
     )
 
 try:
@@ -26,10 +23,13 @@ except ImportError as _error:  # of a backend that is chosen in keras.json and n
         f"({_error}): check that it is installed, and the backend in ~/.keras/keras.json."
     ) from _error
 
-if _keras.config.backend() != "tensorflow":  # chosen in ~/.keras/keras.json
+# The package is asked, and not the variable TF_USE_LEGACY_KERAS: that says what `tf.keras` is, which nothing here uses.
+if _keras.__version__.startswith(("1.", "2.")):
+    raise ImportError(f"tf_agc needs Keras 3, got Keras {_keras.__version__}: pip install --upgrade keras")
+if _keras.config.backend() != "tensorflow":  # chosen in ~/.keras/keras.json, or imported before with KERAS_BACKEND
     raise ImportError(
-        "tf_agc needs Keras's tensorflow backend: set KERAS_BACKEND to 'tensorflow', "
-        f"got the backend {_keras.config.backend()!r} from Keras's configuration file."
+        "tf_agc needs Keras's tensorflow backend: set KERAS_BACKEND to 'tensorflow' before Keras is imported, "
+        f"got the backend {_keras.config.backend()!r}."
     )
 
 import tensorflow as _tf  # noqa: E402
