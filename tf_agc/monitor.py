@@ -402,7 +402,7 @@ def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None 
         The path of the PNG file.
 
     Raises:
-        ImportError: the package matplotlib is not installed.
+        ImportError: the package matplotlib is not installed (`pip install "tf-agc[plot]"` brings it).
         TypeError: log or path is no path.
         FileNotFoundError: there is no such log.
         ValueError: the file was not written by GainMonitor, or not to its end; path does not end in .png.
@@ -412,7 +412,7 @@ def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None 
         from matplotlib.cm import ScalarMappable
         from matplotlib.figure import Figure  # without pyplot, which would choose a window system
     except ImportError as error:
-        raise ImportError("plot_gains needs the package matplotlib: pip install matplotlib") from error
+        raise ImportError('plot_gains needs the package matplotlib: pip install "tf-agc[plot]"') from error
 
     log = pathlib.Path(_as_text("log", log))
     log = log / CSV_NAME if log.is_dir() else log
@@ -441,6 +441,9 @@ def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None 
             color = light_to_dark(norm(step))
             axes.plot(values(record, f"{name}_mean"), depth, "o-", color=color, linewidth=1, markersize=4)
         axes.set_xlabel(title)
+        # Few and small: mean scales are near 1, and their labels long.
+        axes.locator_params(axis="x", nbins=5)
+        axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="x", color="0.85", linewidth=0.5)
     panels[0].set_yticks(depth, [layer if len(layer) <= 40 else "..." + layer[-37:] for layer in layers], fontsize=8)
     panels[0].set_ylabel("layer, in the order of execution")

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from matplotlib.figure import Figure
 
 from tf_agc import AutomaticGainControl, GainMonitor, plot_gains
 from tf_agc import layer as agc_layer
@@ -553,6 +554,30 @@ def test_plot(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize("spread", [1e-5, 3e-4, 2e-3, 0.07, 0.5, 30, 4e5])
+def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch, spread):
+    header = "epoch,step,iterations,layer," + ",".join(
+        f"{name}_{over}" for name in ("gain", "mean_scale", "output_std", "sparsity") for over in ("mean", "min", "max")
+    )
+    values = [f"{1 + spread * factor:.6g}" for factor in (0.1, -0.6, 1.0)]
+    rows = [f"0,{step},{step},agc_{layer}," + ",".join(4 * values) for step in (0, 391) for layer in range(3)]
+    (tmp_path / "gains.csv").write_text("\n".join([header, *rows]) + "\n")
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **more: (figures.append(self), save(self, *args, **more))
+    )
+    plot_gains(tmp_path)
+    (figure,) = figures
+    for axes in figure.axes[:4]:
+        left, right = axes.get_xlim()
+        ticks = [tick for tick in axes.xaxis.get_major_ticks() if left <= tick.get_loc() <= right]
+        boxes = sorted((tick.label1.get_window_extent() for tick in ticks), key=lambda box: box.x0)
+        assert len(boxes) >= 2
+        for first, second in zip(boxes, boxes[1:], strict=False):
+            assert first.x1 + 4 < second.x0
+
+
 def test_plot_errors(tmp_path, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match="log must be a directory with gains.csv, or that file, got .*gains.csv"
@@ -572,5 +597,5 @@ def test_plot_errors(tmp_path, monkeypatch):
     ):
         plot_gains(picture)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="plot_gains needs the package matplotlib: pip install matplotlib"):
+    with pytest.raises(ImportError, match=r'plot_gains needs the package matplotlib: pip install "tf-agc\[plot\]"'):
         plot_gains(tmp_path)
