@@ -152,6 +152,9 @@ class AutomaticGainControl(keras.layers.Layer):
                 f"defined size. Received: input_shape={input_shape}"
             )
         self._check_positions(input_shape)
+        self._warns_of_one_position = not self._has_one_position(input_shape) and _always_gives(
+            self.mean_scale_initializer, 1
+        )
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={axis: channels})
 
         # No half weights and no casts by a mixed policy: a step of the optimizer would be lost in
@@ -180,6 +183,7 @@ class AutomaticGainControl(keras.layers.Layer):
     def call(self, inputs: Any) -> tf.Tensor:
         if tf.as_dtype(inputs.dtype).is_integer:  # Keras casts floats alone
             inputs = tf.cast(inputs, self.compute_dtype)
+        self._warn_of_one_position(inputs.shape)
         observe = observer.get()
         if observe is not None:
             observe(self, inputs)
@@ -223,10 +227,24 @@ class AutomaticGainControl(keras.layers.Layer):
                 f"channels). Received: input_shape={input_shape}"
             )
 
+    def _has_one_position(self, shape: Any) -> bool:
+        spatial = shape[1:-1] if self.data_format == "channels_last" else shape[2:]
+        return set(spatial) == {1}
+
+    def _warn_of_one_position(self, shape: Any) -> None:
+        """Says once what `_check_positions` could not, where sizes are known only when a call is made or traced."""
+        if self._warns_of_one_position and self._has_one_position(shape):
+            self._warns_of_one_position = False
+            warnings.warn(
+                f"The maps that the layer '{self.path or self.name}' is called with have one position each, which is "
+                "its own mean: the outputs are activation(0) where mean_scale is 1. "
+                f"Received: inputs.shape={tuple(shape)}",
+                stacklevel=2,
+            )
+
     def _check_positions(self, input_shape: tuple[int | None, ...]) -> None:
         """A map of one position is its own mean: nothing is left of it at a mean scale of 1."""
-        spatial = input_shape[1:-1] if self.data_format == "channels_last" else input_shape[2:]
-        if set(spatial) != {1} or not _always_gives(self.mean_scale_initializer, 1):
+        if not self._has_one_position(input_shape) or not _always_gives(self.mean_scale_initializer, 1):
             return
         message = (
             "The inputs to AutomaticGainControl have one position for each map, and its mean is "

@@ -123,7 +123,7 @@ for name, strategy in [("one", tf.distribute.get_strategy()), ("two", mirrored)]
             keras.layers.Flatten(), keras.layers.Dense(1),
         ])
         tf_agc.calibrate(model, x)
-        model.compile(keras.optimizers.SGD(0.05), "mse")
+        model.compile(OPTIMIZER, "mse")
     monitor = tf_agc.GainMonitor(sys.argv[1] + "/" + name, x[:4])
     history = model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[monitor]).history
     print(*history["loss"])
@@ -131,7 +131,8 @@ for name, strategy in [("one", tf.distribute.get_strategy()), ("two", mirrored)]
 
 
 def test_fit_calibrate_and_monitor_under_mirrored_strategy(tmp_path, native_required):
-    lines = python("-c", _FIT, tmp_path).stdout.splitlines()
+    fit = _FIT.replace("OPTIMIZER", "keras.optimizers.SGD(0.05)")
+    lines = python("-c", fit, tmp_path).stdout.splitlines()
     one, two = ([float(loss) for loss in line.split()] for line in lines[-2:])
     np.testing.assert_allclose(two, one, rtol=1e-5)
     with (tmp_path / "one" / "gains.csv").open() as first, (tmp_path / "two" / "gains.csv").open() as second:
@@ -140,3 +141,21 @@ def test_fit_calibrate_and_monitor_under_mirrored_strategy(tmp_path, native_requ
     for row, other in zip(rows, others, strict=True):
         for column in set(row) - {"layer"}:
             assert float(other[column]) == pytest.approx(float(row[column]), rel=1e-4)
+
+
+def test_clipping_on_several_replicas(tmp_path, native_required):
+    page = (SCRIPT.parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    (clips_the_sum,) = re.findall(r"^class ClipsTheSum.*?\n\n\n", page, re.MULTILINE | re.DOTALL)
+    losses = {}
+    for name, optimizer in {
+        "Keras's": "keras.optimizers.SGD(0.2, global_clipnorm=1.0)",
+        "the page's": "ClipsTheSum(0.2)",
+    }.items():
+        fit = _FIT.replace("import sys", f"import sys\nimport keras, tensorflow as tf\n{clips_the_sum}", 1)
+        where = tmp_path / name
+        where.mkdir()
+        lines = python("-c", fit.replace("OPTIMIZER", optimizer), where).stdout.splitlines()
+        losses[name] = np.array([[float(loss) for loss in line.split()] for line in lines[-2:]])
+    one, two = losses["Keras's"]
+    assert np.abs(two / one - 1).max() > 1e-3  # what the page warns of
+    np.testing.assert_allclose(losses["the page's"], [one, one], rtol=1e-4)

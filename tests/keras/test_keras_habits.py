@@ -3,6 +3,8 @@
 The layer alone is tested in test_layer.py, saved models in fresh processes in test_saving.py.
 """
 
+import ast
+import pathlib
 import re
 
 import keras
@@ -189,6 +191,24 @@ def test_plot_model(tmp_path):
         assert expected in text
     keras.utils.plot_model(model, tmp_path / "model.png", **show)  # needs the program dot
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_weight_decay_leaves_out_what_training_md_says():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    (names,) = re.findall(r"exclude_from_weight_decay\(var_names=(\[.*\])\)", page)
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=ast.literal_eval(names))
+    model = _model()
+    optimizer.build(model.trainable_variables)
+    for variable in model.trainable_variables:
+        variable.assign_add(tf.ones_like(variable))  # none is 0
+    started = [variable.numpy() for variable in model.trainable_variables]
+    optimizer.apply([tf.zeros_like(variable) for variable in model.trainable_variables])
+    decayed = {
+        variable.path.split("/")[-1]: not np.array_equal(variable, value)
+        for variable, value in zip(model.trainable_variables, started, strict=True)
+    }
+    assert decayed == {"kernel": True, "gain": False, "mean_scale": False, "bias": False}
 
 
 # No leading underscore: TensorFlow refuses the name scopes that Keras makes of it.

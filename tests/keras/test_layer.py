@@ -15,7 +15,7 @@ from keras.src.testing import TestCase
 
 import tf_agc
 from agc_testing import ALPHA, parameter_dtype
-from tf_agc import AutomaticGainControl, native, reference
+from tf_agc import AutomaticGainControl, calibrate, native, reference
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
 
@@ -382,6 +382,34 @@ def test_one_position(data_format):
         AutomaticGainControl(data_format=data_format, train_mean_scale=False, mean_scale_initializer=half).build(shape)
         fixed = AutomaticGainControl(data_format=data_format, train_mean_scale=False)
         fixed.build((None, None, 1, 3) if data_format == "channels_last" else (None, 3, None, 1))
+
+
+@pytest.mark.parametrize("mode", ["eager", "fit", "calibrate"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_one_position_that_only_a_call_knows(data_format, mode):
+    free, shape = ((None, None, 3), (2, 1, 1, 3)) if data_format == "channels_last" else ((3, None, None), (2, 3, 1, 1))
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    layer = AutomaticGainControl(data_format=data_format, name="agc")
+    model = keras.Sequential([keras.Input(free), layer])
+    model.compile("sgd", "mse")
+    calls = {
+        "eager": lambda: model(x),
+        "fit": lambda: model.fit(x, x, verbose=0),
+        "calibrate": lambda: calibrate(model, x),
+    }
+    message = "layer 'sequential.*agc' is called with have one position each, which is its own .* Received: inputs.shape="
+    with pytest.warns(UserWarning, match=message):
+        result = calls[mode]()
+    if mode == "eager":
+        assert not np.any(result)
+    if mode == "calibrate":
+        assert result[0].kept == [0, 1, 2]
+    with warnings.catch_warnings():  # once, and not for other maps, or where another mean scale was asked for
+        warnings.simplefilter("error")
+        model(x)
+        model(np.repeat(x, 2, axis=1 if data_format == "channels_last" else 2))
+        half = AutomaticGainControl(data_format=data_format, mean_scale_initializer=keras.initializers.Constant(0.5))
+        keras.Sequential([keras.Input(free), half])(x)
 
 
 def test_sparse_and_ragged_inputs_are_refused():

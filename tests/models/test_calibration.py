@@ -228,6 +228,47 @@ def test_several_inputs():
     np.testing.assert_allclose(first.gain, 10 * second.gain, rtol=1e-4)
 
 
+class Sum(keras.layers.Layer):
+    def call(self, inputs):
+        first, second = inputs
+        return first if second is None else first + second
+
+    def compute_output_shape(self, shapes):
+        return shapes[0]
+
+
+@pytest.mark.parametrize("container", [list, tuple, lambda inputs: dict(zip(("a", "b"), inputs, strict=True))])
+def test_none_for_an_optional_input(container):
+    a, b = keras.Input((9, 10, 3), name="a"), keras.Input((9, 10, 3), name="b", optional=True)
+    model = keras.Model([a, b], AutomaticGainControl()(Sum()([a, b])))
+    (row,) = calibrate(model, container([2 * _X, None]))
+    np.testing.assert_allclose(row.gain, 0.5 / _X.std(axis=(0, 1, 2)), rtol=0.1)
+    (row,) = calibrate(model, container([2 * _X, 2 * _X]))
+    np.testing.assert_allclose(row.gain, 0.25 / _X.std(axis=(0, 1, 2)), rtol=0.1)
+    with pytest.raises(ValueError, match=r"batch must have at least one sample, got shapes \[\]"):
+        calibrate(model, container([None, None]))
+
+
+def test_sparse_and_ragged_batches():
+    inputs = keras.Input((30,), sparse=True)
+    model = keras.Model(inputs, AutomaticGainControl()(keras.layers.Reshape((5, 6))(keras.layers.Dense(30)(inputs))))
+    assert calibrate(model, tf.sparse.from_dense(np.eye(4, 30, dtype=np.float32)))[0].calls == 1
+    with pytest.raises(ValueError, match="batch must be finite, got NaN or Inf"):
+        calibrate(model, tf.sparse.from_dense(np.diag(np.full(30, np.nan, np.float32))))
+
+    class Ragged(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.agc = AutomaticGainControl()
+
+        def call(self, x):
+            return self.agc(x.to_tensor()[..., None])
+
+    model, batch = Ragged(), tf.ragged.constant([[1.0, 2.0, 3.0], [4.0, 5.0]])
+    model(batch)
+    assert calibrate(model, batch)[0].calls == 1
+
+
 def test_compiled_and_trained_model():
     model = _sequential()
     model.compile("sgd", "mse")

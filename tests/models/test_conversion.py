@@ -415,6 +415,25 @@ def test_a_size_that_only_the_batch_knows(fresh):
     convert(model, calibrate_with=_batch(3, 4, 4, 3))
 
 
+def test_none_for_an_optional_input(fresh):
+    class First(layers.Layer):
+        def call(self, inputs):
+            first, second = inputs
+            return first if second is None else first + second
+
+        def compute_output_shape(self, shapes):
+            return shapes[0]
+
+        def get_config(self):
+            return super().get_config()
+
+    inputs = [keras.Input((4, 4, 3)), keras.Input((4, 4, 3), optional=True)]
+    model = keras.Model(inputs, layers.BatchNormalization()(First()(inputs)))
+    x = _batch(3, 4, 4, 3)
+    converted = convert(model, calibrate_with=[x, None])
+    np.testing.assert_allclose(np.std(converted([x, None]), axis=(0, 1, 2)), np.ones(3), rtol=1e-3)
+
+
 # Kinds of models.
 def _block(norm):
     return keras.Sequential([_conv("conv"), norm, layers.ReLU(name="relu")], name="block")

@@ -143,7 +143,12 @@ def test_metadata(dist_info):
     assert fields["Requires-Python"] == "<3.14,>=3.10"
     # The native library is used with the TensorFlow that it was built for and no other.
     tensorflow = importlib.metadata.version("tensorflow")
-    assert fields.get_all("Requires-Dist") == [f"tensorflow=={tensorflow}", "keras>=3.12"]
+    assert fields.get_all("Requires-Dist") == [
+        f"tensorflow=={tensorflow}",
+        "keras>=3.12",
+        *(f'{package}; extra == "plot"' for package in ("matplotlib", "tensorboard")),
+    ]
+    assert fields.get_all("Provides-Extra") == ["plot"]
     assert fields["Description-Content-Type"] == "text/markdown"
     assert fields.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert (dist_info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
