@@ -321,7 +321,7 @@ def _tensorboard_summaries() -> tuple[Callable[..., Any], Callable[..., Any]] | 
     except ImportError as error:
         warnings.warn(
             f"GainMonitor writes {CSV_NAME} and nothing for TensorBoard, whose package tensorboard cannot be imported "
-            f"({error})",
+            f'({error}): pip install "tf-agc[plot]"',
             stacklevel=3,
         )
         return None

@@ -397,7 +397,7 @@ def test_one_position_that_only_a_call_knows(data_format, mode):
         "fit": lambda: model.fit(x, x, verbose=0),
         "calibrate": lambda: calibrate(model, x),
     }
-    message = "layer 'sequential.*agc' is called with have one position each, which is its own .* Received: inputs.shape="
+    message = "layer 'sequential.*agc' is called with have one position each, which is its .* Received: inputs.shape="
     with pytest.warns(UserWarning, match=message):
         result = calls[mode]()
     if mode == "eager":

@@ -515,7 +515,8 @@ def test_tensorboard(tmp_path):
 def test_without_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.plugins.scalar.summary_v2", None)
     with pytest.warns(
-        UserWarning, match="writes gains.csv and nothing for TensorBoard, whose package tensorboard"
+        UserWarning,
+        match=r'writes gains.csv and nothing for TensorBoard, whose package .*: pip install "tf-agc\[plot\]"',
     ) as got:
         monitor = GainMonitor(tmp_path, _X)
     assert got[0].filename == __file__
