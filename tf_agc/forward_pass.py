@@ -83,10 +83,10 @@ def _runs_eagerly(function: Any) -> bool:
     In a pass they do, since a layer in a graph has no values to show. Not so TensorFlow's own, without which
     tf.vectorized_map would not work, and not within code that is being traced.
     """
+    if not (_inside.get() and tf.executing_eagerly()):
+        return bool(_runs_eagerly_in_process(function))
     module = getattr(function.python_function, "__module__", None) or ""
-    if _inside.get() and tf.executing_eagerly() and not module.startswith("tensorflow."):
-        return True
-    return bool(_runs_eagerly_in_process(function))
+    return not module.startswith("tensorflow.")
 
 
 # For good, and not set and restored in each pass: outside of a pass this answers what TensorFlow's own property does.
