@@ -36,6 +36,4 @@ setup(
         f"tensorflow=={tensorflow}",  # with another one the library would not be opened: C++ has no stable ABI
         "keras>=3.12",  # the lowest version tested: the newest that Python 3.10 gets
     ],
-    # plot_gains, and what GainMonitor writes for TensorBoard and TensorBoard shows.
-    extras_require={"plot": ["matplotlib", "tensorboard"]},
 )
