@@ -110,7 +110,7 @@ def test_masks_reach_the_layers_behind():
     assert not np.allclose(means[0], maps[0].mean(0), rtol=0.1)
     # The mean of the layer itself takes in masked positions, as its documentation says.
     embedded = model.layers[1](tokens)
-    np.testing.assert_allclose(maps, tf_agc.agc(embedded, 1.0, 1.0, "relu"), rtol=1e-6)
+    np.testing.assert_allclose(maps, tf_agc.agc(embedded, 1.0, 1.0, activation="relu"), rtol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [3, None])

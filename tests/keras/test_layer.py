@@ -160,7 +160,7 @@ def test_dtype_policies(policy, weights, counters):
     y = layer(_X)
     assert y.dtype == compute_dtype
     assert layer.gain.dtype == layer.mean_scale.dtype == weights == parameter_dtype(compute_dtype)
-    want = tf_agc.agc(tf.cast(_X, compute_dtype), layer.gain, layer.mean_scale, "relu")
+    want = tf_agc.agc(tf.cast(_X, compute_dtype), layer.gain, layer.mean_scale, activation="relu")
     np.testing.assert_array_equal(tf.cast(y, tf.float64), tf.cast(want, tf.float64))
     assert counters.read()["forward"] == 2
 
@@ -194,7 +194,7 @@ def test_data_formats_and_unknown_sizes(data_format):
     assert layer.compute_output_shape((None, *shape)) == (None, *shape)
     x = _X if channels_last else np.moveaxis(_X, -1, 1)
     got = model(x) if channels_last else np.moveaxis(model(x).numpy(), 1, -1)
-    np.testing.assert_allclose(got, tf_agc.agc(_X, 1.0, 1.0, "relu"), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got, tf_agc.agc(_X, 1.0, 1.0, activation="relu"), rtol=1e-6, atol=1e-6)
     # Other sizes, the same weights.
     assert model(x[:1, :, 1:, :]).shape == x[:1, :, 1:, :].shape
 

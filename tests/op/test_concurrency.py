@@ -75,7 +75,7 @@ results, ready = [], threading.Barrier(8)
 def work():
     ready.wait()
     import tf_agc
-    results.append((tf_agc.native.STATUS.available, tf_agc.agc([[[1.0], [3.0]]], 2.0, 1.0, "relu").numpy().tolist()))
+    results.append((tf_agc.native.STATUS.available, tf_agc.agc([[[1.0], [3.0]]], 2.0, 1.0, activation="relu").numpy().tolist()))
 threads = [threading.Thread(target=work) for _ in range(8)]
 for thread in threads:
     thread.start()
@@ -100,8 +100,8 @@ def work():
     x = tf.constant(np.random.default_rng(0).standard_normal((1, 256, 256, 16)), tf.float32)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = tf_agc.agc(x, 2.0, 1.0, "relu")
-    jitted = tf.function(lambda x: tf_agc.agc(x, 2.0, 1.0, "relu"), jit_compile=True)
+        y = tf_agc.agc(x, 2.0, 1.0, activation="relu")
+    jitted = tf.function(lambda x: tf_agc.agc(x, 2.0, 1.0, activation="relu"), jit_compile=True)
     return b"".join(value.numpy().tobytes() for value in (y, tape.gradient(y, x), jitted(x)))
 
 assert tf_agc.native.STATUS.available and tf_agc.native.XLA_STATUS.available

@@ -74,7 +74,7 @@ def test_defaults():
 )
 def test_parameters_are_converted(gain, mode):
     def agc(x):
-        return tf_agc.agc(x, gain, gain, "relu")
+        return tf_agc.agc(x, gain, gain, activation="relu")
 
     got = tf.function(agc)(_X) if mode == "function" else agc(_X)
     np.testing.assert_allclose(got, _want([3.0] * 3, [3.0] * 3, "relu", 0.0), rtol=1e-5, atol=1e-5)
@@ -84,7 +84,7 @@ def test_parameters_are_converted(gain, mode):
 def test_scalars_with_unknown_channels(shape):
     for data_format in ("channels_last", "channels_first"):
         agc = tf.function(
-            lambda x, data_format=data_format: tf_agc.agc(x, 2.0, 1, "relu", data_format=data_format),
+            lambda x, data_format=data_format: tf_agc.agc(x, 2.0, 1, activation="relu", data_format=data_format),
             input_signature=[tf.TensorSpec(shape)],
         )
         channels = 3 if data_format == "channels_last" else 4
@@ -94,7 +94,7 @@ def test_scalars_with_unknown_channels(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype):
-    y = tf_agc.agc(tf.cast(_X, dtype), 1.0, [1, 1, 1], "relu")
+    y = tf_agc.agc(tf.cast(_X, dtype), 1.0, [1, 1, 1], activation="relu")
     assert y.dtype == dtype and y.shape == _X.shape
 
 
@@ -205,7 +205,7 @@ def test_gradients_reach_scalars_and_variables():
     gain, variable = tf.constant(2.0), tf.Variable([1.0, 0.5, 0.0])
     with tf.GradientTape() as tape:
         tape.watch(gain)
-        loss = tf.reduce_sum(tf_agc.agc(_X, gain, variable, "elu") ** 2)
+        loss = tf.reduce_sum(tf_agc.agc(_X, gain, variable, activation="elu") ** 2)
     dgain, dvariable = tape.gradient(loss, [gain, variable])
     assert dgain.shape == [] and dvariable.shape == [3]
     assert np.abs(dgain) > 0 and np.abs(dvariable).min() > 0

@@ -29,7 +29,7 @@ def _ops(function, *arguments):
 
 def _agc():
     """A function without a trace."""
-    return tf.function(lambda x: tf_agc.agc(x, 2.0, 1.0, "relu"))
+    return tf.function(lambda x: tf_agc.agc(x, 2.0, 1.0, activation="relu"))
 
 
 def test_auto_is_native(native_required):
@@ -126,10 +126,10 @@ def test_xla_without_its_kernels_uses_the_reference(native_required, without_xla
 
     def function(x):
         used.append(resolve())
-        return tf_agc.agc(x, 2.0, 1.0, "relu")
+        return tf_agc.agc(x, 2.0, 1.0, activation="relu")
 
     np.testing.assert_allclose(
-        tf.function(function, jit_compile=True)(_X), tf_agc.agc(_X, 2.0, 1.0, "relu"), rtol=1e-4, atol=1e-5
+        tf.function(function, jit_compile=True)(_X), tf_agc.agc(_X, 2.0, 1.0, activation="relu"), rtol=1e-4, atol=1e-5
     )
     assert used == [("reference", "traced for XLA, and it is ill")]
     assert resolve()[0] == "native"

@@ -205,7 +205,7 @@ with warnings.catch_warnings(record=True) as caught:
 ours = [w for w in caught if "tf_agc" in str(w.message)]
 assert len(ours) == 1, ours
 print(ours[0].category.__name__, ours[0].filename, ours[0].message)
-print(tf_agc.agc([[[1.0], [3.0]]], 2.0, 1.0, "relu").numpy().ravel())
+print(tf_agc.agc([[[1.0], [3.0]]], 2.0, 1.0, activation="relu").numpy().ravel())
 try:
     tf_agc.implementation("native")
 except RuntimeError as error:
@@ -237,7 +237,7 @@ for path in sys.argv[1:]:
         warnings.simplefilter("always", RuntimeWarning)
         import tf_agc
     print(*[w.message for w in caught if "tf_agc" in str(w.message)], sep=" AND ")
-    print(tf_agc.agc(tf.constant([[[1.0], [3.0]]]), 2.0, 1.0, "relu").numpy().ravel())
+    print(tf_agc.agc(tf.constant([[[1.0], [3.0]]]), 2.0, 1.0, activation="relu").numpy().ravel())
     for name in [name for name in sys.modules if name.split(".")[0] == "tf_agc"]:
         del sys.modules[name]
     sys.path.remove(path)
@@ -317,7 +317,7 @@ for directory in sys.argv[1:]:
 import tensorflow as tf
 import tf_agc
 print(tf_agc.__file__, tf_agc.native.STATUS.available, tf_agc.native.XLA_STATUS.available)
-print(tf_agc.agc(tf.constant([[[1.0], [3.0]]]), 2.0, 1.0, "relu").numpy().ravel())
+print(tf_agc.agc(tf.constant([[[1.0], [3.0]]]), 2.0, 1.0, activation="relu").numpy().ravel())
 """
 
 
@@ -345,7 +345,7 @@ other = tf.load_op_library(sys.argv[1])
 import tf_agc
 assert op_def_registry.get("TfAgc>Agc") and op_def_registry.get("AudioMicrofrontend")
 for _ in range(2):
-    print(tf_agc.agc(tf.constant([[[1.0], [3.0]]]), 2.0, 1.0, "relu").numpy().ravel())
+    print(tf_agc.agc(tf.constant([[[1.0], [3.0]]]), 2.0, 1.0, activation="relu").numpy().ravel())
     print(other.audio_microfrontend(tf.zeros([2000], tf.int16)).shape)
 print(tf_agc.native.STATUS.available, tf_agc.native.XLA_STATUS.available)
 """

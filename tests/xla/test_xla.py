@@ -187,7 +187,7 @@ def test_empty_batch():
     def function(x, gain):
         with tf.GradientTape() as tape:
             tape.watch([x, gain])
-            y = tf_agc.agc(x, gain, 1.0, "relu")
+            y = tf_agc.agc(x, gain, 1.0, activation="relu")
         return y, *tape.gradient(y, [x, gain])
 
     y, dx, dgain = function(tf.zeros([0, 5, 5, 3]), tf.ones([3]))
@@ -201,7 +201,7 @@ def test_dynamic_size(keep, xla_counters):
     def function(x, keep, gain):
         with tf.GradientTape() as tape:
             tape.watch(gain)
-            y = tf_agc.agc(tf.boolean_mask(x, keep), gain, 1.0, "relu")
+            y = tf_agc.agc(tf.boolean_mask(x, keep), gain, 1.0, activation="relu")
             loss = tf.reduce_sum(y**2)
         return loss, tape.gradient(loss, gain)
 
@@ -213,7 +213,7 @@ def test_dynamic_size(keep, xla_counters):
 
 def test_dynamic_spatial_size():
     def function(x, keep):
-        return tf.reduce_sum(tf_agc.agc(tf.boolean_mask(x, keep, axis=1), 1.0, 0.5, "relu"), axis=1)
+        return tf.reduce_sum(tf_agc.agc(tf.boolean_mask(x, keep, axis=1), 1.0, 0.5, activation="relu"), axis=1)
 
     arguments = tf.random.stateless_normal([4, 5, 3], [0, 1]), tf.constant([True, True, False, True, False])
     np.testing.assert_allclose(_jit(function)(*arguments), function(*arguments), rtol=1e-5)
@@ -225,7 +225,7 @@ _PARAMETERS = tf.constant([0.5, 1.0, 2.0]), tf.constant([1.0, 0.9, 0.0])
 
 
 def _agc(x):
-    return tf_agc.agc(x, *_PARAMETERS, "relu")
+    return tf_agc.agc(x, *_PARAMETERS, activation="relu")
 
 
 def _maps(*shape, seed=0):
@@ -281,7 +281,7 @@ def test_gradient_of_a_while_loop():
 @pytest.mark.parametrize("condition", [True, False])
 def test_cond(condition):
     def function(x, condition):
-        return tf.cond(condition, lambda: _agc(x), lambda: tf_agc.agc(x, 2.0, 1.0, "elu"))
+        return tf.cond(condition, lambda: _agc(x), lambda: tf_agc.agc(x, 2.0, 1.0, activation="elu"))
 
     arguments = _maps(2, 4, 3), tf.constant(condition)
     np.testing.assert_array_equal(_jit(function)(*arguments), function(*arguments))
@@ -499,7 +499,7 @@ from tf_agc import native
 def gradient(x):
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = tf_agc.agc(x, 2.0, 1.0, "relu")
+        y = tf_agc.agc(x, 2.0, 1.0, activation="relu")
     return y, tape.gradient(y, x)
 
 def show():
@@ -554,8 +554,8 @@ from tf_agc import native, __main__
 
 print(native.STATUS.available, native.XLA_STATUS.available, native.XLA_STATUS.reason)
 x = tf.constant([[[1.0], [3.0]]])
-function = tf.function(lambda x: tf_agc.agc(x, 2.0, 1.0, "relu"), jit_compile=True)
-print(function(x).numpy().ravel(), tf_agc.agc(x, 2.0, 1.0, "relu").numpy().ravel())
+function = tf.function(lambda x: tf_agc.agc(x, 2.0, 1.0, activation="relu"), jit_compile=True)
+print(function(x).numpy().ravel(), tf_agc.agc(x, 2.0, 1.0, activation="relu").numpy().ravel())
 
 model = keras.Sequential([keras.Input((2, 1)), tf_agc.AutomaticGainControl()])
 with warnings.catch_warnings(record=True) as caught:

@@ -280,7 +280,7 @@ def _candidates(shape, data_format, dtype, peers) -> Iterator[_Candidate]:
 
     def ours(i):
         gain, mean_scale = parameters(i)
-        return lambda x: tf_agc.agc(x, gain, mean_scale, "relu", data_format=data_format), [gain, mean_scale]
+        return lambda x: tf_agc.agc(x, gain, mean_scale, activation="relu", data_format=data_format), [gain, mean_scale]
 
     def composite(i):
         gain, mean_scale = parameters(i)

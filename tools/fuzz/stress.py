@@ -96,7 +96,10 @@ def make_tasks(directory: pathlib.Path) -> dict[str, list[Task]]:
 
     @tf.function(input_signature=[tf.TensorSpec([None, 16, 16, 3])])
     def many(x):  # the second node of a chain writes over the first one's output
-        chain = [tf_agc.agc(tf_agc.agc(x + i, 1.0 + i, 1.0, "relu"), 2.0, 0.5, "elu") for i in range(_CHAINS)]
+        chain = [
+            tf_agc.agc(tf_agc.agc(x + i, 1.0 + i, 1.0, activation="relu"), 2.0, 0.5, activation="elu")
+            for i in range(_CHAINS)
+        ]
         return tf.stack(chain)
 
     batches = [tf.constant(rng.standard_normal((batch, 16, 16, 3)), tf.float32) for batch in (1, 2, 5)]
@@ -198,7 +201,7 @@ def run_large(_: argparse.Namespace) -> bool:
     @tf.function
     def call(row):
         x = tf.tile(row[None, None, :, None], [1, rows, 1, 1])
-        y = tf_agc.agc(x, 2.0, 1.0, "relu")
+        y = tf_agc.agc(x, 2.0, 1.0, activation="relu")
         return [y[0, index, :, 0] for index in (0, rows // 2, rows - 1)]
 
     exact = row.astype("float64")
