@@ -15,10 +15,12 @@ import tensorflow as tf
 # is an iteration of a tf.while_loop.
 from tensorflow.python.ops.parallel_for import pfor
 
-# What the ops' inputs and outputs are: maps [N, ..., C] or [N, C, ...], means [N, C], channels [C].
+# What the ops' inputs and outputs are: maps [N, ..., C] or [N, C, ...], means [N, C], channels [C]. Behind them stand
+# those for bias and shortcut, lists of none or one.
 _AGC_INPUTS, _AGC_OUTPUTS = ("maps", "channels", "channels"), ("maps", "means")
 _AGC_GRAD_INPUTS = ("maps", "means", "maps", "means", "channels", "channels")
 _AGC_GRAD_OUTPUTS = ("maps", "channels", "channels")
+_OPTIONAL = {"num_bias": "channels", "num_shortcut": "maps"}
 
 # The axis of each, counted without the mapped axis, into which the mapped axis is folded.
 _INTO_BATCH = {"maps": 0, "means": 0}
@@ -41,26 +43,33 @@ def register(ops: Any) -> None:
 
 
 def _convert_agc(agc: Callable[..., Any], loop: Any) -> list[Any]:
-    into = _into_channels(loop) if _parameters_are_mapped(loop, _AGC_INPUTS) else _INTO_BATCH
-    outputs = _folded(agc, loop, into, _AGC_INPUTS, _AGC_OUTPUTS)
+    inputs = (*_AGC_INPUTS, *_optional(loop))
+    into = _into_channels(loop) if _parameters_are_mapped(loop, inputs) else _INTO_BATCH
+    outputs = _folded(agc, loop, into, inputs, _AGC_OUTPUTS)
     return [pfor.wrap(output) for output in outputs]
 
 
 def _convert_agc_grad(agc_grad: Callable[..., Any], loop: Any) -> list[Any]:
+    inputs, outputs = (*_AGC_GRAD_INPUTS, *_optional(loop)), (*_AGC_GRAD_OUTPUTS, *_optional(loop))
     # Asked first, since folding into the channels stacks the parameters.
-    parameters_are_mapped = _parameters_are_mapped(loop, _AGC_GRAD_INPUTS)
+    parameters_are_mapped = _parameters_are_mapped(loop, inputs)
 
     def folded(into: dict[str, int]) -> list[tf.Tensor]:
-        return _folded(agc_grad, loop, into, _AGC_GRAD_INPUTS, _AGC_GRAD_OUTPUTS)
+        return _folded(agc_grad, loop, into, inputs, outputs)
 
     if parameters_are_mapped:
-        dx, dgain, dmean_scale = folded(_into_channels(loop))
+        results = folded(_into_channels(loop))
     else:
         # The parameters' gradients are sums over the batch, and must not be over the mapped axis.
         # A graph drops the one of these two that nobody reads.
-        dx, _, _ = folded(_INTO_BATCH)
-        _, dgain, dmean_scale = folded(_into_channels(loop))
-    return [pfor.wrap(output) for output in (dx, dgain, dmean_scale)]
+        both = zip(folded(_INTO_BATCH), folded(_into_channels(loop)), outputs, strict=True)
+        results = [of_batch if kind == "maps" else of_channels for of_batch, of_channels, kind in both]
+    return [pfor.wrap(result) for result in results]
+
+
+def _optional(loop: Any) -> list[str]:
+    """What stands behind the other inputs, or outputs."""
+    return [kind for name, kind in _OPTIONAL.items() for _ in range(loop.get_attr(name))]
 
 
 def _parameters_are_mapped(loop: Any, kinds: tuple[str, ...]) -> bool:
@@ -81,7 +90,9 @@ def _folded(
     size = tf.shape(values[0], out_type=tf.int64)[1:][into["maps"]]
     folded = [_merge(value, into[kind]) if kind in into else value for value, kind in zip(values, inputs, strict=True)]
     attributes = {name: loop.get_attr(name) for name in ("activation", "alpha", "data_format")}
-    results = op(*folded, **attributes)
+    shortcut = [folded.pop() for _ in range(loop.get_attr("num_shortcut"))]
+    bias = [folded.pop() for _ in range(loop.get_attr("num_bias"))]
+    results = tf.nest.flatten(op(*folded, bias, shortcut, **attributes))
     return [
         _split(result, into[kind], length, size) if kind in into else result
         for result, kind in zip(results, outputs, strict=True)

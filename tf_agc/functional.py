@@ -31,21 +31,24 @@ def agc(
     x: Any,
     gain: Any,
     mean_scale: Any,
+    bias: Any = None,
+    shortcut: Any = None,
     activation: str | None = "linear",
     alpha: float | None = None,
     data_format: str = "channels_last",
 ) -> tf.Tensor:
     """Automatic gain control: subtracts a scaled mean from every map and scales the difference.
 
-    For sample n, channel c and the positions p of a map:
+    For sample n, channel c and the positions p of a map, where bias and shortcut may be absent:
 
         m[n, c]    = mean over p of x[n, p, c]
-        y[n, p, c] = act(gain[c] * (x[n, p, c] - mean_scale[c] * m[n, c]))
+        y[n, p, c] = act(gain[c] * (x[n, p, c] - mean_scale[c] * m[n, c]) + bias[c] + shortcut[n, p, c])
 
-    Source: B. Ruff, "Deep Control", arXiv 1706.03907 (not adaptive gradient clipping). Means are
-    accumulated in float32 or better and results rounded to the dtype of x. NaN and Inf go through.
-    A fused activation keeps y for the backward pass and "linear" keeps x; at a gain of exactly 0,
-    leaky_relu and elu therefore give that gain a gradient of 0.
+    Source: B. Ruff, "Deep Control", arXiv 1706.03907 (not adaptive gradient clipping); bias and
+    shortcut are ours. Means are accumulated in float32 or better and results rounded to the dtype
+    of x. NaN and Inf go through. A fused activation keeps y (and shortcut) for the backward pass
+    and "linear" keeps x; at a gain of exactly 0, activations therefore give that gain a gradient of
+    0, and near it, in 16 bits and with a shortcut, a noisy one.
 
     Args:
         x: tensor or what converts to one; float16, bfloat16, float32 or float64; shape
@@ -53,6 +56,8 @@ def agc(
         gain: shape [C], or a scalar for every channel; float64 where x is, else float32. Python
             numbers, lists and NumPy arrays are converted.
         mean_scale: as gain. 1 removes the mean, 0 keeps it.
+        bias: as gain, or None: nothing is added.
+        shortcut: dtype and shape of x, without broadcasting; or None: nothing is added.
         activation: "linear" or None, "relu", "relu6", "leaky_relu" or "elu".
         alpha: slope of leaky_relu (None: 0.2) or scale of elu (None: 1.0) below 0; a finite number
             >= 0, rounded to float32.
@@ -62,8 +67,8 @@ def agc(
         y: the dtype and shape of x.
 
     Raises:
-        TypeError: x is ragged, sparse or not floating; gain or mean_scale has another dtype than
-            the one above; alpha is not a number.
+        TypeError: x or shortcut is ragged, sparse or not floating; gain, mean_scale, bias or shortcut has another
+            dtype than the one above; alpha is not a number.
         ValueError: another activation, alpha or data_format; a static shape that does not fit.
         tf.errors.InvalidArgumentError: the same for a shape that is only known when it runs.
         RuntimeError: `implementation("native")` where the native library is not available.
@@ -78,10 +83,14 @@ def agc(
     axis = channel_axis(data_format)
     gain = _convert_parameter("gain", gain, x, axis)
     mean_scale = _convert_parameter("mean_scale", mean_scale, x, axis)
+    if bias is not None:
+        bias = _convert_parameter("bias", bias, x, axis)
+    if shortcut is not None:
+        shortcut = _convert_shortcut(shortcut, x)
 
     name, _ = resolve()
     compute = native.agc if name == "native" else reference.agc
-    y, _ = compute(x, gain, mean_scale, activation, alpha, data_format)
+    y, _ = compute(x, gain, mean_scale, activation, alpha, data_format, bias=bias, shortcut=shortcut)
     return y
 
 
@@ -119,19 +128,32 @@ def resolve_alpha(activation: str, alpha: float | None) -> float:
     return value if value >= float(np.finfo(np.float32).tiny) else 0.0
 
 
-def _convert_x(x: Any) -> tf.Tensor:
-    if isinstance(x, (tf.RaggedTensor, tf.SparseTensor)):
+def _convert_maps(name: str, maps: Any) -> tf.Tensor:
+    if isinstance(maps, (tf.RaggedTensor, tf.SparseTensor)):
         raise TypeError(
-            f"x must be a dense tensor, got a {type(x).__name__} (to_tensor() and "
-            "tf.sparse.to_dense() convert; the padding would count in the mean)"
+            f"{name} must be a dense tensor, got a {type(maps).__name__} (to_tensor() and "
+            "tf.sparse.to_dense() convert; the zeros that fill it up count as values)"
         )
-    x = _convert("x", x)
+    return _convert(name, maps)
+
+
+def _convert_x(x: Any) -> tf.Tensor:
+    x = _convert_maps("x", x)
     if x.dtype not in _DTYPES:
         raise TypeError(
             f"x must have dtype {', '.join(dtype.name for dtype in _DTYPES[:-1])} or "
             f"{_DTYPES[-1].name}, got {x.dtype.name}"
         )
     return x
+
+
+def _convert_shortcut(shortcut: Any, x: tf.Tensor) -> tf.Tensor:
+    shortcut = _convert_maps("shortcut", shortcut)
+    if shortcut.dtype != x.dtype:
+        raise TypeError(f"shortcut must have the dtype of x {x.dtype.name}, got {shortcut.dtype.name}")
+    if not shortcut.shape.is_compatible_with(x.shape):
+        raise ValueError(f"shortcut must have the shape of x {_brackets(x.shape)}, got {_brackets(shortcut.shape)}")
+    return shortcut
 
 
 def _convert(name: str, value: Any, dtype: tf.DType | None = None) -> tf.Tensor:

@@ -46,6 +46,9 @@ def agc(
     activation: str,
     alpha: float,
     data_format: str,
+    *,
+    bias: tf.Tensor | None = None,
+    shortcut: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """The op TfAgc>Agc: arguments, results and errors as `tf_agc.reference.agc` documents them.
 
@@ -57,6 +60,8 @@ def agc(
         x,
         gain,
         mean_scale,
+        [] if bias is None else [bias],
+        [] if shortcut is None else [shortcut],
         activation=activation,
         alpha=alpha,
         data_format=_DATA_FORMATS[data_format],

@@ -18,10 +18,14 @@ def agc(
     activation: str,
     alpha: float,
     data_format: str,
+    *,
+    bias: tf.Tensor | None = None,
+    shortcut: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Computes y = act(gain * (x - mean_scale * mean(x))), the mean taken per sample and channel.
+    """Computes y = act(gain * (x - mean_scale * mean(x)) + bias + shortcut), the mean taken per sample and channel.
 
-    Source: B. Ruff, "Deep Control", arXiv 1706.03907. Differentiable to any order by TensorFlow.
+    Source: B. Ruff, "Deep Control", arXiv 1706.03907; bias and shortcut are ours. Differentiable to any order by
+    TensorFlow.
 
     Args:
         x: half, bfloat16, float32 or float64; shape [N, ..., C] or [N, C, ...], rank 3 to 8, known
@@ -31,6 +35,8 @@ def agc(
         activation: "linear", "relu", "relu6", "leaky_relu" or "elu".
         alpha: slope of leaky_relu or scale of elu for z < 0; finite, >= 0; others ignore it.
         data_format: "channels_last" or "channels_first".
+        bias: U; shape [C]; None adds nothing.
+        shortcut: dtype and shape of x; None adds nothing.
 
     Returns:
         y: the dtype and shape of x.
@@ -38,14 +44,19 @@ def agc(
 
     Raises:
         tf.errors.InvalidArgumentError: what was not known before it runs does not fit: the rank of x, a spatial size of
-            0 where there are samples, a parameter that is not [C]. XLA has no such checks.
+            0 where there are samples, a parameter that is not [C], a shortcut of another shape. XLA has no such checks.
     """
     x = _require_rank(x)
     x = _require_positions(x, data_format)
     gain = _require_length("gain", gain, x, data_format)
     mean_scale = _require_length("mean_scale", mean_scale, x, data_format)
+    if bias is not None:
+        bias = _require_length("bias", bias, x, data_format)
+    if shortcut is not None:
+        shortcut = _require_shape("shortcut", shortcut, x)
     dtype = x.dtype
-    x = tf.cast(x, tf.float64 if dtype == tf.float64 else tf.float32)
+    compute_dtype = tf.float64 if dtype == tf.float64 else tf.float32
+    x = tf.cast(x, compute_dtype)
 
     channels_last = data_format == "channels_last"
     rank = x.shape.rank if x.shape.rank is not None else tf.rank(x)
@@ -61,6 +72,10 @@ def agc(
     mean = tf.reduce_mean(x, axis=_spatial_axes(rank, channels_last))
     u = x - along_map(mean_scale, [1]) * along_map(mean, batch)
     z = along_map(gain, [1]) * u
+    if bias is not None:
+        z += along_map(bias, [1])
+    if shortcut is not None:
+        z += tf.cast(shortcut, compute_dtype)
     y = tf.cast(_activate(z, activation, alpha), dtype)
     y.set_shape(x.shape)  # broadcasting a size of 0 loses what is known
     return y, mean
@@ -114,6 +129,16 @@ def _require_length(name: str, parameter: tf.Tensor, x: tf.Tensor, data_format: 
     shape, expected = tf.shape(parameter), tf.shape(x)[channel_axis]
     fits = tf.logical_and(tf.equal(tf.rank(parameter), 1), tf.reduce_all(tf.equal(shape, expected)))
     return _require(fits, [f"{name} must have shape [C] =", [expected], "got", shape], parameter)
+
+
+def _require_shape(name: str, maps: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """`maps` have the shape of x: broadcasting them would be a silent wrong answer."""
+    if x.shape.is_fully_defined() and maps.shape == x.shape:
+        return maps  # known: nothing to check when it runs
+    message = [f"{name} must have the shape of x", tf.shape(x), "got", tf.shape(maps)]
+    # First of all the rank: sizes of another number do not compare.
+    maps = _require(tf.equal(tf.rank(maps), tf.rank(x)), message, maps)
+    return _require(tf.reduce_all(tf.equal(tf.shape(maps), tf.shape(x))), message, maps)
 
 
 def _require_positions(x: tf.Tensor, data_format: str) -> tf.Tensor:

@@ -21,7 +21,7 @@ from tf_agc import reference
 
 OP, GRADIENT_OP = "TfAgc>Agc", "TfAgc>AgcGrad"
 _DATA_FORMATS = {b"N...C": "channels_last", b"NC...": "channels_first"}
-_ATTRIBUTES = ("T", "U", "activation", "alpha", "data_format")
+_ATTRIBUTES = ("T", "U", "num_bias", "num_shortcut", "activation", "alpha", "data_format")
 _CALLBACKS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
 
 
@@ -121,18 +121,25 @@ def _replace(node: Any, calls: dict[bytes, tuple[Any, Any]]) -> bool:
 
 def _call_of_definition(attributes: Any) -> tuple[Any, Any]:
     """A node that calls the definition of an op TfAgc>Agc with these attributes, and the functions that it needs."""
-    dtypes = [tf.as_dtype(attributes[name].type) for name in ("T", "U", "U")]
-    x_shape = None
-    if "_output_shapes" in attributes:  # the first is that of y, and so of x
-        x_shape = tf.TensorShape(attributes["_output_shapes"].list.shape[0])
+    maps_shape = None
+    if "_output_shapes" in attributes:  # the first is that of y, and so of x and the shortcut
+        maps_shape = tf.TensorShape(attributes["_output_shapes"].list.shape[0])
+    maps = tf.TensorSpec(maps_shape, attributes["T"].type)
+    parameter = tf.TensorSpec([None], attributes["U"].type)
+    # In the order of the op's inputs, of which the last two may be absent.
+    inputs = {"x": maps, "gain": parameter, "mean_scale": parameter}
+    inputs |= {"bias": parameter} if attributes["num_bias"].i else {}
+    inputs |= {"shortcut": maps} if attributes["num_shortcut"].i else {}
     activation, alpha = attributes["activation"].s.decode(), attributes["alpha"].f
     data_format = _DATA_FORMATS[attributes["data_format"].s]
 
-    def agc(x: tf.Tensor, gain: tf.Tensor, mean_scale: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return reference.agc(x, gain, mean_scale, activation, alpha, data_format)
+    def agc(*tensors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        named = dict(zip(inputs, tensors, strict=True))
+        return reference.agc(**named, activation=activation, alpha=alpha, data_format=data_format)
 
     with tf.Graph().as_default() as graph:
-        tf.function(agc, autograph=False)(*map(tf.compat.v1.placeholder, dtypes, [x_shape, [None], [None]]))
+        placeholders = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in inputs.values()]
+        tf.function(agc, autograph=False)(*placeholders)
     graph_def = graph.as_graph_def()
     (call,) = (node for node in graph_def.node if node.op in ("PartitionedCall", "StatefulPartitionedCall"))
     return call, graph_def.library.function

@@ -6,8 +6,9 @@
 //
 // Forward(z) is act(z). From what was kept, k, and the gradient of the output, d:
 // Slope(k) is act'(z), and dz = d * Slope(k) as in stock TensorFlow, where an infinite d at a dead place gives NaN:
-// loss scaling must see it. GainTerm(k, d, dz, offset) is what sums up to dgain (kLinear) or to gain * dgain (all
-// others: they know z = gain * u, not u).
+// loss scaling must see it. GainTerm<kShortcut>(k, d, dz, offset, s) is what sums up to dgain (Linear: dz * u), or, for
+// all others, which know z = gain * u + bias + s and not u, to gain * dgain and bias times the sum of dz: dz * (z - s).
+// Where the slope is 0, so is the term, and s does not count, be it infinite. Without a shortcut s is not looked at.
 
 #ifndef TF_AGC_DEVICE
 #define TF_AGC_DEVICE  // CUDA needs a word before each function.
@@ -20,7 +21,10 @@ struct Linear {
   TF_AGC_DEVICE explicit Linear(double) {}
   TF_AGC_DEVICE V Forward(V z) const { return z; }
   TF_AGC_DEVICE V Slope(V) const { return Broadcast<V>(S(1)); }
-  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V offset) const { return dz * (k - offset); }
+  template <bool kShortcut>
+  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V offset, V) const {
+    return dz * (k - offset);
+  }
 };
 
 template <class V, class S>
@@ -30,7 +34,11 @@ struct Relu {
   TF_AGC_DEVICE explicit Relu(double) {}
   TF_AGC_DEVICE V Forward(V z) const { return MaxZero(z); }
   TF_AGC_DEVICE V Slope(V k) const { return k > S(0) ? Broadcast<V>(S(1)) : V{}; }
-  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V) const { return dz * k; }
+  template <bool kShortcut>
+  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V, V s) const {
+    if constexpr (kShortcut) k -= k > S(0) ? s : V{};
+    return dz * k;
+  }
 };
 
 template <class V, class S>
@@ -47,7 +55,14 @@ struct Relu6 {
     const V rising = k > S(0) ? Broadcast<V>(S(1)) : V{};
     return k < S(6) ? rising : V{};
   }
-  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V) const { return dz * k; }
+  template <bool kShortcut>
+  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V, V s) const {
+    if constexpr (kShortcut) {
+      const V below_six = k < S(6) ? s : V{};
+      k -= k > S(0) ? below_six : V{};
+    }
+    return dz * k;
+  }
 };
 
 template <class V, class S>
@@ -59,7 +74,11 @@ struct LeakyRelu {
   TF_AGC_DEVICE V Forward(V z) const { return z > S(0) ? z : z * alpha; }
   TF_AGC_DEVICE V Slope(V k) const { return k > S(0) ? Broadcast<V>(S(1)) : Broadcast<V>(alpha); }
   // Below 0, dz * z = (d * alpha) * (k / alpha).
-  TF_AGC_DEVICE V GainTerm(V k, V d, V, V) const { return d * k; }
+  template <bool kShortcut>
+  TF_AGC_DEVICE V GainTerm(V k, V d, V dz, V, V s) const {
+    if constexpr (kShortcut) return d * k - dz * s;
+    return d * k;
+  }
 };
 
 template <class V, class S>
@@ -78,10 +97,13 @@ struct Elu {
     slope = slope < S(0) ? V{} : slope;
     return k > S(0) ? Broadcast<V>(S(1)) : slope;
   }
-  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V) const {
+  template <bool kShortcut>
+  TF_AGC_DEVICE V GainTerm(V k, V, V dz, V, V s) const {
     const V negative = k > S(0) ? V{} : k / alpha;
     // Where k = -alpha, z is lost, and dz = 0 anyway.
-    const V z = negative <= S(-1) ? V{} : Log1p(negative);
-    return dz * (k > S(0) ? k : z);
+    V z = negative <= S(-1) ? V{} : Log1p(negative);
+    z = k > S(0) ? k : z;
+    if constexpr (kShortcut) z -= negative <= S(-1) ? V{} : s;
+    return dz * z;
   }
 };

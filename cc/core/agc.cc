@@ -133,14 +133,14 @@ class ChunkSums {
     return core::Allocate(samples_ * blocks_.count * plan_.chunks * blocks_.Widest() * sums_per_channel_, &sums_);
   }
 
-  // Calls sum(sample, begin, end, chunk, sums of the chunk) for every chunk, adds the chunks of each map in their
-  // order, and calls apply(sample, begin, end, chunk, sums of the map) for every chunk. `cycles`: of one such call.
+  // Calls sum(part, sums of the chunk) for every chunk, adds the chunks of each map in their order, and calls
+  // apply(part, sums of the map) for every chunk. `cycles`: of one such call.
   template <class Sum, class Apply>
   void Run(const Parallel& parallel, int64_t cycles, const Sum& sum, const Apply& apply) {
     const int64_t maps = samples_ * blocks_.count;
     auto sum_chunk = [&](int64_t task) {
-      const int64_t map = task / plan_.chunks, chunk = task % plan_.chunks, block = map % blocks_.count;
-      sum(map / blocks_.count, blocks_.Begin(block), blocks_.End(block), chunk, OfMap(map) + chunk * Count(block));
+      const int64_t map = task / plan_.chunks, chunk = task % plan_.chunks;
+      sum(PartOf(map, chunk), OfMap(map) + chunk * Count(map % blocks_.count));
     };
     auto add_up = [&](int64_t map) {
       const int64_t count = Count(map % blocks_.count);
@@ -150,8 +150,8 @@ class ChunkSums {
       }
     };
     auto apply_chunk = [&](int64_t task) {
-      const int64_t map = task / plan_.chunks, chunk = task % plan_.chunks, block = map % blocks_.count;
-      apply(map / blocks_.count, blocks_.Begin(block), blocks_.End(block), chunk, OfMap(map));
+      const int64_t map = task / plan_.chunks, chunk = task % plan_.chunks;
+      apply(PartOf(map, chunk), OfMap(map));
     };
     const Phase phases[] = {MakePhase(maps * plan_.chunks, cycles, sum_chunk), MakePhase(maps, 0, add_up),
                             MakePhase(maps * plan_.chunks, cycles, apply_chunk)};
@@ -160,6 +160,11 @@ class ChunkSums {
   }
 
  private:
+  Part PartOf(int64_t map, int64_t chunk) const {
+    const int64_t block = map % blocks_.count;
+    return {map / blocks_.count, blocks_.Begin(block), blocks_.End(block), chunk};
+  }
+
   // How many a chunk has, and where those of a block of a sample begin: the first chunk's, later the map's.
   int64_t Count(int64_t block) const { return (blocks_.End(block) - blocks_.Begin(block)) * sums_per_channel_; }
   double* OfMap(int64_t map) { return sums_.data() + map * plan_.chunks * blocks_.Widest() * sums_per_channel_; }
@@ -173,36 +178,52 @@ class ChunkSums {
 
 // Turns the sums over samples into the gradients of the parameters.
 template <class U>
-void FinishParameterGradients(const BackwardArgs& args, Activation activation, const double* dgain_sum,
-                              const double* dmean_scale_sum) {
+void FinishParameterGradients(const BackwardArgs& args, Activation activation, const ParameterSums& sums) {
   const U* gain = static_cast<const U*>(args.gain);
   U* dgain = static_cast<U*>(args.dgain);
   U* dmean_scale = static_cast<U*>(args.dmean_scale);
+  U* dbias = static_cast<U*>(args.dbias);
   for (int64_t c = 0; c < args.shape.channels; ++c) {
     const double g = static_cast<double>(gain[c]);
     if (activation == Activation::kLinear) {
-      dgain[c] = static_cast<U>(dgain_sum[c]);
+      dgain[c] = static_cast<U>(sums.gain[c]);
     } else {
       // The sum is gain * dgain. At gain 0 what it came from is lost: 0, or NaN where something was not finite.
-      dgain[c] = static_cast<U>(g == 0 ? dgain_sum[c] * 0 : dgain_sum[c] / g);
+      dgain[c] = static_cast<U>(g == 0 ? sums.gain[c] * 0 : sums.gain[c] / g);
     }
-    dmean_scale[c] = static_cast<U>(-g * dmean_scale_sum[c]);
+    dmean_scale[c] = static_cast<U>(-g * sums.mean_scale[c]);
+    if (dbias != nullptr) dbias[c] = static_cast<U>(sums.bias[c]);
   }
 }
 
-const Loops& FindLoops(InstructionSet level, DataType data_type, Activation activation) {
+// What the arguments of either pass have besides those that are always there.
+template <class Args>
+Addends AddendsOf(const Args& args) {
+  if (args.shortcut != nullptr) return Addends::kShortcut;
+  return args.bias != nullptr ? Addends::kBias : Addends::kNone;
+}
+
+// Whether a new tensor should be written past the caches. In place, the lines to write are in them already. It should
+// be left there for its reader where it and the other `tensors` of the pass fit half of the last one: past the caches,
+// bfloat16 at [128,14,14,256] takes 0.6 times as long, and a reader behind it no longer.
+bool Stream(const Shape& shape, int64_t tensors, int64_t element_bytes) {
+  const int64_t last_cache = std::max(L3CacheBytes(), L2CacheBytes());
+  return tensors * shape.batch * shape.positions * shape.channels * element_bytes > last_cache / 2;
+}
+
+const Loops& FindLoops(InstructionSet level, DataType data_type, Activation activation, Addends addends) {
 #if defined(__x86_64__)
   switch (level) {
     case InstructionSet::kX86_64_V4:
-      return v4::FindLoops(data_type, activation);
+      return v4::FindLoops(data_type, activation, addends);
     case InstructionSet::kX86_64_V3:
-      return v3::FindLoops(data_type, activation);
+      return v3::FindLoops(data_type, activation, addends);
     default:
-      return v2::FindLoops(data_type, activation);
+      return v2::FindLoops(data_type, activation, addends);
   }
 #else
   (void)level;
-  return baseline::FindLoops(data_type, activation);
+  return baseline::FindLoops(data_type, activation, addends);
 #endif
 }
 
@@ -220,22 +241,19 @@ Parallel Serial() {
 bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet level) {
   const Shape& shape = args.shape;
   if (shape.batch == 0 || shape.channels == 0) return true;
-  const Loops& loops = FindLoops(level, args.data_type, Effective(args.activation, args.alpha));
+  const Loops& loops = FindLoops(level, args.data_type, Effective(args.activation, args.alpha), AddendsOf(args));
   const int64_t bytes = ElementBytes(args.data_type);
+  const int64_t tensors = args.shortcut == nullptr ? 2 : 3;
   Plan plan = MakePlan(shape);
-  // In place, the lines to write are in the cache already. A new tensor should be left there for its reader where it
-  // and x fit half of it: past the caches, bfloat16 at [128,14,14,256] takes 0.6 times as long, and a reader behind it
-  // no longer.
-  const int64_t last_cache = std::max(L3CacheBytes(), L2CacheBytes());
-  plan.stream = args.y != args.x && 2 * shape.batch * shape.positions * shape.channels * bytes > last_cache / 2;
+  plan.stream = args.y != args.x && args.y != args.shortcut && Stream(shape, tensors, bytes);
   const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, 1, parallel.threads));
   const int64_t whole_maps = shape.batch * blocks.count;
   if (whole_maps >= parallel.threads || plan.chunks == 1) {
     auto forward = [&](int64_t task) {
       const int64_t block = task % blocks.count;
-      loops.forward(args, plan, task / blocks.count, blocks.Begin(block), blocks.End(block));
+      loops.forward(args, plan, {task / blocks.count, blocks.Begin(block), blocks.End(block), 0});
     };
-    const Phase phase = MakePhase(whole_maps, Cycles(shape.positions * blocks.Widest(), 2, bytes), forward);
+    const Phase phase = MakePhase(whole_maps, Cycles(shape.positions * blocks.Widest(), tensors, bytes), forward);
     parallel.run(parallel.pool, &phase, 1);
     return true;
   }
@@ -244,12 +262,8 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   if (!sums.Allocate()) return false;
   sums.Run(
       parallel, Cycles(CeilDiv(shape.positions, plan.chunks) * blocks.Widest(), 1, bytes),
-      [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* of_chunk) {
-        loops.forward_sum(args, plan, sample, begin, end, chunk, of_chunk);
-      },
-      [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, const double* of_map) {
-        loops.forward_apply(args, plan, sample, begin, end, chunk, of_map);
-      });
+      [&](const Part& part, double* of_chunk) { loops.forward_sum(args, plan, part, of_chunk); },
+      [&](const Part& part, const double* of_map) { loops.forward_apply(args, plan, part, of_map); });
   return true;
 }
 
@@ -258,28 +272,35 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
   const Shape& shape = args.shape;
   const Activation activation = Effective(args.activation, args.alpha);
   const int64_t bytes = ElementBytes(args.data_type);
-  // Partial sums of dgain, and behind them those of dmean_scale: one pair of rows for each group of samples.
+  // Partial sums for dgain, behind them those for dmean_scale and, with a bias, for dbias: so many rows for each group
+  // of samples.
+  const int64_t rows = args.dbias == nullptr ? 2 : 3;
   const int64_t group_samples = std::max<int64_t>(CeilDiv(shape.batch, kMaxGroups), 1);
   const int64_t groups = CeilDiv(shape.batch, group_samples);
   std::vector<double> partial;
-  if (!Allocate(std::max<int64_t>(groups, 1) * 2 * shape.channels, &partial)) return false;
-  auto dgain_sum = [&](int64_t group) { return partial.data() + group * 2 * shape.channels; };
-  auto dmean_scale_sum = [&](int64_t group) { return dgain_sum(group) + shape.channels; };
+  if (!Allocate(std::max<int64_t>(groups, 1) * rows * shape.channels, &partial)) return false;
+  auto sums_of = [&](int64_t group) -> ParameterSums {
+    double* first = partial.data() + group * rows * shape.channels;
+    return {first, first + shape.channels, rows == 2 ? nullptr : first + 2 * shape.channels};
+  };
 
   if (shape.batch > 0 && shape.channels > 0) {
-    const Loops& loops = FindLoops(level, args.data_type, activation);
-    const Plan plan = MakePlan(shape);
-    const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, 2, parallel.threads));
+    const Loops& loops = FindLoops(level, args.data_type, activation, AddendsOf(args));
+    const int64_t inputs = args.shortcut == nullptr ? 2 : 3, outputs = inputs - 1;
+    Plan plan = MakePlan(shape);
+    // Without a shortcut dx lies where dy or the kept tensor was, as a rule. With one, dshortcut lies there.
+    plan.stream = args.shortcut != nullptr && args.dx != args.shortcut && args.dx != args.kept &&
+                  Stream(shape, inputs + outputs, bytes);
+    const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, inputs, parallel.threads));
     const int64_t whole_maps = groups * blocks.count;
     // Threads share maps only where each sample is a group of its own: the samples of one are added one by one.
     if (whole_maps >= parallel.threads || plan.chunks == 1 || group_samples > 1) {
-      const int64_t cycles = Cycles(group_samples * shape.positions * blocks.Widest(), 3, bytes);
+      const int64_t cycles = Cycles(group_samples * shape.positions * blocks.Widest(), inputs + outputs, bytes);
       auto backward = [&](int64_t task) {
         const int64_t block = task % blocks.count, group = task / blocks.count;
         const int64_t last = std::min((group + 1) * group_samples, shape.batch);
         for (int64_t sample = group * group_samples; sample < last; ++sample) {
-          loops.backward(args, plan, sample, blocks.Begin(block), blocks.End(block), dgain_sum(group),
-                         dmean_scale_sum(group));
+          loops.backward(args, plan, {sample, blocks.Begin(block), blocks.End(block), 0}, sums_of(group));
         }
       };
       const Phase phase = MakePhase(whole_maps, cycles, backward);
@@ -288,25 +309,22 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
       ChunkSums sums(plan, blocks, shape.batch, kBackwardSums);
       if (!sums.Allocate()) return false;
       sums.Run(
-          parallel, Cycles(CeilDiv(shape.positions, plan.chunks) * blocks.Widest(), 2, bytes),
-          [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, double* of_chunk) {
-            loops.backward_sum(args, plan, sample, begin, end, chunk, of_chunk);
-          },
-          [&](int64_t sample, int64_t begin, int64_t end, int64_t chunk, const double* of_map) {
-            loops.backward_apply(args, plan, sample, begin, end, chunk, of_map, dgain_sum(sample),
-                                 dmean_scale_sum(sample));
+          parallel, Cycles(CeilDiv(shape.positions, plan.chunks) * blocks.Widest(), inputs, bytes),
+          [&](const Part& part, double* of_chunk) { loops.backward_sum(args, plan, part, of_chunk); },
+          [&](const Part& part, const double* of_map) {
+            loops.backward_apply(args, plan, part, of_map, sums_of(part.sample));
           });
     }
-    double* first = dgain_sum(0);
+    double* first = partial.data();
     for (int64_t group = 1; group < groups; ++group) {
-      const double* next = dgain_sum(group);
-      for (int64_t i = 0; i < 2 * shape.channels; ++i) first[i] += next[i];
+      const double* next = first + group * rows * shape.channels;
+      for (int64_t i = 0; i < rows * shape.channels; ++i) first[i] += next[i];
     }
   }
   if (args.data_type == DataType::kDouble) {
-    FinishParameterGradients<double>(args, activation, dgain_sum(0), dmean_scale_sum(0));
+    FinishParameterGradients<double>(args, activation, sums_of(0));
   } else {
-    FinishParameterGradients<float>(args, activation, dgain_sum(0), dmean_scale_sum(0));
+    FinishParameterGradients<float>(args, activation, sums_of(0));
   }
   return true;
 }

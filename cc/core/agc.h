@@ -6,8 +6,10 @@
 // For sample n, channel c and positions p = 1..P (arXiv 1706.03907; tf_agc/reference.py is the definition):
 //
 //   mean[n,c] = mean_p x[n,p,c]
-//   z[n,p,c]  = gain[c] * (x[n,p,c] - mean_scale[c] * mean[n,c])
+//   z[n,p,c]  = gain[c] * (x[n,p,c] - mean_scale[c] * mean[n,c]) + bias[c] + shortcut[n,p,c]
 //   y[n,p,c]  = act(z[n,p,c])
+//
+// bias and shortcut may be absent, which is another call and not a call with zeros.
 
 #ifndef TF_AGC_CC_CORE_AGC_H_
 #define TF_AGC_CC_CORE_AGC_H_
@@ -47,8 +49,11 @@ struct ForwardArgs {
   const void* x;           // T, shaped as `shape` says.
   const void* gain;        // U[channels].
   const void* mean_scale;  // U[channels].
-  void* y;                 // T, as x. May be x itself; must not overlap it otherwise.
+  void* y;                 // T, as x. May be x or shortcut itself; must not overlap them otherwise.
   void* mean;              // U[batch, channels].
+  // Null where they are absent.
+  const void* bias = nullptr;      // U[channels].
+  const void* shortcut = nullptr;  // T, as x.
 };
 
 struct BackwardArgs {
@@ -62,9 +67,15 @@ struct BackwardArgs {
   const void* mean;        // U[batch, channels], from Forward.
   const void* gain;        // U[channels].
   const void* mean_scale;  // U[channels].
-  void* dx;                // T. May be dy or kept itself; must not overlap them otherwise.
+  void* dx;                // T. May be dy, kept or shortcut itself; must not overlap them otherwise.
   void* dgain;             // U[channels].
   void* dmean_scale;       // U[channels].
+  // Null where they are absent: as in the forward call, but that kLinear has no shortcut here. It keeps x, which tells
+  // u without it, and dshortcut would be dy.
+  const void* bias = nullptr;      // U[channels].
+  const void* shortcut = nullptr;  // T, as kept.
+  void* dbias = nullptr;           // U[channels]; with bias.
+  void* dshortcut = nullptr;       // T; with shortcut. As dx, and must not overlap dx.
 };
 
 // Runs everything on the calling thread.

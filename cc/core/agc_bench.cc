@@ -28,9 +28,9 @@ struct Size {
   int64_t batch, positions, channels;
 };
 
-constexpr Size kSizes[] = {{32, 32 * 32, 64},   {32, 56 * 56, 64},  {16, 112 * 112, 64},
-                           {128, 14 * 14, 256}, {32, 7 * 7, 2048},  {128, 32 * 32, 16},
-                           {1, 56 * 56, 64},    {1, 224 * 224, 32}, {8, 28 * 28, 513}};
+constexpr Size kSizes[] = {{32, 32 * 32, 64},  {32, 56 * 56, 64}, {16, 112 * 112, 64}, {128, 14 * 14, 256},
+                           {64, 28 * 28, 128}, {32, 7 * 7, 2048}, {128, 32 * 32, 16},  {1, 56 * 56, 64},
+                           {1, 224 * 224, 32}, {8, 28 * 28, 513}};
 
 // A pool as small as one can be, whose threads never sleep. For one caller at a time.
 class Threads {
@@ -104,24 +104,28 @@ int64_t Elements(const Size& s) { return s.batch * s.positions * s.channels; }
 
 int64_t ElementBytes(DataType type) { return type == DataType::kFloat ? 4 : 2; }
 
-// One call of Forward or Backward on memory of its own.
+// One call of Forward or Backward on memory of its own; of a junction with bias and shortcut, whose dshortcut lies over
+// dy and dx over what was kept.
 class Call {
  public:
   enum Kind { kForwardInPlace, kForwardFresh, kBackwardInPlace };
 
-  Call(Kind kind, Size size, Layout layout, DataType type)
+  Call(Kind kind, bool junction, Size size, Layout layout, DataType type)
       : kind_(kind),
+        junction_(junction),
         size_(size),
         layout_(layout),
         type_(type),
         x_(Elements(size) * ElementBytes(type)),
         y_(Elements(size) * ElementBytes(type)),
+        shortcut_(junction ? Elements(size) * ElementBytes(type) : 0),
         per_map_(size.batch * size.channels * 4),
-        per_channel_(4 * size.channels * 4) {
+        per_channel_(6 * size.channels * 4) {
     // Denormals and NaN would be other work; zeros of 16 bits are not.
     if (type == DataType::kFloat) {
       x_.FillFloats(Elements(size));
       y_.FillFloats(Elements(size));
+      if (junction) shortcut_.FillFloats(Elements(size));
     }
   }
 
@@ -131,26 +135,36 @@ class Call {
     char* mean_scale = gain + 4 * size_.channels;
     char* dgain = mean_scale + 4 * size_.channels;
     char* dmean_scale = dgain + 4 * size_.channels;
+    char* bias = junction_ ? dmean_scale + 4 * size_.channels : nullptr;
+    char* dbias = junction_ ? bias + 4 * size_.channels : nullptr;
+    char* shortcut = junction_ ? shortcut_.data() : nullptr;
     char* mean = per_map_.data();
     if (kind_ == kBackwardInPlace) {
-      Backward({shape, type_, Activation::kRelu, 0, x_.data(), mean, y_.data(), mean, gain, mean_scale, x_.data(),
-                dgain, dmean_scale},
+      char *dy = x_.data(), *kept = y_.data();
+      char* dx = junction_ ? kept : dy;
+      char* dshortcut = junction_ ? dy : nullptr;
+      Backward({shape, type_, Activation::kRelu, 0, dy, mean, kept, mean, gain, mean_scale, dx, dgain, dmean_scale,
+                bias, shortcut, dbias, dshortcut},
                parallel);
     } else {
       char* y = kind_ == kForwardInPlace ? x_.data() : y_.data();
-      Forward({shape, type_, Activation::kRelu, 0, x_.data(), gain, mean_scale, y, mean}, parallel);
+      Forward({shape, type_, Activation::kRelu, 0, x_.data(), gain, mean_scale, y, mean, bias, shortcut}, parallel);
     }
   }
 
   // Bytes that have to move between memory and the core.
-  int64_t Traffic() const { return (kind_ == kBackwardInPlace ? 3 : 2) * Elements(size_) * ElementBytes(type_); }
+  int64_t Traffic() const {
+    const int passes = kind_ == kBackwardInPlace ? (junction_ ? 5 : 3) : (junction_ ? 3 : 2);
+    return passes * Elements(size_) * ElementBytes(type_);
+  }
 
  private:
   const Kind kind_;
+  const bool junction_;
   const Size size_;
   const Layout layout_;
   const DataType type_;
-  Buffer x_, y_, per_map_, per_channel_;
+  Buffer x_, y_, shortcut_, per_map_, per_channel_;
 };
 
 void BenchCopy(benchmark::State& state, Size size, DataType type) {
@@ -179,16 +193,21 @@ std::string Name(const char* what, const Size& s, const char* layout, DataType t
          std::to_string(s.positions) + "x" + std::to_string(s.channels);
 }
 
-// Calls visit(name, kind, size, layout, type) for every benchmark of the op.
+// Calls visit(name, arguments of Call's constructor) for every benchmark of the op.
 template <class Visit>
 void ForEachCall(Visit visit) {
   for (DataType type : {DataType::kFloat, DataType::kBfloat16, DataType::kHalf}) {
     for (const Size& size : kSizes) {
       for (Layout layout : {Layout::kChannelsLast, Layout::kChannelsFirst}) {
         const char* layout_name = layout == Layout::kChannelsLast ? "channels_last" : "channels_first";
-        visit(Name("forward_in_place", size, layout_name, type), Call::kForwardInPlace, size, layout, type);
-        visit(Name("forward_fresh", size, layout_name, type), Call::kForwardFresh, size, layout, type);
-        visit(Name("backward_in_place", size, layout_name, type), Call::kBackwardInPlace, size, layout, type);
+        for (bool junction : {false, true}) {
+          const auto name = [&](const char* what) {
+            return (junction ? "junction_" : "") + Name(what, size, layout_name, type);
+          };
+          visit(name("forward_in_place"), Call::kForwardInPlace, junction, size, layout, type);
+          visit(name("forward_fresh"), Call::kForwardFresh, junction, size, layout, type);
+          visit(name("backward_in_place"), Call::kBackwardInPlace, junction, size, layout, type);
+        }
       }
     }
   }
@@ -196,10 +215,10 @@ void ForEachCall(Visit visit) {
 
 int RunOnce(const std::string& wanted) {
   bool found = false;
-  ForEachCall([&](const std::string& name, Call::Kind kind, const Size& size, Layout layout, DataType type) {
+  ForEachCall([&](const std::string& name, auto... arguments) {
     if (name != wanted) return;
     found = true;
-    Call(kind, size, layout, type).Run(Serial());
+    Call(arguments...).Run(Serial());
   });
   if (!found) std::fprintf(stderr, "there is no benchmark named %s\n", wanted.c_str());
   return found ? 0 : 1;
@@ -207,9 +226,9 @@ int RunOnce(const std::string& wanted) {
 
 void RegisterAll() {
   auto finish = [](benchmark::internal::Benchmark* b) { b->UseRealTime()->Unit(benchmark::kMicrosecond); };
-  ForEachCall([&](const std::string& name, Call::Kind kind, const Size& size, Layout layout, DataType type) {
+  ForEachCall([&](const std::string& name, auto... arguments) {
     finish(benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) {
-      Call call(kind, size, layout, type);
+      Call call(arguments...);
       for (auto _ : state) call.Run(Pool().parallel());
       state.SetBytesProcessed(state.iterations() * call.Traffic());
     }));

@@ -28,39 +28,46 @@ namespace {
 struct CpuTensors : Tensors {
   using Tensors::Tensors;
 
-  void RunForward(const Case& c, bool in_place, const Parallel& parallel, InstructionSet level) {
-    Forward(PrepareForward(c, in_place), parallel, level);
+  void RunForward(const Case& c, int over, const Parallel& parallel, InstructionSet level) {
+    Forward(PrepareForward(c, over), parallel, level);
   }
   void RunBackward(const Case& c, int over, const Parallel& parallel, InstructionSet level) {
     Backward(PrepareBackward(c, over), parallel, level);
   }
 };
 
-class EverySize : public testing::TestWithParam<std::tuple<int, int, int>> {};
+// A size, and whether there are a bias and a shortcut.
+class EverySize : public testing::TestWithParam<std::tuple<std::tuple<int, int, int>, std::pair<bool, bool>>> {};
 
 TEST_P(EverySize, EqualsPlainLoops) {
-  const auto [batch, positions, channels] = GetParam();
+  const auto [size, addends] = GetParam();
+  const auto [batch, positions, channels] = size;
+  const auto [bias, shortcut] = addends;
   for (InstructionSet level : Levels()) {
     for (Layout layout : kLayouts) {
       for (DataType type : kTypes) {
         for (Activation activation : kActivations) {
-          const Case c{{batch, positions, channels, layout}, type, activation, AlphaOf(activation)};
+          const Case c{{batch, positions, channels, layout}, type, activation, AlphaOf(activation), bias, shortcut};
           CpuTensors t(c);
-          t.RunForward(c, /*in_place=*/false, Serial(), level);
+          t.RunForward(c, /*over=*/0, Serial(), level);
           CheckForward(c, t);
           t.RunBackward(c, /*over=*/0, Serial(), level);
           CheckBackward(c, t);
           if (HasFatalFailure()) return;
 
           CpuTensors in_place(c);
-          in_place.RunForward(c, /*in_place=*/true, Backwards(8), level);
-          ASSERT_TRUE(in_place.y == t.y && in_place.mean == t.mean) << c.Name();
-          for (int over : {1, 2}) {
+          for (int over = 1; over <= (shortcut ? 2 : 1); ++over) {
+            in_place.RunForward(c, over, Backwards(8), level);
+            ASSERT_TRUE(in_place.y == t.y && in_place.mean == t.mean) << c.Name() << " over " << over;
+          }
+          for (int over = 1; over <= (c.BackwardShortcut() ? 4 : 2); ++over) {
             in_place.RunBackward(c, over, Backwards(8), level);
             ASSERT_TRUE(in_place.dx == t.dx) << c.Name() << " over " << over;
             ASSERT_TRUE(in_place.dgain == t.dgain && in_place.dmean_scale == t.dmean_scale) << c.Name();
+            ASSERT_TRUE(in_place.dbias == t.dbias && in_place.dshortcut == t.dshortcut) << c.Name();
           }
-          for (const Array* a : {&t.y, &t.mean, &t.dx, &t.dgain, &t.dmean_scale, &in_place.y, &in_place.dx}) {
+          for (const Array* a : {&t.y, &t.mean, &t.dx, &t.dgain, &t.dmean_scale, &t.dbias, &t.dshortcut, &in_place.y,
+                                 &in_place.dx, &in_place.dshortcut}) {
             ASSERT_TRUE(a->BordersIntact()) << c.Name();
           }
         }
@@ -69,20 +76,27 @@ TEST_P(EverySize, EqualsPlainLoops) {
   }
 }
 
+constexpr std::pair<bool, bool> kNeither{false, false}, kBias{true, false}, kShortcut{false, true}, kBoth{true, true};
+
 // Below and above a vector, a fold, a tree of rows, a block of rows, a task's channels; primes.
-INSTANTIATE_TEST_SUITE_P(Sizes, EverySize,
-                         testing::Values(std::make_tuple(2, 1, 1), std::make_tuple(3, 7, 1), std::make_tuple(1, 300, 2),
-                                         std::make_tuple(2, 49, 3), std::make_tuple(2, 5, 15),
-                                         std::make_tuple(1, 131, 16), std::make_tuple(3, 9, 17),
-                                         std::make_tuple(2, 67, 33), std::make_tuple(2, 8, 48),
-                                         std::make_tuple(1, 25, 64), std::make_tuple(2, 13, 101),
-                                         std::make_tuple(1, 4, 513), std::make_tuple(1, 3, 1033),
-                                         std::make_tuple(1, 3, 2047), std::make_tuple(2, 3, 3071)));
+INSTANTIATE_TEST_SUITE_P(
+    Sizes, EverySize,
+    testing::Combine(testing::Values(std::make_tuple(2, 1, 1), std::make_tuple(3, 7, 1), std::make_tuple(1, 300, 2),
+                                     std::make_tuple(2, 49, 3), std::make_tuple(2, 5, 15), std::make_tuple(1, 131, 16),
+                                     std::make_tuple(3, 9, 17), std::make_tuple(2, 67, 33), std::make_tuple(2, 8, 48),
+                                     std::make_tuple(1, 25, 64), std::make_tuple(2, 13, 101),
+                                     std::make_tuple(1, 4, 513), std::make_tuple(1, 3, 1033),
+                                     std::make_tuple(1, 3, 2047), std::make_tuple(2, 3, 3071)),
+                     testing::Values(kNeither, kBoth)));
+INSTANTIATE_TEST_SUITE_P(OneAddend, EverySize,
+                         testing::Combine(testing::Values(std::make_tuple(3, 9, 17), std::make_tuple(1, 300, 2)),
+                                          testing::Values(kBias, kShortcut)));
 
 // Maps of several chunks, shared by threads and not: also where whole maps are walked one chunk after the other.
 INSTANTIATE_TEST_SUITE_P(Chunks, EverySize,
-                         testing::Values(std::make_tuple(1, 70001, 1), std::make_tuple(1, 2113, 37),
-                                         std::make_tuple(1, 40, 3071)));
+                         testing::Combine(testing::Values(std::make_tuple(1, 70001, 1), std::make_tuple(1, 2113, 37),
+                                                          std::make_tuple(1, 40, 3071)),
+                                          testing::Values(kNeither, kBoth)));
 
 // A y that is too large for the caches is written past them, in place it never is.
 TEST(Forward, LargeNewOutputsAreThoseInPlace) {
@@ -119,13 +133,17 @@ TEST(Forward, LargeNewOutputsAreThoseInPlace) {
 
 TEST(Forward, SampleDoesNotDependOnItsNeighbours) {
   for (Layout layout : kLayouts) {
-    const Case many{{5, 2113, 37, layout}, DataType::kFloat, Activation::kRelu, 0};
+    const Case many{{5, 2113, 37, layout}, DataType::kFloat, Activation::kRelu, 0, /*bias=*/true, /*shortcut=*/true};
     Case one = many;
     one.shape.batch = 1;
     CpuTensors all(many), single(one);
-    for (size_t i = 0; i < single.x.size(); ++i) single.x.Set(i, all.x.Get(i + 3 * single.x.size()));
+    for (size_t i = 0; i < single.x.size(); ++i) {
+      single.x.Set(i, all.x.Get(i + 3 * single.x.size()));
+      single.shortcut.Set(i, all.shortcut.Get(i + 3 * single.x.size()));
+    }
     single.gain = all.gain;
     single.mean_scale = all.mean_scale;
+    single.bias = all.bias;
     all.RunForward(many, false, Serial(), BestInstructionSet());
     single.RunForward(one, false, Backwards(8), BestInstructionSet());
     for (size_t i = 0; i < single.y.size(); ++i) ASSERT_EQ(single.y.Get(i), all.y.Get(i + 3 * single.y.size()));
@@ -134,7 +152,7 @@ TEST(Forward, SampleDoesNotDependOnItsNeighbours) {
 
 TEST(Backward, GroupsOfSamplesAddUp) {
   for (Layout layout : kLayouts) {
-    const Case c{{201, 6, 5, layout}, DataType::kFloat, Activation::kRelu, 0};
+    const Case c{{201, 6, 5, layout}, DataType::kFloat, Activation::kRelu, 0, /*bias=*/true, /*shortcut=*/true};
     CpuTensors t(c);
     t.RunForward(c, false, Serial(), BestInstructionSet());
     t.RunBackward(c, 0, Backwards(3), BestInstructionSet());
@@ -146,7 +164,7 @@ TEST(Backward, GroupsOfSamplesAddUp) {
 // A pool with more threads than there are groups, and maps of several chunks.
 TEST(Backward, MoreThreadsThanGroups) {
   for (Layout layout : kLayouts) {
-    const Case c{{65, 32769, 1, layout}, DataType::kFloat, Activation::kRelu, 0};
+    const Case c{{65, 32769, 1, layout}, DataType::kFloat, Activation::kRelu, 0, /*bias=*/true, /*shortcut=*/true};
     CpuTensors t(c);
     t.RunForward(c, false, Serial(), BestInstructionSet());
     t.RunBackward(c, 0, Backwards(70), BestInstructionSet());
@@ -165,17 +183,20 @@ TEST(Job, SharedMaps) {
   const Parallel threads = {4, nullptr, run};
   for (Layout layout : kLayouts) {
     for (const Shape& shape : {Shape{1, 300007, 1, layout}, Shape{3, 5003, 37, layout}, Shape{2, 70001, 3, layout}}) {
-      const Case c{shape, DataType::kFloat, Activation::kRelu, 0};
-      CpuTensors alone(c), shared(c);
-      alone.RunForward(c, false, Serial(), BestInstructionSet());
-      alone.RunBackward(c, 0, Serial(), BestInstructionSet());
-      CheckForward(c, alone);
-      CheckBackward(c, alone);
-      shared.RunForward(c, true, threads, BestInstructionSet());
-      EXPECT_TRUE(shared.y == alone.y && shared.mean == alone.mean) << c.Name();
-      shared.RunBackward(c, 1, threads, BestInstructionSet());
-      EXPECT_TRUE(shared.dx == alone.dx) << c.Name();
-      EXPECT_TRUE(shared.dgain == alone.dgain && shared.dmean_scale == alone.dmean_scale) << c.Name();
+      for (bool addends : {false, true}) {
+        const Case c{shape, DataType::kFloat, Activation::kRelu, 0, addends, addends};
+        CpuTensors alone(c), shared(c);
+        alone.RunForward(c, false, Serial(), BestInstructionSet());
+        alone.RunBackward(c, 0, Serial(), BestInstructionSet());
+        CheckForward(c, alone);
+        CheckBackward(c, alone);
+        shared.RunForward(c, true, threads, BestInstructionSet());
+        EXPECT_TRUE(shared.y == alone.y && shared.mean == alone.mean) << c.Name();
+        shared.RunBackward(c, 1, threads, BestInstructionSet());
+        EXPECT_TRUE(shared.dx == alone.dx) << c.Name();
+        EXPECT_TRUE(shared.dgain == alone.dgain && shared.dmean_scale == alone.dmean_scale) << c.Name();
+        EXPECT_TRUE(shared.dbias == alone.dbias && shared.dshortcut == alone.dshortcut) << c.Name();
+      }
     }
   }
 }
@@ -300,22 +321,75 @@ TEST(Backward, InfiniteGradientIsSeenEvenWhereReluIsDead) {
   }
 }
 
+// Where the slope is 0, what was added does not count: y tells nothing of it.
+TEST(Backward, InfiniteShortcutIsNotSeenWhereTheActivationIsFlat) {
+  for (InstructionSet level : Levels()) {
+    for (Layout layout : kLayouts) {
+      for (DataType type : kTypes) {
+        for (Activation activation : {Activation::kRelu, Activation::kRelu6, Activation::kElu}) {
+          // An alpha that every type holds: or elu is not quite flat there.
+          const Case c{{2, 37, 19, layout}, type, activation, /*alpha=*/1, /*bias=*/true, /*shortcut=*/true};
+          CpuTensors t(c);
+          const size_t dead = c.Index(1, 7, 3);
+          t.shortcut.Set(dead, -1000);  // The same to the activation as minus infinity.
+          t.RunForward(c, 0, Serial(), level);
+          t.RunBackward(c, 0, Serial(), level);
+          CpuTensors infinite(c);
+          infinite.shortcut.Set(dead, -std::numeric_limits<double>::infinity());
+          infinite.RunForward(c, 0, Serial(), level);
+          infinite.RunBackward(c, 0, Serial(), level);
+          EXPECT_TRUE(infinite.y == t.y && infinite.dx == t.dx && infinite.dgain == t.dgain) << c.Name();
+          EXPECT_TRUE(infinite.dshortcut == t.dshortcut && infinite.dbias == t.dbias) << c.Name();
+        }
+      }
+    }
+  }
+}
+
+// Absent and zero are the same numbers, by other loops.
+TEST(Addends, ZerosChangeNoValue) {
+  for (InstructionSet level : Levels()) {
+    for (Activation activation : kActivations) {
+      const Case absent{{2, 37, 19, Layout::kChannelsLast}, DataType::kFloat, activation, AlphaOf(activation)};
+      Case zero = absent;
+      zero.bias = zero.shortcut = true;
+      CpuTensors a(absent), b(zero);
+      for (size_t i = 0; i < b.bias.size(); ++i) b.bias.Set(i, 0);
+      for (size_t i = 0; i < b.shortcut.size(); ++i) b.shortcut.Set(i, 0);
+      a.RunForward(absent, 0, Serial(), level);
+      a.RunBackward(absent, 0, Serial(), level);
+      b.RunForward(zero, 0, Serial(), level);
+      b.RunBackward(zero, 0, Serial(), level);
+      for (size_t i = 0; i < a.y.size(); ++i) {
+        ASSERT_EQ(a.y.Get(i), b.y.Get(i)) << zero.Name();
+        ASSERT_EQ(a.dx.Get(i), b.dx.Get(i)) << zero.Name();
+      }
+      for (size_t i = 0; i < a.dgain.size(); ++i) ASSERT_EQ(a.dgain.Get(i), b.dgain.Get(i)) << zero.Name();
+    }
+  }
+}
+
 TEST(Backward, ZeroGainGivesNumbers) {
   for (InstructionSet level : Levels()) {
     for (Activation activation : kActivations) {
-      const Case c{{2, 37, 19, Layout::kChannelsLast}, DataType::kFloat, activation, AlphaOf(activation)};
-      CpuTensors t(c);
-      t.gain.Set(5, 0);
-      t.gain.Set(6, 0x1p-149);
-      t.RunForward(c, false, Serial(), level);
-      t.RunBackward(c, 0, Serial(), level);
-      if (activation != Activation::kLinear) {
-        EXPECT_EQ(t.dgain.Get(5), 0) << c.Name();
-      } else {
-        EXPECT_NE(t.dgain.Get(5), 0);
+      for (bool addends : {false, true}) {
+        const Case c{
+            {2, 37, 19, Layout::kChannelsLast}, DataType::kFloat, activation, AlphaOf(activation), addends, addends};
+        CpuTensors t(c);
+        t.gain.Set(5, 0);
+        t.gain.Set(6, 0x1p-149);
+        t.RunForward(c, false, Serial(), level);
+        t.RunBackward(c, 0, Serial(), level);
+        if (activation != Activation::kLinear) {
+          EXPECT_EQ(t.dgain.Get(5), 0) << c.Name();
+        } else {
+          EXPECT_NE(t.dgain.Get(5), 0);
+        }
+        if (!addends) {
+          EXPECT_TRUE(std::isfinite(t.dgain.Get(6))) << c.Name();
+        }
+        EXPECT_EQ(t.dmean_scale.Get(5), 0);
       }
-      EXPECT_TRUE(std::isfinite(t.dgain.Get(6))) << c.Name();
-      EXPECT_EQ(t.dmean_scale.Get(5), 0);
     }
   }
 }
@@ -355,13 +429,14 @@ TEST(Forward, DenormalsAreKeptAndTheControlRegisterIsRestored) {
 
 TEST(Empty, BatchAndChannels) {
   for (Layout layout : kLayouts) {
-    const Case no_samples{{0, 5, 3, layout}, DataType::kFloat, Activation::kRelu, 0};
+    const Case no_samples{{0, 5, 3, layout}, DataType::kFloat, Activation::kRelu, 0, /*bias=*/true, /*shortcut=*/true};
     CpuTensors t(no_samples);
     t.RunForward(no_samples, false, Serial(), BestInstructionSet());
     t.RunBackward(no_samples, 0, Serial(), BestInstructionSet());
     for (size_t i = 0; i < 3; ++i) {
       EXPECT_EQ(t.dgain.Get(i), 0);
       EXPECT_EQ(t.dmean_scale.Get(i), 0);
+      EXPECT_EQ(t.dbias.Get(i), 0);
     }
     const Case no_channels{{2, 5, 0, layout}, DataType::kFloat, Activation::kRelu, 0};
     CpuTensors none(no_channels);

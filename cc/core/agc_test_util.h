@@ -32,8 +32,9 @@ inline double HalfToDouble(uint16_t h) {
   return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
 }
 
-// The nearest value of 16 bits, ties to even, by search: slow and obviously right. Finite values only.
+// The nearest value of 16 bits, ties to even, by search: slow and obviously right. Not for NaN.
 inline uint16_t Nearest16(double value, double (*decode)(uint16_t), uint16_t infinity) {
+  if (std::isinf(value)) return static_cast<uint16_t>(infinity | (value < 0 ? 0x8000 : 0));
   uint16_t low = 0, high = infinity;  // Positive values are ordered as their bits.
   const double magnitude = std::abs(value);
   while (high - low > 1) {
@@ -183,6 +184,11 @@ struct Case {
   DataType type;
   Activation activation;
   double alpha;
+  bool bias = false;
+  bool shortcut = false;
+
+  // The backward call of kLinear has no shortcut.
+  bool BackwardShortcut() const { return shortcut && activation != Activation::kLinear; }
 
   size_t size() const { return static_cast<size_t>(shape.batch * shape.positions * shape.channels); }
   size_t maps() const { return static_cast<size_t>(shape.batch * shape.channels); }
@@ -195,25 +201,30 @@ struct Case {
     return "N=" + std::to_string(shape.batch) + " P=" + std::to_string(shape.positions) +
            " C=" + std::to_string(shape.channels) + " layout=" + std::to_string(static_cast<int>(shape.layout)) +
            " type=" + std::to_string(static_cast<int>(type)) +
-           " activation=" + std::to_string(static_cast<int>(activation));
+           " activation=" + std::to_string(static_cast<int>(activation)) + (bias ? " bias" : "") +
+           (shortcut ? " shortcut" : "");
   }
 };
 
 struct Tensors {
-  Array x, gain, mean_scale, y, mean, dy, dmean, dx, dgain, dmean_scale;
+  Array x, gain, mean_scale, bias, shortcut, y, mean, dy, dmean, dx, dgain, dmean_scale, dbias, dshortcut;
 
   // `aligned`: whether the maps are.
   explicit Tensors(const Case& c, bool aligned = false)
       : x(c.type, c.size(), aligned),
         gain(ParameterType(c.type), c.channels()),
         mean_scale(ParameterType(c.type), c.channels()),
+        bias(ParameterType(c.type), c.channels()),
+        shortcut(c.type, c.size(), aligned),
         y(c.type, c.size(), aligned),
         mean(ParameterType(c.type), c.maps()),
         dy(c.type, c.size(), aligned),
         dmean(ParameterType(c.type), c.maps()),
         dx(c.type, c.size(), aligned),
         dgain(ParameterType(c.type), c.channels()),
-        dmean_scale(ParameterType(c.type), c.channels()) {
+        dmean_scale(ParameterType(c.type), c.channels()),
+        dbias(ParameterType(c.type), c.channels()),
+        dshortcut(c.type, c.size(), aligned) {
     std::mt19937 random(static_cast<unsigned>(c.size()) * 31u + static_cast<unsigned>(c.channels()));
     std::normal_distribution<double> normal(0.3, 1.5);
     auto fill = [&](Array* a) {
@@ -221,33 +232,61 @@ struct Tensors {
     };
     for (Array* a : {&x, &mean_scale, &dy, &dmean}) fill(a);
     for (size_t i = 0; i < gain.size(); ++i) gain.Set(i, (i % 3 == 0 ? -1 : 1) * (0.5 + std::abs(normal(random))));
+    for (Array* a : {&bias, &shortcut}) fill(a);
   }
 
   // The arguments of a call. In place, its input is copied to where the output will be.
-  ForwardArgs PrepareForward(const Case& c, bool in_place) {
-    if (in_place) y = x;
-    return {c.shape,           c.type,   c.activation, c.alpha, in_place ? y.data() : x.data(), gain.data(),
-            mean_scale.data(), y.data(), mean.data()};
-  }
-  // over: 0 a fresh dx, 1 over dy, 2 over what was kept.
-  BackwardArgs PrepareBackward(const Case& c, int over) {
-    Array& kept = c.activation == Activation::kLinear ? x : y;
-    if (over == 1) dx = dy;
-    if (over == 2) dx = kept;
+  // over: 0 a fresh y, 1 over x, 2 over shortcut.
+  ForwardArgs PrepareForward(const Case& c, int over) {
+    if (over == 1) y = x;
+    if (over == 2) y = shortcut;
     return {c.shape,
             c.type,
             c.activation,
             c.alpha,
-            over == 1 ? dx.data() : dy.data(),
+            over == 1 ? y.data() : x.data(),
+            gain.data(),
+            mean_scale.data(),
+            y.data(),
+            mean.data(),
+            c.bias ? bias.data() : nullptr,
+            !c.shortcut ? nullptr
+            : over == 2 ? y.data()
+                        : shortcut.data()};
+  }
+  // over: 0 fresh gradients, 1 over dy (dshortcut where there is one, else dx), 2 dx over what was kept; with a
+  // shortcut also 3, both of these, and 4, dx over shortcut.
+  BackwardArgs PrepareBackward(const Case& c, int over) {
+    Array& kept = c.activation == Activation::kLinear ? x : y;
+    const bool has_shortcut = c.BackwardShortcut();
+    Array& over_dy = has_shortcut ? dshortcut : dx;
+    if (over == 1 || over == 3) over_dy = dy;
+    if (over == 2 || over == 3) dx = kept;
+    if (over == 4) dx = shortcut;
+    return {c.shape,
+            c.type,
+            c.activation,
+            c.alpha,
+            over == 1 || over == 3 ? over_dy.data() : dy.data(),
             dmean.data(),
-            over == 2 ? dx.data() : kept.data(),
+            over == 2 || over == 3 ? dx.data() : kept.data(),
             mean.data(),
             gain.data(),
             mean_scale.data(),
             dx.data(),
             dgain.data(),
-            dmean_scale.data()};
+            dmean_scale.data(),
+            c.bias ? bias.data() : nullptr,
+            !has_shortcut ? nullptr
+            : over == 4   ? dx.data()
+                          : shortcut.data(),
+            c.bias ? dbias.data() : nullptr,
+            has_shortcut ? dshortcut.data() : nullptr};
   }
+
+  // What may be added to z before the activation, 0 where it is absent.
+  double Bias(const Case& c, int64_t channel) const { return c.bias ? bias.Get(static_cast<size_t>(channel)) : 0; }
+  double Shortcut(const Case& c, size_t i) const { return c.shortcut ? shortcut.Get(i) : 0; }
 };
 
 inline void CheckForward(const Case& c, const Tensors& t) {
@@ -264,10 +303,12 @@ inline void CheckForward(const Case& c, const Tensors& t) {
       ASSERT_NEAR(t.mean.Get(static_cast<size_t>(n * c.shape.channels + ch)), mean, 4 * u * largest) << c.Name();
       const double gain = t.gain.Get(static_cast<size_t>(ch)), scale = t.mean_scale.Get(static_cast<size_t>(ch));
       for (int64_t p = 0; p < c.shape.positions; ++p) {
-        const double y = Act(c.activation, c.alpha, gain * (t.x.Get(c.Index(n, p, ch)) - scale * mean));
+        const double added = t.Bias(c, ch) + t.Shortcut(c, c.Index(n, p, ch));
+        const double y = Act(c.activation, c.alpha, gain * (t.x.Get(c.Index(n, p, ch)) - scale * mean) + added);
         // Rounding of the result, and of the arithmetic before it.
         const double tolerance =
-            Epsilon(c.type) * std::abs(y) + 8 * u * std::abs(gain) * (1 + std::abs(scale)) * largest;
+            Epsilon(c.type) * std::abs(y) +
+            8 * u * (std::abs(gain) * (1 + std::abs(scale)) * largest + std::abs(t.Bias(c, ch)) + std::abs(added));
         ASSERT_NEAR(t.y.Get(c.Index(n, p, ch)), y, tolerance + 0x1p-24 * (c.type == DataType::kHalf)) << c.Name();
       }
     }
@@ -279,7 +320,7 @@ inline void CheckBackward(const Case& c, const Tensors& t) {
   const double positions = static_cast<double>(c.shape.positions);
   for (int64_t ch = 0; ch < c.shape.channels; ++ch) {
     const double gain = t.gain.Get(static_cast<size_t>(ch)), scale = t.mean_scale.Get(static_cast<size_t>(ch));
-    double dgain = 0, dmean_scale = 0, gain_terms = 0, scale_terms = 0;
+    double dgain = 0, dmean_scale = 0, dbias = 0, gain_terms = 0, scale_terms = 0, bias_terms = 0;
     for (int64_t n = 0; n < c.shape.batch; ++n) {
       const size_t map = static_cast<size_t>(n * c.shape.channels + ch);
       const double mean = t.mean.Get(map);
@@ -291,16 +332,25 @@ inline void CheckBackward(const Case& c, const Tensors& t) {
       for (int64_t p = 0; p < c.shape.positions; ++p) {
         const size_t i = c.Index(n, p, ch);
         const double dz = dz_at(p);
-        const double difference = c.activation == Activation::kLinear
-                                      ? t.x.Get(i) - scale * mean
-                                      : Inverse(c.activation, c.alpha, t.y.Get(i)) / gain;
+        const bool linear = c.activation == Activation::kLinear;
+        const double z = Inverse(c.activation, c.alpha, t.y.Get(i));
+        const double added = t.Bias(c, ch) + t.Shortcut(c, i);
+        const double difference = linear ? t.x.Get(i) - scale * mean : (z - added) / gain;
+        const double cancelled =
+            linear ? 0 : (std::abs(z) + std::abs(t.Bias(c, ch)) + std::abs(t.Shortcut(c, i))) / std::abs(gain);
         sum += dz;
         // Not |dz|: elu's slope y + alpha is the small difference of two rounded numbers.
         const double scale_of_dz = std::abs(t.dy.Get(i)) * std::max(1.0, c.alpha);
         largest = std::max(largest, scale_of_dz);
         dgain += dz * difference;
-        gain_terms += scale_of_dz * (std::abs(difference) + std::abs(scale * mean));
+        gain_terms += scale_of_dz * (std::abs(difference) + std::abs(scale * mean) + (added == 0 ? 0 : cancelled));
+        if (c.BackwardShortcut()) {
+          const double tolerance = Epsilon(c.type) * std::abs(dz) + 8 * u * scale_of_dz;
+          ASSERT_NEAR(t.dshortcut.Get(i), dz, tolerance + 0x1p-24 * (c.type == DataType::kHalf)) << c.Name();
+        }
       }
+      dbias += sum;
+      bias_terms += largest * positions;
       dmean_scale -= gain * mean * sum;
       scale_terms += std::abs(gain * mean) * largest * positions;
       for (int64_t p = 0; p < c.shape.positions; ++p) {
@@ -313,6 +363,9 @@ inline void CheckBackward(const Case& c, const Tensors& t) {
     }
     ASSERT_NEAR(t.dgain.Get(static_cast<size_t>(ch)), dgain, 8 * u * gain_terms + 1e-30) << c.Name();
     ASSERT_NEAR(t.dmean_scale.Get(static_cast<size_t>(ch)), dmean_scale, 8 * u * scale_terms + 1e-30) << c.Name();
+    if (c.bias) {
+      ASSERT_NEAR(t.dbias.Get(static_cast<size_t>(ch)), dbias, 8 * u * bias_terms + 1e-30) << c.Name();
+    }
   }
 }
 

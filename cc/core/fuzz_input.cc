@@ -48,6 +48,8 @@ Case ReadCase(Reader* reader) {
   c.type = kTypes[reader->Below(4)];
   c.activation = kActivations[reader->Below(5)];
   c.alpha = reader->Below(2) == 0 ? AlphaOf(c.activation) : 0;
+  c.bias = reader->Below(2) == 1;
+  c.shortcut = reader->Below(2) == 1;
   // Channels below kMaxColumns and above it; more samples than agc.cc has groups of them (kMaxGroups).
   const int64_t budget = kBudgets[reader->Below(8)];
   c.shape.channels = reader->Below(std::min<int64_t>(budget, 4200));
@@ -112,14 +114,14 @@ void RunFuzzInput(const uint8_t* bytes, size_t size) {
   // One way: fresh outputs, one thread.
   Tensors t(c);
   if (any_bits) {
-    for (Array* a : {&t.x, &t.dy}) reader.Fill(a->data(), a->size() * Bytes(c.type));
-    for (Array* a : {&t.gain, &t.mean_scale, &t.dmean}) {
+    for (Array* a : {&t.x, &t.dy, &t.shortcut}) reader.Fill(a->data(), a->size() * Bytes(c.type));
+    for (Array* a : {&t.gain, &t.mean_scale, &t.dmean, &t.bias}) {
       reader.Fill(a->data(), a->size() * Bytes(ParameterType(c.type)));
     }
   }
   Forward(t.PrepareForward(c, false), Serial(), level);
   Backward(t.PrepareBackward(c, 0), Serial(), level);
-  for (const Array* a : {&t.y, &t.mean, &t.dx, &t.dgain, &t.dmean_scale}) {
+  for (const Array* a : {&t.y, &t.mean, &t.dx, &t.dgain, &t.dmean_scale, &t.dbias, &t.dshortcut}) {
     ASSERT_TRUE(a->BordersIntact()) << c.Name();
   }
   if (!any_bits) {
@@ -131,21 +133,26 @@ void RunFuzzInput(const uint8_t* bytes, size_t size) {
   // The other: memory of exactly the right size, threads, in place.
   const size_t e = Bytes(c.type), u = Bytes(ParameterType(c.type));
   Exact x(&t.x, e, offset), gain(&t.gain, u, offset), mean_scale(&t.mean_scale, u, offset), y(&t.x, e, offset + 1);
-  Exact mean(&t.mean, u, offset);
+  Exact mean(&t.mean, u, offset), bias(&t.bias, u, offset), shortcut(&t.shortcut, e, offset + 1);
   ForwardArgs forward = t.PrepareForward(c, false);
   forward.x = in_place ? y.data() : x.data();
   forward.gain = gain.data();
   forward.mean_scale = mean_scale.data();
   forward.y = y.data();
   forward.mean = mean.data();
+  if (c.bias) forward.bias = bias.data();
+  if (c.shortcut) forward.shortcut = shortcut.data();
   Forward(forward, parallel, level);
 
   Exact dy(&t.dy, e, offset), dmean(&t.dmean, u, offset), dx(&t.dy, e, offset + 2);
-  Exact dgain(&t.dgain, u, offset), dmean_scale(&t.dmean_scale, u, offset);
+  Exact dgain(&t.dgain, u, offset), dmean_scale(&t.dmean_scale, u, offset), dbias(&t.dbias, u, offset);
+  Exact dshortcut(&t.dy, e, offset + 1);
   Exact& kept = c.activation == Activation::kLinear ? x : y;
   if (over == 2) dx.CopyFrom(kept.data());
   BackwardArgs backward = t.PrepareBackward(c, 0);
-  backward.dy = over == 1 ? dx.data() : dy.data();
+  const bool has_shortcut = c.BackwardShortcut();
+  Exact& over_dy = has_shortcut ? dshortcut : dx;
+  backward.dy = over == 1 ? over_dy.data() : dy.data();
   backward.dmean = dmean.data();
   backward.kept = over == 2 ? dx.data() : kept.data();
   backward.mean = mean.data();
@@ -154,6 +161,10 @@ void RunFuzzInput(const uint8_t* bytes, size_t size) {
   backward.dx = dx.data();
   backward.dgain = dgain.data();
   backward.dmean_scale = dmean_scale.data();
+  if (c.bias) backward.bias = bias.data();
+  if (c.bias) backward.dbias = dbias.data();
+  if (has_shortcut) backward.shortcut = shortcut.data();
+  if (has_shortcut) backward.dshortcut = dshortcut.data();
   Backward(backward, parallel, level);
 
   Tensors other(c);
@@ -167,6 +178,14 @@ void RunFuzzInput(const uint8_t* bytes, size_t size) {
   ExpectEqual(c, "dx", &other.dx, &t.dx);
   ExpectEqual(c, "dgain", &other.dgain, &t.dgain);
   ExpectEqual(c, "dmean_scale", &other.dmean_scale, &t.dmean_scale);
+  if (c.bias) {
+    dbias.CopyTo(&other.dbias);
+    ExpectEqual(c, "dbias", &other.dbias, &t.dbias);
+  }
+  if (has_shortcut) {
+    dshortcut.CopyTo(&other.dshortcut);
+    ExpectEqual(c, "dshortcut", &other.dshortcut, &t.dshortcut);
+  }
 }
 
 }  // namespace core

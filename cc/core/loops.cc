@@ -48,7 +48,7 @@ struct ForwardTerms {
 };
 
 // Backward sums: dz and the gain's term.
-template <class T, class Act>
+template <class T, class Act, bool kShortcut>
 struct BackwardTerms {
   using S = typename Compute<T>::Scalar;
   using V = typename Compute<T>::Vector;
@@ -56,53 +56,72 @@ struct BackwardTerms {
   static constexpr int kTree = 4;
   const T* kept;
   const T* dy;
-  const S* offset;  // mean_scale * mean of a column; read only where the input is kept.
+  const T* shortcut;  // Read only where there is one.
+  const S* offset;    // mean_scale * mean of a column; read only where the input is kept.
   Act act;
 
   void Get(int64_t element, int64_t column, V* sums) const {
-    V o{};
+    V o{}, s{};
     if constexpr (Act::kKeepsInput) o = Load(offset + column);
-    Put(Load(kept + element), Load(dy + element), o, sums);
+    if constexpr (kShortcut) s = Load(shortcut + element);
+    Put(Load(kept + element), Load(dy + element), o, s, sums);
   }
   void GetPartial(int64_t element, int64_t count, V* sums) const {
-    V o{};
+    V o{}, s{};
     if constexpr (Act::kKeepsInput) o = LoadPartial(offset, count);
-    Put(LoadPartial(kept + element, count), LoadPartial(dy + element, count), o, sums);
+    if constexpr (kShortcut) s = LoadPartial(shortcut + element, count);
+    Put(LoadPartial(kept + element, count), LoadPartial(dy + element, count), o, s, sums);
   }
-  void Put(V k, V d, V o, V* sums) const {
+  void Put(V k, V d, V o, V s, V* sums) const {
     sums[0] = d * act.Slope(k);
-    sums[1] = act.GainTerm(k, d, sums[0], o);
+    sums[1] = act.template GainTerm<kShortcut>(k, d, sums[0], o, s);
   }
 };
 
-// y = act(gain * (x - offset)). The difference comes first: where the mean is large against the deviation,
-// gain * x - gain * offset would lose the digits that the sum was careful to keep.
-template <class T, class Act>
+// y = act(gain * (x - offset) + bias + shortcut). The difference comes first: where the mean is large against the
+// deviation, gain * x - gain * offset would lose the digits that the sum was careful to keep.
+template <class T, class Act, Addends kAddends>
 struct ForwardMap {
   using V = typename Compute<T>::Vector;
-  static constexpr int kParameters = 2;
+  static constexpr int kParameters = kAddends == Addends::kNone ? 2 : 3;
+  static constexpr int kOutputs = 1;
   const T* x;
-  T* out;
+  const T* shortcut;  // Read only where there is one.
+  T* out[kOutputs];
   bool stream;
   Act act;
 
   struct Input {
-    V x;
+    V x, shortcut;
   };
-  Input Read(int64_t element) const { return {Load(x + element)}; }
-  Input ReadPartial(int64_t element, int64_t count) const { return {LoadPartial(x + element, count)}; }
-  V Value(const V* p, const Input& in) const { return act.Forward((in.x - p[1]) * p[0]); }
+  Input Read(int64_t element) const {
+    if constexpr (kAddends == Addends::kShortcut) return {Load(x + element), Load(shortcut + element)};
+    return {Load(x + element), V{}};
+  }
+  Input ReadPartial(int64_t element, int64_t count) const {
+    if constexpr (kAddends == Addends::kShortcut) {
+      return {LoadPartial(x + element, count), LoadPartial(shortcut + element, count)};
+    }
+    return {LoadPartial(x + element, count), V{}};
+  }
+  void Values(const V* p, const Input& in, V* values) const {
+    V z = (in.x - p[1]) * p[0];
+    if constexpr (kAddends != Addends::kNone) z += p[2];
+    if constexpr (kAddends == Addends::kShortcut) z += in.shortcut;
+    values[0] = act.Forward(z);
+  }
 };
 
-// dx = gain * (dz - offset) + shift.
-template <class T, class Act>
+// dx = gain * (dz - offset) + shift and, where there is a shortcut, dshortcut = dz.
+template <class T, class Act, bool kShortcut>
 struct BackwardMap {
   using V = typename Compute<T>::Vector;
   static constexpr int kParameters = 3;
-  static constexpr bool stream = false;  // dx lies where dy or the kept tensor was, in the cache.
+  static constexpr int kOutputs = kShortcut ? 2 : 1;
   const T* kept;
   const T* dy;
-  T* out;
+  T* out[kOutputs];
+  bool stream;
   Act act;
 
   struct Input {
@@ -112,7 +131,11 @@ struct BackwardMap {
   Input ReadPartial(int64_t element, int64_t count) const {
     return {LoadPartial(kept + element, count), LoadPartial(dy + element, count)};
   }
-  V Value(const V* p, const Input& in) const { return (in.d * act.Slope(in.k) - p[1]) * p[0] + p[2]; }
+  void Values(const V* p, const Input& in, V* values) const {
+    const V dz = in.d * act.Slope(in.k);
+    values[0] = (dz - p[1]) * p[0] + p[2];
+    if constexpr (kShortcut) values[1] = dz;
+  }
 };
 
 // ---- Pass one: sums ----
@@ -280,7 +303,7 @@ inline void ApplySomeRows(const Map& map, const Parameters<T, Map::kParameters>&
   constexpr int kLanes = Compute<T>::kLanes;
   const int64_t tail = width / kLanes * kLanes;
   typename Map::Input in[kRows], last[kRows] = {};
-  V p[Map::kParameters];
+  V p[Map::kParameters], values[Map::kOutputs];
   if (tail < width) {
     // The last vector overlaps the one before it: read it while its input is still there.
     for (int r = 0; r < kRows; ++r) last[r] = map.Read(element + r * stride + width - kLanes);
@@ -289,13 +312,18 @@ inline void ApplySomeRows(const Map& map, const Parameters<T, Map::kParameters>&
     parameters.Get(kPerColumn ? i : 0, p);
     for (int r = 0; r < kRows; ++r) in[r] = map.Read(element + r * stride + i);
     for (int r = 0; r < kRows; ++r) {
-      T* to = map.out + element + r * stride + i;
-      stream ? StoreStreaming(to, map.Value(p, in[r])) : Store(to, map.Value(p, in[r]));
+      const int64_t to = element + r * stride + i;
+      map.Values(p, in[r], values);
+      stream ? StoreStreaming(map.out[0] + to, values[0]) : Store(map.out[0] + to, values[0]);
+      for (int o = 1; o < Map::kOutputs; ++o) Store(map.out[o] + to, values[o]);
     }
   }
   if (tail < width) {
     parameters.Get(kPerColumn ? width - kLanes : 0, p);
-    for (int r = 0; r < kRows; ++r) Store(map.out + element + r * stride + width - kLanes, map.Value(p, last[r]));
+    for (int r = 0; r < kRows; ++r) {
+      map.Values(p, last[r], values);
+      for (int o = 0; o < Map::kOutputs; ++o) Store(map.out[o] + element + r * stride + width - kLanes, values[o]);
+    }
   }
 }
 
@@ -304,14 +332,15 @@ void ApplyRows(const Map& map, const Parameters<T, Map::kParameters>& parameters
                int64_t stride, int64_t width) {
   using V = typename Compute<T>::Vector;
   if (width < Compute<T>::kLanes) {
-    V p[Map::kParameters];
+    V p[Map::kParameters], values[Map::kOutputs];
     parameters.Get(0, p);
     for (int64_t row = 0; row < rows; ++row, element += stride) {
-      StorePartial(map.out + element, width, map.Value(p, map.ReadPartial(element, width)));
+      map.Values(p, map.ReadPartial(element, width), values);
+      for (int o = 0; o < Map::kOutputs; ++o) StorePartial(map.out[o] + element, width, values[o]);
     }
     return;
   }
-  const int64_t first = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.out + element));
+  const int64_t first = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.out[0] + element));
   // Whole rows only: where an ordinary store finishes a line, what was streamed of it takes far longer than it saves.
   const int64_t offsets = first | stride * int64_t{sizeof(T)} | width * int64_t{sizeof(T)};
   const bool stream = map.stream && offsets % kStreamBytes<T> == 0;
@@ -327,28 +356,27 @@ void ApplyRows(const Map& map, const Parameters<T, Map::kParameters>& parameters
 
 // ---- Chunks of a sample, in both layouts ----
 
-// One chunk of the channels [begin, end) of a sample, whose own elements count from 0.
+// One chunk of a part, whose sample's elements count from 0.
 struct Chunk {
   const Shape& shape;
   const Plan& plan;
-  int64_t begin;
-  int64_t end;
+  const Part& part;
   int64_t first;  // Position.
   int64_t count;  // Of positions.
 
-  Chunk(const Shape& s, const Plan& p, int64_t b, int64_t e, int64_t index)
-      : shape(s), plan(p), begin(b), end(e), first(index * p.chunk), count(Min(p.chunk, s.positions - first)) {}
+  Chunk(const Shape& s, const Plan& p, const Part& c)
+      : shape(s), plan(p), part(c), first(c.chunk * p.chunk), count(Min(p.chunk, s.positions - first)) {}
 
-  int64_t channels() const { return end - begin; }
+  int64_t channels() const { return part.end - part.begin; }
   // channels_last: whole rows, and what is left of the positions as one shorter row.
-  int64_t element() const { return first * shape.channels + begin; }
+  int64_t element() const { return first * shape.channels + part.begin; }
   int64_t rows() const { return count / plan.fold; }
   int64_t stride() const { return plan.fold * shape.channels; }
   int64_t width() const { return plan.fold * channels(); }
   int64_t last_element() const { return element() + rows() * stride(); }
   int64_t last_width() const { return count % plan.fold * channels(); }
-  // channels_first.
-  int64_t map_element(int64_t channel) const { return channel * shape.positions + first; }
+  // channels_first; `channel` counts from the part's first.
+  int64_t map_element(int64_t channel) const { return (part.begin + channel) * shape.positions + first; }
 };
 
 // Repeats what stands for each channel for the further positions of a row.
@@ -367,7 +395,7 @@ void SumChunk(const TermsOf& terms_of, const Chunk& chunk, double* sums) {
   if (chunk.shape.layout == Layout::kChannelsFirst) {
     for (int64_t c = 0; c < channels; ++c) {
       double totals[Terms::kSums];
-      SumMap<T>(terms_of(c), chunk.map_element(chunk.begin + c), chunk.count, totals);
+      SumMap<T>(terms_of(c), chunk.map_element(c), chunk.count, totals);
       for (int s = 0; s < Terms::kSums; ++s) sums[s * channels + c] = totals[s];
     }
     return;
@@ -396,7 +424,7 @@ void ApplyChunk(const Map& map, Parameters<T, Map::kParameters>* parameters, con
       for (int k = 0; k < Map::kParameters; ++k) {
         for (int l = 0; l < Compute<T>::kLanes; ++l) one.values[k][l] = parameters->values[k][c];
       }
-      ApplyRows<false>(map, one, chunk.map_element(chunk.begin + c), 1, 0, chunk.count);
+      ApplyRows<false>(map, one, chunk.map_element(c), 1, 0, chunk.count);
     }
     return;
   }
@@ -407,79 +435,103 @@ void ApplyChunk(const Map& map, Parameters<T, Map::kParameters>* parameters, con
 
 // ---- The two passes ----
 
-template <class T, template <class, class> class ActivationOf>
-struct Passes {
+// Pointers to one sample, and to the values of a part's channels; null stays null.
+template <class E>
+E* Sample(E* base, const Shape& shape, const Part& part) {
+  return base == nullptr ? nullptr : base + part.sample * shape.positions * shape.channels;
+}
+template <class S>
+const S* OfChannels(const void* values, const Part& part) {
+  return values == nullptr ? nullptr : static_cast<const S*>(values) + part.begin;
+}
+
+template <class T, template <class, class> class ActivationOf, Addends kAddends>
+struct ForwardPass {
   using S = typename Compute<T>::Scalar;
   using V = typename Compute<T>::Vector;
   using Act = ActivationOf<V, S>;
+  using Map = ForwardMap<T, Act, kAddends>;
+  using MapParameters = Parameters<T, Map::kParameters>;
 
-  // Pointers to one sample.
-  template <class E>
-  static E* Sample(E* base, const Shape& shape, int64_t sample) {
-    return base + sample * shape.positions * shape.channels;
-  }
-
-  static void ForwardSum(const ForwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
-                         int64_t chunk, double* sums) {
-    const ForwardTerms<T> terms{Sample(static_cast<const T*>(args.x), args.shape, sample)};
-    SumChunk<T>([&](int64_t) { return terms; }, Chunk(args.shape, plan, begin, end, chunk), sums);
+  static void Sum(const ForwardArgs& args, const Plan& plan, const Part& part, double* sums) {
+    const ForwardTerms<T> terms{Sample(static_cast<const T*>(args.x), args.shape, part)};
+    SumChunk<T>([&](int64_t) { return terms; }, Chunk(args.shape, plan, part), sums);
   }
 
   // Turns sums into means and parameters. Every chunk of a map does this for itself; the first one writes the means.
-  static void ForwardParameters(const ForwardArgs& args, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
-                                const double* totals, Parameters<T, 2>* parameters) {
-    const S* gain = static_cast<const S*>(args.gain) + begin;
-    const S* mean_scale = static_cast<const S*>(args.mean_scale) + begin;
-    S* mean = static_cast<S*>(args.mean) + sample * args.shape.channels + begin;
-    for (int64_t c = 0; c < end - begin; ++c) {
+  static void MakeParameters(const ForwardArgs& args, const Part& part, const double* totals,
+                             MapParameters* parameters) {
+    const S* gain = OfChannels<S>(args.gain, part);
+    const S* mean_scale = OfChannels<S>(args.mean_scale, part);
+    const S* bias = OfChannels<S>(args.bias, part);
+    S* mean = static_cast<S*>(args.mean) + part.sample * args.shape.channels + part.begin;
+    for (int64_t c = 0; c < part.end - part.begin; ++c) {
       const S m = static_cast<S>(totals[c] / static_cast<double>(args.shape.positions));
-      if (chunk == 0) mean[c] = m;
+      if (part.chunk == 0) mean[c] = m;
       parameters->values[0][c] = QuietNan(gain[c]);
       parameters->values[1][c] = QuietNan(mean_scale[c] * m);
+      if constexpr (kAddends != Addends::kNone)
+        parameters->values[2][c] = bias == nullptr ? S(-0.0) : QuietNan(bias[c]);
     }
   }
 
-  static void ForwardWrite(const ForwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
-                           int64_t chunk, Parameters<T, 2>* parameters) {
-    const ForwardMap<T, Act> map{Sample(static_cast<const T*>(args.x), args.shape, sample),
-                                 Sample(static_cast<T*>(args.y), args.shape, sample), plan.stream, Act(args.alpha)};
-    ApplyChunk<T>(map, parameters, Chunk(args.shape, plan, begin, end, chunk));
+  static void Write(const ForwardArgs& args, const Plan& plan, const Part& part, MapParameters* parameters) {
+    const Map map{Sample(static_cast<const T*>(args.x), args.shape, part),
+                  Sample(static_cast<const T*>(args.shortcut), args.shape, part),
+                  {Sample(static_cast<T*>(args.y), args.shape, part)},
+                  plan.stream,
+                  Act(args.alpha)};
+    ApplyChunk<T>(map, parameters, Chunk(args.shape, plan, part));
   }
 
-  static void ForwardApply(const ForwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
-                           int64_t chunk, const double* totals) {
-    Parameters<T, 2> parameters;
-    ForwardParameters(args, sample, begin, end, chunk, totals, &parameters);
-    ForwardWrite(args, plan, sample, begin, end, chunk, &parameters);
+  static void Apply(const ForwardArgs& args, const Plan& plan, const Part& part, const double* totals) {
+    MapParameters parameters;
+    MakeParameters(args, part, totals, &parameters);
+    Write(args, plan, part, &parameters);
   }
 
-  static void Forward(const ForwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end) {
+  static void Run(const ForwardArgs& args, const Plan& plan, const Part& whole) {
     double totals[kForwardSums * kMaxColumns], sums[kForwardSums * kMaxColumns];
-    ForwardSum(args, plan, sample, begin, end, 0, totals);
-    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
-      ForwardSum(args, plan, sample, begin, end, chunk, sums);
-      for (int64_t i = 0; i < kForwardSums * (end - begin); ++i) totals[i] += sums[i];
+    Part part = whole;
+    part.chunk = 0;
+    Sum(args, plan, part, totals);
+    for (part.chunk = 1; part.chunk < plan.chunks; ++part.chunk) {
+      Sum(args, plan, part, sums);
+      for (int64_t i = 0; i < kForwardSums * (part.end - part.begin); ++i) totals[i] += sums[i];
     }
-    Parameters<T, 2> parameters;
-    ForwardParameters(args, sample, begin, end, 0, totals, &parameters);
-    for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
-      ForwardWrite(args, plan, sample, begin, end, chunk, &parameters);
-    }
+    MapParameters parameters;
+    part.chunk = 0;
+    MakeParameters(args, part, totals, &parameters);
+    for (part.chunk = plan.chunks - 1; part.chunk >= 0; --part.chunk) Write(args, plan, part, &parameters);
+  }
+};
+
+template <class T, template <class, class> class ActivationOf, bool kShortcut>
+struct BackwardPass {
+  using S = typename Compute<T>::Scalar;
+  using V = typename Compute<T>::Vector;
+  using Act = ActivationOf<V, S>;
+  using Map = BackwardMap<T, Act, kShortcut>;
+  using MapParameters = Parameters<T, Map::kParameters>;
+
+  static const S* Means(const BackwardArgs& args, const Part& part) {
+    return static_cast<const S*>(args.mean) + part.sample * args.shape.channels + part.begin;
   }
 
-  static void BackwardSum(const BackwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
-                          int64_t chunk_index, double* sums) {
-    const Chunk chunk(args.shape, plan, begin, end, chunk_index);
-    const S* mean = static_cast<const S*>(args.mean) + sample * args.shape.channels + begin;
-    const S* mean_scale = static_cast<const S*>(args.mean_scale) + begin;
+  static void Sum(const BackwardArgs& args, const Plan& plan, const Part& part, double* sums) {
+    const Chunk chunk(args.shape, plan, part);
+    const S* mean = Means(args, part);
+    const S* mean_scale = OfChannels<S>(args.mean_scale, part);
     S offset[kMaxColumns];
     const bool one_map = args.shape.layout == Layout::kChannelsFirst;
     if (Act::kKeepsInput && !one_map) {
-      for (int64_t c = 0; c < end - begin; ++c) offset[c] = mean_scale[c] * mean[c];
+      for (int64_t c = 0; c < chunk.channels(); ++c) offset[c] = mean_scale[c] * mean[c];
       Unfold(chunk, offset);
     }
-    BackwardTerms<T, Act> terms{Sample(static_cast<const T*>(args.kept), args.shape, sample),
-                                Sample(static_cast<const T*>(args.dy), args.shape, sample), offset, Act(args.alpha)};
+    const BackwardTerms<T, Act, kShortcut> terms{Sample(static_cast<const T*>(args.kept), args.shape, part),
+                                                 Sample(static_cast<const T*>(args.dy), args.shape, part),
+                                                 Sample(static_cast<const T*>(args.shortcut), args.shape, part), offset,
+                                                 Act(args.alpha)};
     auto terms_of = [&](int64_t c) {
       if (Act::kKeepsInput && one_map) {
         for (int l = 0; l < Compute<T>::kLanes; ++l) offset[l] = mean_scale[c] * mean[c];
@@ -490,96 +542,121 @@ struct Passes {
   }
 
   // totals[0..channels) are the sums of dz, the rest those of the gain's terms.
-  static void BackwardParameters(const BackwardArgs& args, int64_t sample, int64_t begin, int64_t end,
-                                 const double* totals, Parameters<T, 3>* parameters) {
-    const int64_t row = sample * args.shape.channels + begin;
-    const S* gain = static_cast<const S*>(args.gain) + begin;
-    const S* mean_scale = static_cast<const S*>(args.mean_scale) + begin;
-    const S* dmean = static_cast<const S*>(args.dmean) + row;
+  static void MakeParameters(const BackwardArgs& args, const Part& part, const double* totals,
+                             MapParameters* parameters) {
+    const S* gain = OfChannels<S>(args.gain, part);
+    const S* mean_scale = OfChannels<S>(args.mean_scale, part);
+    const S* dmean = static_cast<const S*>(args.dmean) + part.sample * args.shape.channels + part.begin;
     const double positions = static_cast<double>(args.shape.positions);
-    for (int64_t c = 0; c < end - begin; ++c) {
+    for (int64_t c = 0; c < part.end - part.begin; ++c) {
       parameters->values[0][c] = QuietNan(gain[c]);
       parameters->values[1][c] = QuietNan(static_cast<S>(static_cast<double>(mean_scale[c]) * totals[c] / positions));
       parameters->values[2][c] = QuietNan(static_cast<S>(static_cast<double>(dmean[c]) / positions));
     }
   }
 
-  static void AddParameterGradients(const BackwardArgs& args, int64_t sample, int64_t begin, int64_t end,
-                                    const double* totals, double* dgain_sum, double* dmean_scale_sum) {
-    const int64_t channels = end - begin;
-    const S* mean = static_cast<const S*>(args.mean) + sample * args.shape.channels + begin;
+  static void AddToParameterSums(const BackwardArgs& args, const Part& part, const double* totals,
+                                 const ParameterSums& sums) {
+    const int64_t channels = part.end - part.begin;
+    const S* mean = Means(args, part);
+    const S* bias = OfChannels<S>(args.bias, part);
     for (int64_t c = 0; c < channels; ++c) {
-      dgain_sum[begin + c] += totals[channels + c];
-      dmean_scale_sum[begin + c] += static_cast<double>(mean[c]) * totals[c];
+      sums.gain[part.begin + c] += totals[channels + c];
+      sums.mean_scale[part.begin + c] += static_cast<double>(mean[c]) * totals[c];
+      if (bias == nullptr) continue;
+      // What was kept of z has the bias in it: it is taken off once for each map, and not for each element.
+      if (!Act::kKeepsInput) sums.gain[part.begin + c] -= static_cast<double>(bias[c]) * totals[c];
+      sums.bias[part.begin + c] += totals[c];
     }
   }
 
-  static void BackwardWrite(const BackwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
-                            int64_t chunk, Parameters<T, 3>* parameters) {
-    const BackwardMap<T, Act> map{Sample(static_cast<const T*>(args.kept), args.shape, sample),
-                                  Sample(static_cast<const T*>(args.dy), args.shape, sample),
-                                  Sample(static_cast<T*>(args.dx), args.shape, sample), Act(args.alpha)};
-    ApplyChunk<T>(map, parameters, Chunk(args.shape, plan, begin, end, chunk));
+  static void Write(const BackwardArgs& args, const Plan& plan, const Part& part, MapParameters* parameters) {
+    Map map{Sample(static_cast<const T*>(args.kept), args.shape, part),
+            Sample(static_cast<const T*>(args.dy), args.shape, part),
+            {Sample(static_cast<T*>(args.dx), args.shape, part)},
+            plan.stream,
+            Act(args.alpha)};
+    if constexpr (kShortcut) map.out[1] = Sample(static_cast<T*>(args.dshortcut), args.shape, part);
+    ApplyChunk<T>(map, parameters, Chunk(args.shape, plan, part));
   }
 
-  static void BackwardApply(const BackwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
-                            int64_t chunk, const double* totals, double* dgain_sum, double* dmean_scale_sum) {
-    if (chunk == 0) AddParameterGradients(args, sample, begin, end, totals, dgain_sum, dmean_scale_sum);
-    Parameters<T, 3> parameters;
-    BackwardParameters(args, sample, begin, end, totals, &parameters);
-    BackwardWrite(args, plan, sample, begin, end, chunk, &parameters);
+  static void Apply(const BackwardArgs& args, const Plan& plan, const Part& part, const double* totals,
+                    const ParameterSums& sums) {
+    if (part.chunk == 0) AddToParameterSums(args, part, totals, sums);
+    MapParameters parameters;
+    MakeParameters(args, part, totals, &parameters);
+    Write(args, plan, part, &parameters);
   }
 
-  static void Backward(const BackwardArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t end,
-                       double* dgain_sum, double* dmean_scale_sum) {
+  static void Run(const BackwardArgs& args, const Plan& plan, const Part& whole, const ParameterSums& parameter_sums) {
     double totals[kBackwardSums * kMaxColumns], sums[kBackwardSums * kMaxColumns];
-    BackwardSum(args, plan, sample, begin, end, 0, totals);
-    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
-      BackwardSum(args, plan, sample, begin, end, chunk, sums);
-      for (int64_t i = 0; i < kBackwardSums * (end - begin); ++i) totals[i] += sums[i];
+    Part part = whole;
+    part.chunk = 0;
+    Sum(args, plan, part, totals);
+    for (part.chunk = 1; part.chunk < plan.chunks; ++part.chunk) {
+      Sum(args, plan, part, sums);
+      for (int64_t i = 0; i < kBackwardSums * (part.end - part.begin); ++i) totals[i] += sums[i];
     }
-    AddParameterGradients(args, sample, begin, end, totals, dgain_sum, dmean_scale_sum);
-    Parameters<T, 3> parameters;
-    BackwardParameters(args, sample, begin, end, totals, &parameters);
-    for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
-      BackwardWrite(args, plan, sample, begin, end, chunk, &parameters);
-    }
+    AddToParameterSums(args, part, totals, parameter_sums);
+    MapParameters parameters;
+    MakeParameters(args, part, totals, &parameters);
+    for (part.chunk = plan.chunks - 1; part.chunk >= 0; --part.chunk) Write(args, plan, part, &parameters);
   }
-
-  static constexpr Loops kLoops = {Forward, Backward, ForwardSum, ForwardApply, BackwardSum, BackwardApply};
 };
 
+template <class T, template <class, class> class ActivationOf, Addends kAddends>
+const Loops& LoopsOf() {
+  using Forward = ForwardPass<T, ActivationOf, kAddends>;
+  using Backward = BackwardPass<T, ActivationOf, kAddends == Addends::kShortcut>;
+  static constexpr Loops kLoops = {Forward::Run,   Backward::Run, Forward::Sum,
+                                   Forward::Apply, Backward::Sum, Backward::Apply};
+  return kLoops;
+}
+
+template <class T, template <class, class> class ActivationOf>
+const Loops& FindLoopsOf(Addends addends) {
+  switch (addends) {
+    case Addends::kBias:
+      return LoopsOf<T, ActivationOf, Addends::kBias>();
+    case Addends::kShortcut:
+      return LoopsOf<T, ActivationOf, Addends::kShortcut>();
+    case Addends::kNone:
+      break;
+  }
+  return LoopsOf<T, ActivationOf, Addends::kNone>();
+}
+
 template <class T>
-const Loops& FindLoopsOf(Activation activation) {
+const Loops& FindLoopsOf(Activation activation, Addends addends) {
   switch (activation) {
     case Activation::kRelu:
-      return Passes<T, Relu>::kLoops;
+      return FindLoopsOf<T, Relu>(addends);
     case Activation::kRelu6:
-      return Passes<T, Relu6>::kLoops;
+      return FindLoopsOf<T, Relu6>(addends);
     case Activation::kLeakyRelu:
-      return Passes<T, LeakyRelu>::kLoops;
+      return FindLoopsOf<T, LeakyRelu>(addends);
     case Activation::kElu:
-      return Passes<T, Elu>::kLoops;
+      return FindLoopsOf<T, Elu>(addends);
     case Activation::kLinear:
       break;
   }
-  return Passes<T, Linear>::kLoops;
+  return FindLoopsOf<T, Linear>(addends);
 }
 
 }  // namespace
 
-const Loops& FindLoops(DataType data_type, Activation activation) {
+const Loops& FindLoops(DataType data_type, Activation activation, Addends addends) {
   switch (data_type) {
     case DataType::kHalf:
-      return FindLoopsOf<Half>(activation);
+      return FindLoopsOf<Half>(activation, addends);
     case DataType::kBfloat16:
-      return FindLoopsOf<Bfloat16>(activation);
+      return FindLoopsOf<Bfloat16>(activation, addends);
     case DataType::kDouble:
-      return FindLoopsOf<double>(activation);
+      return FindLoopsOf<double>(activation, addends);
     case DataType::kFloat:
       break;
   }
-  return FindLoopsOf<float>(activation);
+  return FindLoopsOf<float>(activation, addends);
 }
 
 }  // namespace TF_AGC_ISA_LEVEL

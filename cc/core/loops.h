@@ -28,29 +28,40 @@ struct Plan {
   int64_t fold;
   int64_t chunk;   // Positions in a chunk: the unit in which threads share a map, a multiple of fold.
   int64_t chunks;  // Chunks in a map; the last one may be shorter.
-  bool stream;     // Write a new y past the caches, where it is too large to be found there later.
+  bool stream;     // Write a new y or dx past the caches, where it is too large to be found there later.
 };
 
-// Work on the channels [begin, end) of one sample. With plan.fold > 1 that is all of them, and begin is 0. end - begin
-// <= kMaxColumns. Sums are in double.
+// What a loop works on: the channels [begin, end) of one sample, at most kMaxColumns. With plan.fold > 1 that is all of
+// them, and begin is 0.
+struct Part {
+  int64_t sample;
+  int64_t begin;
+  int64_t end;
+  int64_t chunk;  // Of the map, for those loops that take one.
+};
+
+// The sums over samples and positions that the parameters' gradients are made of, one for every channel of the call.
+struct ParameterSums {
+  double* gain;
+  double* mean_scale;
+  double* bias;  // Null where there is no bias.
+};
+
+// What is added before the activation: each has loops of its own, so that what is absent costs nothing.
+enum class Addends { kNone, kBias, kShortcut };  // kShortcut: with or without a bias.
+
+// Sums are in double.
 struct Loops {
-  // Both passes over whole maps.
-  void (*forward)(const ForwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end);
-  // Adds this sample's part to dgain_sum[begin..end) and dmean_scale_sum[begin..end).
-  void (*backward)(const BackwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, double* dgain_sum,
-                   double* dmean_scale_sum);
+  // Both passes over whole maps. Backward adds the sample's share to the parameters' sums.
+  void (*forward)(const ForwardArgs&, const Plan&, const Part&);
+  void (*backward)(const BackwardArgs&, const Plan&, const Part&, const ParameterSums&);
 
   // The same in two steps, for maps that threads share. Step one writes the sums of one chunk; step two takes their
-  // total over all chunks, and finishes one chunk.
-  void (*forward_sum)(const ForwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
-                      double* sums);
-  void (*forward_apply)(const ForwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
-                        const double* totals);
-  void (*backward_sum)(const BackwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
-                       double* sums);
-  // Chunk 0 adds the sample's part to the parameter sums.
-  void (*backward_apply)(const BackwardArgs&, const Plan&, int64_t sample, int64_t begin, int64_t end, int64_t chunk,
-                         const double* totals, double* dgain_sum, double* dmean_scale_sum);
+  // total over all chunks, and finishes one chunk. Chunk 0 adds the sample's share to the parameters' sums.
+  void (*forward_sum)(const ForwardArgs&, const Plan&, const Part&, double* sums);
+  void (*forward_apply)(const ForwardArgs&, const Plan&, const Part&, const double* totals);
+  void (*backward_sum)(const BackwardArgs&, const Plan&, const Part&, double* sums);
+  void (*backward_apply)(const BackwardArgs&, const Plan&, const Part&, const double* totals, const ParameterSums&);
 };
 
 // Doubles that one chunk's sums take for `channels` channels: one sum forward, two backward.
@@ -59,17 +70,17 @@ constexpr int64_t kBackwardSums = 2;
 
 #if defined(__x86_64__)
 namespace v2 {
-const Loops& FindLoops(DataType data_type, Activation activation);
+const Loops& FindLoops(DataType data_type, Activation activation, Addends addends);
 }
 namespace v3 {
-const Loops& FindLoops(DataType data_type, Activation activation);
+const Loops& FindLoops(DataType data_type, Activation activation, Addends addends);
 }
 namespace v4 {
-const Loops& FindLoops(DataType data_type, Activation activation);
+const Loops& FindLoops(DataType data_type, Activation activation, Addends addends);
 }
 #else
 namespace baseline {
-const Loops& FindLoops(DataType data_type, Activation activation);
+const Loops& FindLoops(DataType data_type, Activation activation, Addends addends);
 }
 #endif
 

@@ -49,8 +49,9 @@ TF_AGC_REGISTER(tensorflow::DEVICE_CPU, Cpu);
 
 extern "C" {
 
-// Writes the first n of: forward calls, those that wrote over x, backward calls, those that wrote over dy, over what
-// was kept. Returns how many there are.
+// Writes the first n of: forward calls, those that wrote over x, backward calls, those that wrote dx over dy, over what
+// was kept, forward calls that wrote over shortcut, backward calls that wrote dshortcut over dy. Returns how many there
+// are.
 int TfAgcCounters(int64_t* values, int n) {
   for (int i = 0; i < n && i < tf_agc::kCounters; ++i) values[i] = tf_agc::counters[i].load(std::memory_order_relaxed);
   return tf_agc::kCounters;

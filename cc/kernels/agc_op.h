@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "absl/types/span.h"
 #include "cc/core/agc.h"
 #include "cc/kernels/arguments.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -23,6 +24,8 @@ enum Counter {
   kBackward,
   kBackwardOverDy,
   kBackwardOverKept,
+  kForwardOverShortcut,
+  kShortcutGradientOverDy,
   kCounters,
 };
 
@@ -48,6 +51,12 @@ T* Data(tensorflow::Tensor* tensor) {
   return tensor->flat<T>().data();
 }
 
+// The pointer of an optional input, null where it is absent.
+template <class T>
+const T* OptionalData(tensorflow::OpKernelContext* context, int input) {
+  return input < 0 ? nullptr : Data<T>(context->input(input));
+}
+
 // Device has two static functions,
 //
 //   absl::Status Forward(OpKernelContext*, const core::ForwardArgs&)
@@ -69,21 +78,33 @@ class AgcOp : public tensorflow::OpKernel {
     OP_REQUIRES_OK(context, ReadShape(x.shape(), attributes_.layout, &shape));
     OP_REQUIRES_OK(context, CheckPerChannel("gain", gain.shape(), shape));
     OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", mean_scale.shape(), shape));
+    const Optional inputs(attributes_, 3);
+    if (attributes_.has_bias) {
+      OP_REQUIRES_OK(context, CheckPerChannel("bias", context->input(inputs.bias).shape(), shape));
+    }
+    if (attributes_.has_shortcut) {
+      OP_REQUIRES_OK(context, CheckMaps("shortcut", context->input(inputs.shortcut).shape(), "x", x.shape()));
+    }
 
-    // x is dead after this op unless somebody else holds it, and TensorFlow knows.
+    // x is dead after this op unless somebody else holds it, and so is shortcut; TensorFlow knows.
     const T* x_data = Data<T>(x);
+    const U* bias_data = OptionalData<U>(context, inputs.bias);
+    const T* shortcut_data = OptionalData<T>(context, inputs.shortcut);
     const tensorflow::TensorShape x_shape = x.shape();
+    const int dead[] = {0, inputs.shortcut};
     tensorflow::Tensor* y = nullptr;
     tensorflow::Tensor* mean = nullptr;
-    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, x_shape, &y));
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
+                                absl::MakeConstSpan(dead, attributes_.has_shortcut ? 2 : 1), 0, x_shape, &y));
     OP_REQUIRES_OK(context, context->allocate_output(1, {shape.batch, shape.channels}, &mean));
 
     T* y_data = Data<T>(y);
     Count(kForward);
     if (y_data == x_data && shape.batch > 0) Count(kForwardInPlace);
-    OP_REQUIRES_OK(context,
-                   Device::Forward(context, {shape, DataTypeOf<T>(), attributes_.activation, attributes_.alpha, x_data,
-                                             Data<U>(gain), Data<U>(mean_scale), y_data, Data<U>(mean)}));
+    if (y_data == shortcut_data && shape.batch > 0) Count(kForwardOverShortcut);
+    OP_REQUIRES_OK(context, Device::Forward(context, {shape, DataTypeOf<T>(), attributes_.activation, attributes_.alpha,
+                                                      x_data, Data<U>(gain), Data<U>(mean_scale), y_data, Data<U>(mean),
+                                                      bias_data, shortcut_data}));
   }
 
  private:
@@ -95,6 +116,7 @@ class AgcGradOp : public tensorflow::OpKernel {
  public:
   explicit AgcGradOp(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, attributes_.Read(context));
+    OP_REQUIRES_OK(context, attributes_.CheckGradient());
   }
 
   void Compute(tensorflow::OpKernelContext* context) override {
@@ -106,19 +128,39 @@ class AgcGradOp : public tensorflow::OpKernel {
     const tensorflow::Tensor& mean_scale = context->input(5);
     core::Shape shape;
     OP_REQUIRES_OK(context, ReadShape(kept.shape(), attributes_.layout, &shape));
-    OP_REQUIRES_OK(context, CheckDy(dy.shape(), kept.shape()));
+    OP_REQUIRES_OK(context, CheckMaps("dy", dy.shape(), "kept", kept.shape()));
     OP_REQUIRES_OK(context, CheckPerMap("dmean", dmean.shape(), shape));
     OP_REQUIRES_OK(context, CheckPerMap("mean", mean.shape(), shape));
     OP_REQUIRES_OK(context, CheckPerChannel("gain", gain.shape(), shape));
     OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", mean_scale.shape(), shape));
+    const Optional inputs(attributes_, 6), outputs(attributes_, 3);
+    if (attributes_.has_bias) {
+      OP_REQUIRES_OK(context, CheckPerChannel("bias", context->input(inputs.bias).shape(), shape));
+    }
+    if (attributes_.has_shortcut) {
+      OP_REQUIRES_OK(context, CheckMaps("shortcut", context->input(inputs.shortcut).shape(), "kept", kept.shape()));
+    }
 
     const T* dy_data = Data<T>(dy);
     const T* kept_data = Data<T>(kept);
+    const U* bias_data = OptionalData<U>(context, inputs.bias);
+    const T* shortcut_data = OptionalData<T>(context, inputs.shortcut);
     const tensorflow::TensorShape maps_shape = kept.shape();
     tensorflow::Tensor* dx = nullptr;
     tensorflow::Tensor* dgain = nullptr;
     tensorflow::Tensor* dmean_scale = nullptr;
-    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0, 2}, 0, maps_shape, &dx));
+    tensorflow::Tensor* dbias = nullptr;
+    tensorflow::Tensor* dshortcut = nullptr;
+    int dead[] = {0, 2};
+    if (attributes_.has_shortcut) {
+      // dy becomes dshortcut, which it is but for where the activation is flat; that leaves shortcut and kept for dx.
+      OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, outputs.shortcut, maps_shape, &dshortcut));
+      dead[0] = inputs.shortcut;
+    }
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(dead, 0, maps_shape, &dx));
+    if (attributes_.has_bias) {
+      OP_REQUIRES_OK(context, context->allocate_output(outputs.bias, {shape.channels}, &dbias));
+    }
     OP_REQUIRES_OK(context, context->allocate_output(1, {shape.channels}, &dgain));
     OP_REQUIRES_OK(context, context->allocate_output(2, {shape.channels}, &dmean_scale));
 
@@ -126,10 +168,13 @@ class AgcGradOp : public tensorflow::OpKernel {
     Count(kBackward);
     if (dx_data == dy_data && shape.batch > 0) Count(kBackwardOverDy);
     if (dx_data == kept_data && shape.batch > 0) Count(kBackwardOverKept);
-    OP_REQUIRES_OK(
-        context, Device::Backward(context, {shape, DataTypeOf<T>(), attributes_.activation, attributes_.alpha, dy_data,
-                                            Data<U>(dmean), kept_data, Data<U>(mean), Data<U>(gain),
-                                            Data<U>(mean_scale), dx_data, Data<U>(dgain), Data<U>(dmean_scale)}));
+    T* dshortcut_data = dshortcut == nullptr ? nullptr : Data<T>(dshortcut);
+    if (dshortcut_data == dy_data && shape.batch > 0) Count(kShortcutGradientOverDy);
+    OP_REQUIRES_OK(context, Device::Backward(
+                                context, {shape, DataTypeOf<T>(), attributes_.activation, attributes_.alpha, dy_data,
+                                          Data<U>(dmean), kept_data, Data<U>(mean), Data<U>(gain), Data<U>(mean_scale),
+                                          dx_data, Data<U>(dgain), Data<U>(dmean_scale), bias_data, shortcut_data,
+                                          dbias == nullptr ? nullptr : Data<U>(dbias), dshortcut_data}));
   }
 
  private:

@@ -20,6 +20,8 @@ struct Attributes {
   core::Activation activation = core::Activation::kLinear;
   float alpha = 0;
   core::Layout layout = core::Layout::kChannelsLast;
+  bool has_bias = false;
+  bool has_shortcut = false;
 
   absl::Status Read(tensorflow::OpKernelConstruction* context) {
     std::string name;
@@ -53,8 +55,34 @@ struct Attributes {
       return absl::InvalidArgumentError(absl::StrCat("data_format must be N...C or NC..., got ", name));
     }
     layout = name == "N...C" ? core::Layout::kChannelsLast : core::Layout::kChannelsFirst;
-    return absl::OkStatus();
+    TF_RETURN_IF_ERROR(ReadOptional(context, "bias", &has_bias));
+    return ReadOptional(context, "shortcut", &has_shortcut);
   }
+
+  // Of the gradient's op alone.
+  absl::Status CheckGradient() const {
+    if (activation != core::Activation::kLinear || !has_shortcut) return absl::OkStatus();
+    return absl::InvalidArgumentError("shortcut must be absent where activation is linear: its gradient is dy");
+  }
+
+ private:
+  // Optional inputs are lists of none or one.
+  static absl::Status ReadOptional(tensorflow::OpKernelConstruction* context, const char* name, bool* present) {
+    int count;
+    TF_RETURN_IF_ERROR(context->GetAttr(absl::StrCat("num_", name), &count));
+    *present = count > 0;
+    if (count == 0 || count == 1) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(name, " must be absent or one tensor, got ", count));
+  }
+};
+
+// Where optional inputs and outputs stand: behind those that are always there.
+struct Optional {
+  Optional(const Attributes& attributes, int others)
+      : bias(attributes.has_bias ? others : -1),
+        shortcut(attributes.has_shortcut ? others + (attributes.has_bias ? 1 : 0) : -1) {}
+  int bias;  // -1 where it is absent.
+  int shortcut;
 };
 
 inline absl::Status ReadShape(const tensorflow::TensorShape& maps, core::Layout layout, core::Shape* shape) {
@@ -92,10 +120,12 @@ inline absl::Status CheckPerMap(const char* name, const tensorflow::TensorShape&
                                                  "], got ", got.DebugString()));
 }
 
-inline absl::Status CheckDy(const tensorflow::TensorShape& dy, const tensorflow::TensorShape& kept) {
-  if (dy == kept) return absl::OkStatus();
+// `name` must be shaped as the maps `like`.
+inline absl::Status CheckMaps(const char* name, const tensorflow::TensorShape& got, const char* like,
+                              const tensorflow::TensorShape& maps) {
+  if (got == maps) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat("dy must have the shape of kept ", kept.DebugString(), ", got ", dy.DebugString()));
+      absl::StrCat(name, " must have the shape of ", like, " ", maps.DebugString(), ", got ", got.DebugString()));
 }
 
 }  // namespace tf_agc

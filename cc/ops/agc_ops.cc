@@ -1,6 +1,9 @@
 // The two ops' signatures and shape functions, nothing else. Signatures, attributes and their (absent) defaults are
 // stored in SavedModels and can never change.
 
+#include <string>
+#include <vector>
+
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -15,6 +18,14 @@ using ::tensorflow::shape_inference::ShapeHandle;
 constexpr int kMinRank = 3;
 constexpr int kMaxRank = 8;
 
+// The optional inputs are lists of none or one, each with a length attribute: the form that TensorFlow's registry has
+// for them (its own fused batch normalization, for one). In the generated wrappers they are lists too.
+absl::Status GetOptional(InferenceContext* c, const char* name, int* count) {
+  TF_RETURN_IF_ERROR(c->GetAttr(absl::StrCat("num_", name), count));
+  if (*count <= 1) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, " must be absent or one tensor, got ", *count));
+}
+
 // The shapes of a map and of what goes with it, as far as they are known.
 struct Shapes {
   ShapeHandle maps;
@@ -23,8 +34,8 @@ struct Shapes {
 };
 
 // Merges the shape of maps (inputs `maps`), of means (inputs `means`) and of parameters (inputs `parameters`).
-absl::Status MergeShapes(InferenceContext* c, std::initializer_list<int> maps, std::initializer_list<int> means,
-                         std::initializer_list<int> parameters, Shapes* shapes) {
+absl::Status MergeShapes(InferenceContext* c, const std::vector<int>& maps, const std::vector<int>& means,
+                         const std::vector<int>& parameters, Shapes* shapes) {
   shapes->maps = c->UnknownShape();
   for (int i : maps) TF_RETURN_IF_ERROR(c->Merge(shapes->maps, c->input(i), &shapes->maps));
   DimensionHandle batch = c->UnknownDim(), channels = c->UnknownDim();
@@ -66,16 +77,26 @@ REGISTER_OP("TfAgc>Agc")
     .Input("x: T")
     .Input("gain: U")
     .Input("mean_scale: U")
+    .Input("bias: num_bias * U")
+    .Input("shortcut: num_shortcut * T")
     .Output("y: T")
     .Output("mean: U")
     .Attr("T: {half, bfloat16, float, double}")
     .Attr("U: {float, double}")
+    .Attr("num_bias: int >= 0")
+    .Attr("num_shortcut: int >= 0")
     .Attr("activation: {'linear', 'relu', 'relu6', 'leaky_relu', 'elu'}")
     .Attr("alpha: float")
     .Attr("data_format: {'N...C', 'NC...'}")
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
+      int num_bias, num_shortcut;
+      TF_RETURN_IF_ERROR(GetOptional(c, "bias", &num_bias));
+      TF_RETURN_IF_ERROR(GetOptional(c, "shortcut", &num_shortcut));
+      std::vector<int> maps = {0}, parameters = {1, 2};
+      if (num_bias == 1) parameters.push_back(3);
+      if (num_shortcut == 1) maps.push_back(3 + num_bias);
       Shapes shapes;
-      TF_RETURN_IF_ERROR(MergeShapes(c, {0}, {}, {1, 2}, &shapes));
+      TF_RETURN_IF_ERROR(MergeShapes(c, maps, {}, parameters, &shapes));
       c->set_output(0, shapes.maps);
       c->set_output(1, shapes.means);
       return absl::OkStatus();
@@ -84,11 +105,13 @@ REGISTER_OP("TfAgc>Agc")
 Automatic gain control of feature maps (arXiv 1706.03907).
 
 For sample n, channel c and spatial position p: mean[n,c] is the mean of x[n,:,c] and
-y[n,p,c] = act(gain[c] * (x[n,p,c] - mean_scale[c] * mean[n,c])).
+y[n,p,c] = act(gain[c] * (x[n,p,c] - mean_scale[c] * mean[n,c]) + bias[c] + shortcut[n,p,c]).
 
 x: Maps [N, spatial..., C] or [N, C, spatial...], 1 to 6 spatial axes.
 gain: [C].
 mean_scale: [C].
+bias: Absent, or one: [C].
+shortcut: Absent, or one: shaped as x.
 y: As x.
 mean: [N, C], of x before scaling.
 U: double where T is double, float otherwise.
@@ -102,20 +125,39 @@ REGISTER_OP("TfAgc>AgcGrad")
     .Input("mean: U")
     .Input("gain: U")
     .Input("mean_scale: U")
+    .Input("bias: num_bias * U")
+    .Input("shortcut: num_shortcut * T")
     .Output("dx: T")
     .Output("dgain: U")
     .Output("dmean_scale: U")
+    .Output("dbias: num_bias * U")
+    .Output("dshortcut: num_shortcut * T")
     .Attr("T: {half, bfloat16, float, double}")
     .Attr("U: {float, double}")
+    .Attr("num_bias: int >= 0")
+    .Attr("num_shortcut: int >= 0")
     .Attr("activation: {'linear', 'relu', 'relu6', 'leaky_relu', 'elu'}")
     .Attr("alpha: float")
     .Attr("data_format: {'N...C', 'NC...'}")
     .SetShapeFn([](InferenceContext* c) -> absl::Status {
+      int num_bias, num_shortcut;
+      TF_RETURN_IF_ERROR(GetOptional(c, "bias", &num_bias));
+      TF_RETURN_IF_ERROR(GetOptional(c, "shortcut", &num_shortcut));
+      std::string activation;
+      TF_RETURN_IF_ERROR(c->GetAttr("activation", &activation));
+      if (activation == "linear" && num_shortcut > 0) {
+        return absl::InvalidArgumentError("shortcut must be absent where activation is linear: its gradient is dy");
+      }
+      std::vector<int> maps = {0, 2}, parameters = {4, 5};
+      if (num_bias == 1) parameters.push_back(6);
+      if (num_shortcut == 1) maps.push_back(6 + num_bias);
       Shapes shapes;
-      TF_RETURN_IF_ERROR(MergeShapes(c, {0, 2}, {1, 3}, {4, 5}, &shapes));
+      TF_RETURN_IF_ERROR(MergeShapes(c, maps, {1, 3}, parameters, &shapes));
       c->set_output(0, shapes.maps);
       c->set_output(1, shapes.channels);
       c->set_output(2, shapes.channels);
+      if (num_bias == 1) c->set_output(3, shapes.channels);
+      if (num_shortcut == 1) c->set_output(3 + num_bias, shapes.maps);
       return absl::OkStatus();
     })
     .Doc(R"doc(
@@ -125,6 +167,9 @@ dy: Gradient of y.
 dmean: Gradient of mean, [N, C].
 kept: x where activation is linear, y for every other activation.
 mean: [N, C], from the forward op.
+bias: As in the forward op.
+shortcut: As in the forward op; but absent where activation is linear: kept tells everything without it, and its
+  gradient is dy.
 )doc");
 
 }  // namespace tf_agc

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -76,19 +77,34 @@ xla::Shape RowMajor(xla::PrimitiveType type, absl::Span<const int64_t> sizes) {
   return xla::ShapeUtil::MakeShapeWithDescendingLayout(type, sizes);
 }
 
-// Emits the call `name`, whose first result is written over its first operand: XLA copies the operand before, where
-// something else still needs it.
-xla::XlaOp Call(const char* name, const Attributes& attributes, const Inputs& inputs, std::vector<xla::Shape> results) {
+// A result of a call that is written over one of its operands. Where something else still needs the operand, XLA copies
+// it before: choose one that is dead in nearly every network.
+struct InPlace {
+  int64_t result;
+  int64_t operand;
+};
+
+// Emits the call `name` and returns its results.
+std::vector<xla::XlaOp> Call(const char* name, const Attributes& attributes, const Inputs& inputs,
+                             const std::vector<xla::Shape>& results, std::optional<InPlace> in_place) {
   std::vector<xla::Shape> operands;
   for (const xla::Shape& shape : inputs.shapes) operands.push_back(RowMajor(shape.element_type(), shape.dimensions()));
-  // Result {0} over the whole of operand 0.
-  std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> aliases(1);
-  aliases[0].first.push_back(0);
-  return xla::CustomCallWithLayout(
+  std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> aliases;
+  if (in_place) aliases.push_back({{in_place->result}, {in_place->operand, {}}});
+  const xla::XlaOp tuple = xla::CustomCallWithLayout(
       inputs.ops[0].builder(), name, inputs.ops, xla::ShapeUtil::MakeTupleShape(results), operands,
-      xla_calls::FormatAttributes(attributes.activation, attributes.alpha, attributes.layout),
+      xla_calls::FormatAttributes(attributes.activation, attributes.alpha, attributes.layout, attributes.has_bias),
       /*has_side_effect=*/false, aliases, /*literal=*/nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
       xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+  std::vector<xla::XlaOp> elements;
+  for (size_t i = 0; i < results.size(); ++i) {
+    elements.push_back(xla::GetTupleElement(tuple, static_cast<int64_t>(i)));
+  }
+  return elements;
+}
+
+void SetOutputs(XlaOpKernelContext* context, const std::vector<xla::XlaOp>& outputs) {
+  for (size_t i = 0; i < outputs.size(); ++i) context->SetOutput(static_cast<int>(i), outputs[i]);
 }
 
 class AgcXlaOp : public XlaOpKernel {
@@ -101,21 +117,30 @@ class AgcXlaOp : public XlaOpKernel {
     Inputs inputs;
     core::Shape shape;
     OP_REQUIRES_OK(context, inputs.Read(context));
-    OP_REQUIRES_OK(context, ReadShape(inputs.tensor_shapes[0], attributes_.layout, &shape));
+    const TensorShape& x = inputs.tensor_shapes[0];
+    OP_REQUIRES_OK(context, ReadShape(x, attributes_.layout, &shape));
     OP_REQUIRES_OK(context, CheckPerChannel("gain", inputs.tensor_shapes[1], shape));
     OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", inputs.tensor_shapes[2], shape));
+    const Optional optional(attributes_, 3);
+    if (attributes_.has_bias) {
+      OP_REQUIRES_OK(context, CheckPerChannel("bias", inputs.tensor_shapes[optional.bias], shape));
+    }
+    if (attributes_.has_shortcut) {
+      OP_REQUIRES_OK(context, CheckMaps("shortcut", inputs.tensor_shapes[optional.shortcut], "x", x));
+    }
 
     if (!CanCall(context, inputs)) {
-      const hlo::ForwardResults results = hlo::Forward(attributes_, inputs.ops[0], inputs.ops[1], inputs.ops[2]);
-      context->SetOutput(0, results.y);
-      context->SetOutput(1, results.mean);
+      SetOutputs(context, hlo::Forward(attributes_, inputs.ops));
       return;
     }
     const auto maps_type = inputs.shapes[0].element_type(), parameter_type = inputs.shapes[1].element_type();
-    const xla::XlaOp results = Call(
-        xla_calls::kForward, attributes_, inputs,
-        {RowMajor(maps_type, inputs.shapes[0].dimensions()), RowMajor(parameter_type, {shape.batch, shape.channels})});
-    for (int i = 0; i < 2; ++i) context->SetOutput(i, xla::GetTupleElement(results, i));
+    std::optional<InPlace> in_place = InPlace{0, 0};
+    // In training, the gradient of linear keeps x, and that of the convolution where a block begins keeps its shortcut.
+    if (attributes_.activation == core::Activation::kLinear && attributes_.has_shortcut) in_place.reset();
+    SetOutputs(context, Call(xla_calls::kForward, attributes_, inputs,
+                             {RowMajor(maps_type, inputs.shapes[0].dimensions()),
+                              RowMajor(parameter_type, {shape.batch, shape.channels})},
+                             in_place));
   }
 
  private:
@@ -126,6 +151,7 @@ class AgcGradXlaOp : public XlaOpKernel {
  public:
   explicit AgcGradXlaOp(OpKernelConstruction* context) : XlaOpKernel(context) {
     OP_REQUIRES_OK(context, attributes_.Read(context));
+    OP_REQUIRES_OK(context, attributes_.CheckGradient());
   }
 
   void Compile(XlaOpKernelContext* context) override {
@@ -134,26 +160,32 @@ class AgcGradXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(context, inputs.Read(context));
     const TensorShape& kept = inputs.tensor_shapes[2];
     OP_REQUIRES_OK(context, ReadShape(kept, attributes_.layout, &shape));
-    OP_REQUIRES_OK(context, CheckDy(inputs.tensor_shapes[0], kept));
+    OP_REQUIRES_OK(context, CheckMaps("dy", inputs.tensor_shapes[0], "kept", kept));
     OP_REQUIRES_OK(context, CheckPerMap("dmean", inputs.tensor_shapes[1], shape));
     OP_REQUIRES_OK(context, CheckPerMap("mean", inputs.tensor_shapes[3], shape));
     OP_REQUIRES_OK(context, CheckPerChannel("gain", inputs.tensor_shapes[4], shape));
     OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", inputs.tensor_shapes[5], shape));
+    const Optional optional(attributes_, 6);
+    if (attributes_.has_bias) {
+      OP_REQUIRES_OK(context, CheckPerChannel("bias", inputs.tensor_shapes[optional.bias], shape));
+    }
+    if (attributes_.has_shortcut) {
+      OP_REQUIRES_OK(context, CheckMaps("shortcut", inputs.tensor_shapes[optional.shortcut], "kept", kept));
+    }
 
     if (!CanCall(context, inputs)) {
-      const auto& ops = inputs.ops;
-      const hlo::BackwardResults results = hlo::Backward(attributes_, ops[0], ops[1], ops[2], ops[3], ops[4], ops[5]);
-      context->SetOutput(0, results.dx);
-      context->SetOutput(1, results.dgain);
-      context->SetOutput(2, results.dmean_scale);
+      SetOutputs(context, hlo::Backward(attributes_, inputs.ops));
       return;
     }
-    const auto maps_type = inputs.shapes[2].element_type(), parameter_type = inputs.shapes[4].element_type();
-    const xla::XlaOp results =
-        Call(xla_calls::kBackward, attributes_, inputs,
-             {RowMajor(maps_type, inputs.shapes[2].dimensions()), RowMajor(parameter_type, {shape.channels}),
-              RowMajor(parameter_type, {shape.channels})});
-    for (int i = 0; i < 3; ++i) context->SetOutput(i, xla::GetTupleElement(results, i));
+    const xla::Shape maps = RowMajor(inputs.shapes[2].element_type(), inputs.shapes[2].dimensions());
+    const xla::Shape per_channel = RowMajor(inputs.shapes[4].element_type(), {shape.channels});
+    std::vector<xla::Shape> results = {maps, per_channel, per_channel};
+    if (attributes_.has_bias) results.push_back(per_channel);
+    if (attributes_.has_shortcut) results.push_back(maps);
+    // dy becomes dshortcut, or dx where there is none. With both, dx gets new memory: the gradients of the convolutions
+    // that read kept and shortcut may run after this.
+    const int over_dy = attributes_.has_shortcut ? Optional(attributes_, 3).shortcut : 0;
+    SetOutputs(context, Call(xla_calls::kBackward, attributes_, inputs, results, InPlace{over_dy, 0}));
   }
 
  private:

@@ -31,12 +31,15 @@ namespace ffi = ::xla::ffi;
 
 using Buffer = ffi::AnyBuffer;
 using Result = ffi::Result<ffi::AnyBuffer>;
+using OptionalBuffer = std::optional<Buffer>;
+using OptionalResult = std::optional<Result>;
 
 enum Counter {
   kForwardCalls,
   kForwardInPlace,
   kBackwardCalls,
   kBackwardOverDy,
+  kShortcutGradientOverDy,
   kCounters,
 };
 
@@ -78,8 +81,18 @@ core::Shape ShapeOf(const Buffer& maps, core::Layout layout) {
   return shape;
 }
 
-core::ForwardArgs ForwardArgsOf(Buffer x, Buffer gain, Buffer mean_scale, Result y, Result mean, int32_t activation,
-                                float alpha, int32_t layout) {
+// What is absent leaves no gap: without a bias, the shortcut stands in its place.
+template <class T>
+void MoveToPlace(bool has_bias, T* bias, T* shortcut) {
+  if (!has_bias) std::swap(*bias, *shortcut);
+}
+
+const void* DataOf(const OptionalBuffer& buffer) { return buffer ? buffer->untyped_data() : nullptr; }
+void* DataOf(OptionalResult result) { return result ? (*result)->untyped_data() : nullptr; }
+
+core::ForwardArgs ForwardArgsOf(Buffer x, Buffer gain, Buffer mean_scale, OptionalBuffer bias, OptionalBuffer shortcut,
+                                Result y, Result mean, int32_t activation, float alpha, int32_t layout, bool has_bias) {
+  MoveToPlace(has_bias, &bias, &shortcut);
   Count(kForwardCalls);
   if (y->untyped_data() == x.untyped_data()) Count(kForwardInPlace);
   return {ShapeOf(x, static_cast<core::Layout>(layout)),
@@ -90,14 +103,20 @@ core::ForwardArgs ForwardArgsOf(Buffer x, Buffer gain, Buffer mean_scale, Result
           gain.untyped_data(),
           mean_scale.untyped_data(),
           y->untyped_data(),
-          mean->untyped_data()};
+          mean->untyped_data(),
+          DataOf(bias),
+          DataOf(shortcut)};
 }
 
 core::BackwardArgs BackwardArgsOf(Buffer dy, Buffer dmean, Buffer kept, Buffer mean, Buffer gain, Buffer mean_scale,
-                                  Result dx, Result dgain, Result dmean_scale, int32_t activation, float alpha,
-                                  int32_t layout) {
+                                  OptionalBuffer bias, OptionalBuffer shortcut, Result dx, Result dgain,
+                                  Result dmean_scale, OptionalResult dbias, OptionalResult dshortcut,
+                                  int32_t activation, float alpha, int32_t layout, bool has_bias) {
+  MoveToPlace(has_bias, &bias, &shortcut);
+  MoveToPlace(has_bias, &dbias, &dshortcut);
   Count(kBackwardCalls);
   if (dx->untyped_data() == dy.untyped_data()) Count(kBackwardOverDy);
+  if (dshortcut && dy.untyped_data() == DataOf(dshortcut)) Count(kShortcutGradientOverDy);
   return {ShapeOf(kept, static_cast<core::Layout>(layout)),
           DataTypeOf(kept),
           static_cast<core::Activation>(activation),
@@ -110,38 +129,50 @@ core::BackwardArgs BackwardArgsOf(Buffer dy, Buffer dmean, Buffer kept, Buffer m
           mean_scale.untyped_data(),
           dx->untyped_data(),
           dgain->untyped_data(),
-          dmean_scale->untyped_data()};
+          dmean_scale->untyped_data(),
+          DataOf(bias),
+          DataOf(shortcut),
+          DataOf(dbias),
+          DataOf(dshortcut)};
 }
 
 // What XLA passes to the calls on any platform, behind that platform's context.
 template <class Binding>
 auto BindForward(Binding context) {
   return std::move(context)
-      .template Arg<Buffer>()  // x
-      .template Arg<Buffer>()  // gain
-      .template Arg<Buffer>()  // mean_scale
-      .template Ret<Buffer>()  // y
-      .template Ret<Buffer>()  // mean
+      .template Arg<Buffer>()          // x
+      .template Arg<Buffer>()          // gain
+      .template Arg<Buffer>()          // mean_scale
+      .template OptionalArg<Buffer>()  // bias
+      .template OptionalArg<Buffer>()  // shortcut
+      .template Ret<Buffer>()          // y
+      .template Ret<Buffer>()          // mean
       .template Attr<int32_t>(kActivation)
       .template Attr<float>(kAlpha)
-      .template Attr<int32_t>(kLayout);
+      .template Attr<int32_t>(kLayout)
+      .template Attr<bool>(kHasBias);
 }
 
 template <class Binding>
 auto BindBackward(Binding context) {
   return std::move(context)
-      .template Arg<Buffer>()  // dy
-      .template Arg<Buffer>()  // dmean
-      .template Arg<Buffer>()  // kept
-      .template Arg<Buffer>()  // mean
-      .template Arg<Buffer>()  // gain
-      .template Arg<Buffer>()  // mean_scale
-      .template Ret<Buffer>()  // dx
-      .template Ret<Buffer>()  // dgain
-      .template Ret<Buffer>()  // dmean_scale
+      .template Arg<Buffer>()          // dy
+      .template Arg<Buffer>()          // dmean
+      .template Arg<Buffer>()          // kept
+      .template Arg<Buffer>()          // mean
+      .template Arg<Buffer>()          // gain
+      .template Arg<Buffer>()          // mean_scale
+      .template OptionalArg<Buffer>()  // bias
+      .template OptionalArg<Buffer>()  // shortcut
+      .template Ret<Buffer>()          // dx
+      .template Ret<Buffer>()          // dgain
+      .template Ret<Buffer>()          // dmean_scale
+      .template OptionalRet<Buffer>()  // dbias
+      .template OptionalRet<Buffer>()  // dshortcut
       .template Attr<int32_t>(kActivation)
       .template Attr<float>(kAlpha)
-      .template Attr<int32_t>(kLayout);
+      .template Attr<int32_t>(kLayout)
+      .template Attr<bool>(kHasBias);
 }
 
 // ---- On the CPU ----
@@ -209,15 +240,15 @@ std::string RegisterOne(const char* name, const char* platform, XLA_FFI_Handler*
 
 }  // namespace
 
-std::string FormatAttributes(core::Activation activation, float alpha, core::Layout layout) {
+std::string FormatAttributes(core::Activation activation, float alpha, core::Layout layout, bool has_bias) {
   // The bits of alpha, which MLIR takes for a float: digits would depend on the process's locale.
   uint32_t alpha_bits;
   static_assert(sizeof(alpha_bits) == sizeof(alpha));
   std::memcpy(&alpha_bits, &alpha, sizeof(alpha));
   char text[128];
-  std::snprintf(text, sizeof(text), "{%s = %d : i32, %s = 0x%08X : f32, %s = %d : i32}", kActivation,
+  std::snprintf(text, sizeof(text), "{%s = %d : i32, %s = 0x%08X : f32, %s = %d : i32, %s = %s}", kActivation,
                 static_cast<int>(activation), kAlpha, static_cast<unsigned>(alpha_bits), kLayout,
-                static_cast<int>(layout));
+                static_cast<int>(layout), kHasBias, has_bias ? "true" : "false");
   return text;
 }
 
@@ -242,8 +273,8 @@ std::string RegisterOnGpu() {
 
 extern "C" {
 
-// Writes the first n of: forward calls, those that wrote over x, backward calls, those that wrote over dy. Returns how
-// many there are.
+// Writes the first n of: forward calls, those that wrote over x, backward calls, those that wrote dx over dy, those
+// that wrote dshortcut over dy. Returns how many there are.
 int TfAgcXlaCounters(int64_t* values, int n) {
   using tf_agc::xla_calls::counters;
   using tf_agc::xla_calls::kCounters;

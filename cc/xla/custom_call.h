@@ -14,18 +14,21 @@ namespace tf_agc {
 namespace xla_calls {
 
 // Operands and results as those of the ops, all in row-major layout:
-// (x, gain, mean_scale) -> (y, mean).
+// (x, gain, mean_scale, bias, shortcut) -> (y, mean).
 inline constexpr char kForward[] = "TfAgc.Forward";
-// (dy, dmean, kept, mean, gain, mean_scale) -> (dx, dgain, dmean_scale).
+// (dy, dmean, kept, mean, gain, mean_scale, bias, shortcut) -> (dx, dgain, dmean_scale, dbias, dshortcut).
 inline constexpr char kBackward[] = "TfAgc.Backward";
+
+// Absent ones are left out. Where one of two is, kHasBias says which.
 
 // Names of the attributes of both calls.
 inline constexpr char kActivation[] = "activation";
 inline constexpr char kAlpha[] = "alpha";
 inline constexpr char kLayout[] = "layout";
+inline constexpr char kHasBias[] = "has_bias";
 
 // The attributes as XLA takes them, a dictionary in MLIR's syntax.
-std::string FormatAttributes(core::Activation activation, float alpha, core::Layout layout);
+std::string FormatAttributes(core::Activation activation, float alpha, core::Layout layout, bool has_bias);
 
 // Make the calls known to XLA for programs on the CPU, and on NVIDIA's GPUs. Return what went wrong, "" if nothing did.
 std::string Register();

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cc/core/scheduling.h"
 #include "xla/hlo/builder/lib/arithmetic.h"
 #include "xla/hlo/builder/lib/constants.h"
 
@@ -64,11 +65,8 @@ class Maps {
   std::vector<int64_t> spatial_axes_;
 };
 
-// alpha = 0 is relu, whose backward pass needs no division by alpha.
 core::Activation Effective(const Attributes& attributes) {
-  const bool has_alpha =
-      attributes.activation == core::Activation::kLeakyRelu || attributes.activation == core::Activation::kElu;
-  return has_alpha && attributes.alpha == 0 ? core::Activation::kRelu : attributes.activation;
+  return core::Effective(attributes.activation, attributes.alpha);
 }
 
 // act(z). XLA's Max and Min hand NaN on.
@@ -110,7 +108,8 @@ XlaOp Slope(const Attributes& attributes, const Maps& maps, XlaOp kept) {
   return ones;
 }
 
-// What sums up to dgain (linear) or to gain * dgain (all others, which know z = gain * u and not u).
+// What sums up to dgain (linear) or to gain * dgain (all others, which know z and not u), but for bias and shortcut,
+// which are in z and not in gain * u.
 XlaOp GainTerm(const Attributes& attributes, const Maps& maps, XlaOp kept, XlaOp dy, XlaOp dz, XlaOp offset) {
   switch (Effective(attributes)) {
     case core::Activation::kLinear:
@@ -134,37 +133,56 @@ XlaOp GainTerm(const Attributes& attributes, const Maps& maps, XlaOp kept, XlaOp
 
 }  // namespace
 
-ForwardResults Forward(const Attributes& attributes, XlaOp x, XlaOp gain, XlaOp mean_scale) {
-  const Maps maps(x, gain, attributes.layout);
-  x = maps.ToCompute(x);
+std::vector<XlaOp> Forward(const Attributes& attributes, absl::Span<const XlaOp> inputs) {
+  const XlaOp gain = inputs[1], mean_scale = inputs[2];
+  const Optional optional(attributes, 3);
+  const Maps maps(inputs[0], gain, attributes.layout);
+  const XlaOp x = maps.ToCompute(inputs[0]);
   const XlaOp mean = xla::Div(maps.SumPositions(x), maps.Positions());
   const XlaOp u = xla::Sub(x, xla::Mul(mean, mean_scale, {1}), maps.PerMap());
-  const XlaOp z = xla::Mul(u, gain, maps.PerChannel());
+  XlaOp z = xla::Mul(u, gain, maps.PerChannel());
+  if (attributes.has_bias) z = xla::Add(z, inputs[optional.bias], maps.PerChannel());
+  if (attributes.has_shortcut) z = xla::Add(z, maps.ToCompute(inputs[optional.shortcut]));
   return {maps.FromCompute(Activate(attributes, maps, z)), mean};
 }
 
-BackwardResults Backward(const Attributes& attributes, XlaOp dy, XlaOp dmean, XlaOp kept, XlaOp mean, XlaOp gain,
-                         XlaOp mean_scale) {
-  const Maps maps(kept, gain, attributes.layout);
-  dy = maps.ToCompute(dy);
-  kept = maps.ToCompute(kept);
+std::vector<XlaOp> Backward(const Attributes& attributes, absl::Span<const XlaOp> inputs) {
+  const XlaOp dmean = inputs[1], mean = inputs[3], gain = inputs[4], mean_scale = inputs[5];
+  const Optional optional(attributes, 6);
+  const Maps maps(inputs[2], gain, attributes.layout);
+  const XlaOp dy = maps.ToCompute(inputs[0]);
+  const XlaOp kept = maps.ToCompute(inputs[2]);
   // A product and no selection, as in stock TensorFlow: an infinite dy at a dead place gives NaN.
-  const XlaOp dz = xla::Mul(dy, Slope(attributes, maps, kept));
+  const XlaOp slope = Slope(attributes, maps, kept);
+  const XlaOp dz = xla::Mul(dy, slope);
   const XlaOp dz_sum = maps.SumPositions(dz);
-  const XlaOp offset = xla::Mul(mean, mean_scale, {1});
-  const XlaOp gain_sum = maps.SumSamples(maps.SumPositions(GainTerm(attributes, maps, kept, dy, dz, offset)));
-
-  const XlaOp dz_mean = xla::Div(xla::Mul(dz_sum, mean_scale, {1}), maps.Positions());
-  const XlaOp centred = xla::Mul(xla::Sub(dz, dz_mean, maps.PerMap()), gain, maps.PerChannel());
-  const XlaOp dx = xla::Add(centred, xla::Div(dmean, maps.Positions()), maps.PerMap());
+  XlaOp dbias;
+  if (attributes.has_bias) dbias = maps.SumSamples(dz_sum);
 
   const bool linear = attributes.activation == core::Activation::kLinear;
+  const XlaOp offset = xla::Mul(mean, mean_scale, {1});
+  XlaOp gain_term = GainTerm(attributes, maps, kept, dy, dz, offset);
+  if (attributes.has_shortcut) {
+    const XlaOp shortcut = maps.ToCompute(inputs[optional.shortcut]), none = xla::ZerosLike(shortcut);
+    // A selection here: an infinite shortcut at a dead place must not give NaN.
+    gain_term = xla::Sub(gain_term, xla::Mul(dz, xla::Select(xla::Eq(slope, none), none, shortcut)));
+  }
+  XlaOp gain_sum = maps.SumSamples(maps.SumPositions(gain_term));
+  if (attributes.has_bias && !linear) gain_sum = xla::Sub(gain_sum, xla::Mul(inputs[optional.bias], dbias));
   const XlaOp zero = xla::ZerosLike(gain);
   // At gain 0 what the sum came from is lost: 0, or NaN where something was not finite.
   const XlaOp dgain =
       linear ? gain_sum : xla::Select(xla::Eq(gain, zero), xla::Mul(gain_sum, zero), xla::Div(gain_sum, gain));
+
+  const XlaOp dz_mean = xla::Div(xla::Mul(dz_sum, mean_scale, {1}), maps.Positions());
+  const XlaOp centred = xla::Mul(xla::Sub(dz, dz_mean, maps.PerMap()), gain, maps.PerChannel());
+  const XlaOp dx = xla::Add(centred, xla::Div(dmean, maps.Positions()), maps.PerMap());
   const XlaOp dmean_scale = xla::Neg(xla::Mul(gain, maps.SumSamples(xla::Mul(mean, dz_sum))));
-  return {maps.FromCompute(dx), dgain, dmean_scale};
+
+  std::vector<XlaOp> outputs = {maps.FromCompute(dx), dgain, dmean_scale};
+  if (attributes.has_bias) outputs.push_back(dbias);
+  if (attributes.has_shortcut) outputs.push_back(maps.FromCompute(dz));
+  return outputs;
 }
 
 }  // namespace hlo

@@ -7,28 +7,19 @@
 #ifndef TF_AGC_CC_XLA_HLO_H_
 #define TF_AGC_CC_XLA_HLO_H_
 
+#include <vector>
+
+#include "absl/types/span.h"
 #include "cc/kernels/arguments.h"
 #include "xla/hlo/builder/xla_builder.h"
 
 namespace tf_agc {
 namespace hlo {
 
-struct ForwardResults {
-  xla::XlaOp y;
-  xla::XlaOp mean;
-};
-
-struct BackwardResults {
-  xla::XlaOp dx;
-  xla::XlaOp dgain;
-  xla::XlaOp dmean_scale;
-};
-
-// Operands and results have the shapes and types of the ops TfAgc>Agc and TfAgc>AgcGrad. Sizes may be dynamic. What
-// does not fit together is reported by the operands' builder.
-ForwardResults Forward(const Attributes& attributes, xla::XlaOp x, xla::XlaOp gain, xla::XlaOp mean_scale);
-BackwardResults Backward(const Attributes& attributes, xla::XlaOp dy, xla::XlaOp dmean, xla::XlaOp kept,
-                         xla::XlaOp mean, xla::XlaOp gain, xla::XlaOp mean_scale);
+// From the inputs of the ops TfAgc>Agc and TfAgc>AgcGrad to their outputs, with the order, shapes and types that they
+// have there. Sizes may be dynamic. What does not fit together is reported by the inputs' builder.
+std::vector<xla::XlaOp> Forward(const Attributes& attributes, absl::Span<const xla::XlaOp> inputs);
+std::vector<xla::XlaOp> Backward(const Attributes& attributes, absl::Span<const xla::XlaOp> inputs);
 
 }  // namespace hlo
 }  // namespace tf_agc

@@ -7,24 +7,39 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from agc_testing import ACTIVATIONS, ALPHA, DATA_FORMATS, check, make_case, run
+from agc_testing import (
+    ACTIVATIONS,
+    ALPHA,
+    DATA_FORMATS,
+    DTYPES,
+    EPSILON,
+    OPTIONAL,
+    check,
+    float64_results,
+    make_case,
+    parameter_dtype,
+    run,
+    without_kinks,
+)
 from tf_agc import AutomaticGainControl, native, reference
 
 pytestmark = pytest.mark.usefixtures("native_required")
 
 
+@pytest.mark.parametrize("optional", OPTIONAL)
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_numeric(activation, data_format, mode):
-    case = make_case((2, 3, 2, 3), "float64", activation, data_format, seed=3)
+def test_numeric(activation, data_format, optional, mode):
+    bias, shortcut = OPTIONAL[optional]
+    case = make_case((2, 3, 2, 3), "float64", activation, data_format, seed=3, bias=bias, shortcut=shortcut)
 
-    def outputs(x, gain, mean_scale):
-        y, mean = native.agc(x, gain, mean_scale, *case.attributes)
+    def outputs(*inputs):
+        y, mean = case.call(native.agc, inputs)
         # Both outputs, weighted; dy is 0 near the kinks.
         return tf.reduce_sum(y * case.dy) + tf.reduce_sum(mean * case.dmean)
 
     outputs = tf.function(outputs) if mode == "function" else outputs
-    arguments = [case.x, case.gain, case.mean_scale]
+    arguments = [*case.inputs.values()]
     computed, numeric = tf.test.compute_gradient(outputs, arguments, delta=1e-6)
     for got, want in zip(computed, numeric, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-7)
@@ -35,16 +50,20 @@ def test_at_the_kinks(activation):
     # Small integers and a mean of 0: z is exactly 0 and exactly 6 in both.
     x = tf.constant([[[0.0], [3.0], [-3.0], [1.0], [-1.0], [0.0]]])
     gain, mean_scale = tf.constant([2.0]), tf.constant([1.0])
+    # -2 and 2 in sum: the same z.
+    bias, shortcut = tf.constant([-2.0]), tf.fill(x.shape, 2.0)
 
-    def gradients(agc):
+    def gradients(agc, **optional):
+        inputs = [x, gain, mean_scale, *optional.values()]
         with tf.GradientTape() as tape:
-            tape.watch([x, gain, mean_scale])
-            y, _ = agc(x, gain, mean_scale, activation, ALPHA[activation], "channels_last")
+            tape.watch(inputs)
+            y, _ = agc(x, gain, mean_scale, activation, ALPHA[activation], "channels_last", **optional)
         weights = tf.constant([[[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]]])
-        return tape.gradient(y, [x, gain, mean_scale], output_gradients=weights)
+        return tape.gradient(y, inputs, output_gradients=weights)
 
-    for got, want in zip(gradients(native.agc), gradients(reference.agc), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    for optional in ({}, {"bias": bias, "shortcut": shortcut}):
+        for got, want in zip(gradients(native.agc, **optional), gradients(reference.agc, **optional), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["linear", "relu"])
@@ -63,30 +82,34 @@ def test_through_the_mean_alone(activation, mode):
     np.testing.assert_allclose(step(case.x), want, rtol=1e-6)
 
 
-def test_nested_functions():
-    case = make_case((2, 4, 5, 8), "float32", "elu")
-    inner = tf.function(lambda *arguments: native.agc(*arguments, *case.attributes))
+@pytest.mark.parametrize("activation", ["linear", "elu"])
+def test_nested_functions(activation):
+    case = make_case((2, 4, 5, 8), "float32", activation, bias=True, shortcut=True)
+    inner = tf.function(lambda *inputs: case.call(native.agc, inputs))
 
-    def agc(x, gain, mean_scale, activation, alpha, data_format):
-        return tf.function(lambda: inner(x, gain, mean_scale))()
+    def agc(x, gain, mean_scale, activation, alpha, data_format, bias, shortcut):
+        return tf.function(lambda: inner(x, gain, mean_scale, bias, shortcut))()
 
     check(case, run(case, agc, function=True))
     check(case, run(case, agc))
 
 
 def test_gradients_of_a_v1_graph():
-    case = make_case((2, 4, 5, 8), "float32", "relu")
+    case = make_case((2, 4, 5, 8), "float32", "relu", bias=True, shortcut=True)
+    case.dmean = tf.zeros_like(case.dmean)
     with tf.Graph().as_default():
-        x = tf.compat.v1.placeholder(tf.float32, [None, None, None, 8])
-        y, _ = native.agc(x, tf.constant(case.gain.numpy()), tf.ones([8]), *case.attributes)
-        (dx,) = tf.gradients(y, [x])
-        assert dx.shape.as_list() == [None, None, None, 8]
+        x, shortcut, dy = (tf.compat.v1.placeholder(tf.float32, [None, None, None, 8]) for _ in range(3))
+        inputs = [x, *(tf.constant(value.numpy()) for value in (case.gain, case.mean_scale, case.bias)), shortcut]
+        y, _ = case.call(native.agc, inputs)
+        gradients = tf.gradients(y, inputs, dy)
+        for gradient, value in zip(gradients, inputs, strict=True):
+            assert gradient.shape.as_list() == value.shape.as_list()
         with tf.compat.v1.Session() as session:
-            got = session.run(dx, {x: case.x.numpy()})
-    case.mean_scale, case.dy = tf.ones([8]), tf.ones_like(case.x)
-    np.testing.assert_allclose(
-        got, run(case, reference.agc).dx - case.dmean.numpy()[:, None, None] / 20, rtol=1e-4, atol=1e-5
-    )
+            feeds = {x: case.x, shortcut: case.shortcut, dy: case.dy}
+            got = session.run(gradients, {placeholder: value.numpy() for placeholder, value in feeds.items()})
+    want = run(case, reference.agc)
+    for name, value in zip(case.inputs, got, strict=True):
+        np.testing.assert_allclose(value, getattr(want, f"d{name}"), rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -112,6 +135,44 @@ def test_overflow_is_not_hidden(value, activation):
         np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
 
 
+@pytest.mark.parametrize(
+    ("activation", "value", "has_dgain"),
+    [
+        ("linear", np.inf, True),
+        ("linear", -np.inf, True),
+        ("relu", np.inf, False),
+        ("relu", -np.inf, True),
+        ("relu6", np.inf, True),
+        ("relu6", -np.inf, True),
+        ("leaky_relu", np.inf, False),
+        ("leaky_relu", -np.inf, False),
+        ("elu", np.inf, False),
+        ("elu", -np.inf, True),
+    ],
+)
+def test_an_infinite_shortcut(activation, value, has_dgain):
+    # Where the activation is flat, and where x is kept, it has no part in any gradient. Elsewhere y is infinite, too,
+    # and their difference is NaN.
+    x = tf.constant([[[1.0, 1.0], [-3.0, 2.0], [2.0, -3.0]]])
+    shortcut = np.ones(x.shape, np.float32)
+    shortcut[0, 1, 0] = value
+
+    def results(agc):
+        inputs = [x, tf.ones([2]), tf.ones([2]), tf.constant(shortcut)]
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            y, _ = agc(*inputs[:3], activation, ALPHA[activation], "channels_last", shortcut=inputs[3])
+        names = ("y", "dx", "dgain", "dmean_scale", "dshortcut")
+        return dict(zip(names, [y, *tape.gradient(y, inputs)], strict=True))
+
+    got, want = results(native.agc), results(reference.agc)
+    assert np.isfinite(got["dgain"][0]) == has_dgain
+    if not has_dgain:
+        got["dgain"], want["dgain"] = got["dgain"][1:], want["dgain"][1:]
+    for name, value in got.items():
+        np.testing.assert_allclose(value, want[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 def test_unwatched_inputs_have_no_gradient():
     case = make_case((2, 4, 8), "float32", "relu")
     with tf.GradientTape() as tape:
@@ -133,27 +194,60 @@ def test_nan_in_x_reaches_its_channel_only(activation):
         np.testing.assert_array_equal(np.flatnonzero(~np.isfinite(gradient)), [4])
 
 
+# ---- The gain's gradient where y is kept ----
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.5, 0.05])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "elu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_of_the_gains_gradient_through_a_shortcut(dtype, activation, gain):
+    """gain * u is y - bias - shortcut: the rounding of y, at most half an epsilon of it, is divided by the gain.
+
+    The roundings of different elements have nothing to do with each other, so that they add up as the root of the sum
+    of their squares. Each has a standard deviation of at most 1 / sqrt(3) of its bound; 4 in sum are allowed.
+    """
+    case = make_case((4, 12, 12, 32), dtype, activation, bias=True, shortcut=True, seed=5)
+    case.gain = tf.cast(gain * np.random.default_rng(0).uniform(0.8, 1.25, 32), case.gain.dtype)
+    case = without_kinks(case)
+    want, got = float64_results(case), run(case, native.agc)
+    y, dy = np.abs(want.y), np.abs(case.dy.numpy().astype(np.float64))
+    moved = np.abs(want.dshortcut) * y
+    if activation == "elu":  # below 0, (y + alpha) * (log(1 + y / alpha) - bias - shortcut) has another derivative by y
+        inputs = [tf.cast(value, tf.float64) for value in (case.x, case.gain, case.mean_scale)]
+        gain_u, _ = reference.agc(*inputs, "linear", 0.0, case.data_format)
+        moved = np.where(want.y > 0, moved, dy * y * np.abs(1 + gain_u))
+    axes, gains = (0, 1, 2), np.abs(case.gain.numpy())
+    rounding = EPSILON[dtype] / 2 * np.sqrt((moved**2).sum(axes) / 3) / gains
+    # And the arithmetic, which is done in float32 or better.
+    terms = (np.abs(case.bias.numpy()) + np.abs(case.shortcut.numpy().astype(np.float64)) + y + 1) * dy
+    arithmetic = 4 * EPSILON[parameter_dtype(dtype)] * np.sqrt((terms**2).sum(axes)) / gains
+    error = np.abs(got.dgain - want.dgain)
+    assert (error <= 4 * rounding + arithmetic).all(), (error / (4 * rounding + arithmetic)).max()
+    if dtype in ("float16", "bfloat16") and gain == 0.05:
+        assert (error > rounding / 10).any()  # the rounding is what it is about
+
+
 # ---- Partly needed gradients ----
 
-_INPUTS = ("x", "gain", "mean_scale")
+_INPUTS = ("x", "gain", "mean_scale", "bias", "shortcut")
 _SOME = [names for size in (1, 2) for names in itertools.combinations(_INPUTS, size)]
 
 
 @pytest.mark.parametrize("needed", _SOME, ids=" ".join)
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 def test_some_inputs_alone(activation, needed, mode):
-    case = make_case((2, 4, 5, 3), "float64", activation)
+    case = make_case((2, 4, 5, 3), "float64", activation, bias=True, shortcut=True)
 
     def gradients(needed):
         # Three ways not to want a gradient: not watched, stopped, and not asked for.
-        inputs = {name: getattr(case, name) for name in _INPUTS}
+        inputs = case.inputs
         with tf.GradientTape() as tape:
             tape.watch([inputs[name] for name in needed])
-            y, mean = native.agc(*inputs.values(), *case.attributes)
+            y, mean = case.call(native.agc, inputs.values())
         with tf.GradientTape() as stopped_tape:
             stopped_tape.watch(list(inputs.values()))
             stopped = [value if name in needed else tf.stop_gradient(value) for name, value in inputs.items()]
-            outputs = native.agc(*stopped, *case.attributes)
+            outputs = case.call(native.agc, stopped)
         upstream = [case.dy, case.dmean]
         sources = [inputs[name] for name in needed]
         return (
@@ -169,11 +263,11 @@ def test_some_inputs_alone(activation, needed, mode):
 
 
 def test_some_inputs_alone_in_a_v1_graph():
-    case = make_case((2, 4, 5, 3), "float64", "linear")
+    case = make_case((2, 4, 5, 3), "float64", "linear", bias=True, shortcut=True)
     expected = run(case, reference.agc)
     with tf.Graph().as_default():
-        inputs = {name: tf.constant(getattr(case, name).numpy()) for name in _INPUTS}
-        y, mean = native.agc(*inputs.values(), *case.attributes)
+        inputs = {name: tf.constant(value.numpy()) for name, value in case.inputs.items()}
+        y, mean = case.call(native.agc, inputs.values())
         upstream = [tf.constant(case.dy.numpy()), tf.constant(case.dmean.numpy())]
         for needed in _SOME:
             frozen = [inputs[name] for name in _INPUTS if name not in needed]

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import tf_agc
-from agc_testing import ACTIVATIONS, DATA_FORMATS, EPSILON, assert_close, make_case
+from agc_testing import ACTIVATIONS, DATA_FORMATS, EPSILON, OPTIONAL, assert_close, make_case
 from tf_agc import AutomaticGainControl, native, reference
 
 pytestmark = pytest.mark.usefixtures("native_required")
@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("native_required")
 _LAYOUT_AND_MODE = pytest.mark.parametrize(
     ("data_format", "mode"), [("channels_last", "eager"), ("channels_first", "function")]
 )
+# A bias and a shortcut are in all cases but those that ask for others: nothing else is left out by them.
+_BOTH = {"bias": True, "shortcut": True}
 
 
 def _loss(outputs, case):
@@ -28,22 +30,25 @@ def _loss(outputs, case):
 
 
 def _pack(case):
-    """x, gain and mean_scale in one vector, so that one Hessian has every mixed derivative."""
-    return tf.concat([tf.reshape(value, [-1]) for value in (case.x, case.gain, case.mean_scale)], axis=0)
+    """All inputs in one vector, so that one Hessian has every mixed derivative."""
+    return tf.concat([tf.reshape(value, [-1]) for value in case.inputs.values()], axis=0)
 
 
 def _unpack(vector, case):
-    sizes = [tf.size(value) for value in (case.x, case.gain, case.mean_scale)]
-    x, gain, mean_scale = tf.split(vector, sizes)
-    return tf.reshape(x, case.x.shape), gain, mean_scale
+    parts = tf.split(vector, [tf.size(value) for value in case.inputs.values()])
+    return [tf.reshape(part, value.shape) for part, value in zip(parts, case.inputs.values(), strict=True)]
 
 
-@pytest.mark.parametrize("data_format", DATA_FORMATS)
+@pytest.mark.parametrize("optional", OPTIONAL)
+@_LAYOUT_AND_MODE
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "leaky_relu 0", "elu 0.7"])
-def test_hessian(activation, data_format, mode):
+def test_hessian(activation, data_format, optional, mode):
     activation, _, alpha = activation.partition(" ")
     alpha = float(alpha) if alpha else None
-    case = make_case((2, 3, 2, 2), "float64", activation, data_format, alpha=alpha, seed=1)
+    bias, shortcut = OPTIONAL[optional]
+    case = make_case(
+        (2, 3, 2, 2), "float64", activation, data_format, alpha=alpha, seed=1, bias=bias, shortcut=shortcut
+    )
     vector = _pack(case)
 
     def hessian(agc, mode):
@@ -52,7 +57,7 @@ def test_hessian(activation, data_format, mode):
                 outer.watch(vector)
                 with tf.GradientTape() as inner:
                     inner.watch(vector)
-                    loss = _loss(agc(*_unpack(vector, case), *case.attributes), case)
+                    loss = _loss(case.call(agc, _unpack(vector, case)), case)
                 gradient = inner.gradient(loss, vector)
             return outer.gradient(gradient, vector, output_gradients=direction)
 
@@ -67,12 +72,12 @@ def test_hessian(activation, data_format, mode):
 def _nested(agc, case, order):
     """Gradients of every order up to `order`, each of a random projection of the one before."""
     rng = np.random.default_rng(2)
-    inputs = [case.x, case.gain, case.mean_scale]
+    inputs = [*case.inputs.values()]
     results = []
 
     def differentiate(order):
         if order == 0:
-            y, mean = agc(*inputs, *case.attributes)
+            y, mean = case.call(agc, inputs)
             return tf.reduce_sum(y * case.dy) + tf.reduce_sum(tf.square(y)) + tf.reduce_sum(mean * mean * mean)
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -89,7 +94,7 @@ def _nested(agc, case, order):
 @_LAYOUT_AND_MODE
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_third_order(activation, data_format, mode):
-    case = make_case((2, 4, 3, 5), "float64", activation, data_format, seed=2)
+    case = make_case((2, 4, 3, 5), "float64", activation, data_format, seed=2, **_BOTH)
 
     def run(agc):
         derivatives = lambda: _nested(agc, case, 3)  # noqa: E731
@@ -98,25 +103,28 @@ def test_third_order(activation, data_format, mode):
     assert_close(run(native.agc), run(reference.agc), 1e-12)
 
 
+@pytest.mark.parametrize("optional", ["neither", "both"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_second_order_in_every_dtype(activation, dtype):
-    case = make_case((3, 5, 4, 7), dtype, activation, seed=3)
+def test_second_order_in_every_dtype(activation, dtype, optional):
+    bias, shortcut = OPTIONAL[optional]
+    case = make_case((3, 5, 4, 7), dtype, activation, seed=3, bias=bias, shortcut=shortcut)
+    dtypes = [value.dtype for value in (*case.inputs.values(), case.dy)]
 
     def derivatives(agc, dtype):
         u = tf.float64 if dtype == "float64" else tf.float32
-        x, dy = tf.cast(case.x, dtype), tf.cast(case.dy, dtype)
-        inputs = [x, tf.cast(case.gain, u), tf.cast(case.mean_scale, u)]
+        dy = tf.cast(case.dy, dtype)
+        inputs = [tf.cast(value, u if value.shape.rank == 1 else dtype) for value in case.inputs.values()]
         with tf.GradientTape() as outer:
             outer.watch([*inputs, dy])
             with tf.GradientTape() as inner:
                 inner.watch(inputs)
-                y, mean = agc(*inputs, *case.attributes)
+                y, mean = case.call(agc, inputs)
             gradients = inner.gradient([y, mean], inputs, output_gradients=[dy, tf.cast(case.dmean, u)])
             # sum of squares, in U: every entry matters, and half does not overflow.
-            norm = tf.add_n([tf.reduce_sum(tf.square(tf.cast(g, u))) for g in gradients])
+            norm = tf.add_n([tf.reduce_sum(tf.square(tf.cast(g, u))) for g in (*gradients, y)])
         results = outer.gradient(norm, [*inputs, dy])
-        assert [result.dtype for result in results] == [x.dtype, u, u, x.dtype]
+        assert dtype == "float64" or [result.dtype for result in results] == dtypes
         return results
 
     assert_close(derivatives(native.agc, dtype), derivatives(reference.agc, "float64"), 16 * EPSILON[dtype])
@@ -125,47 +133,43 @@ def test_second_order_in_every_dtype(activation, dtype):
 @pytest.mark.parametrize("shape", [[None] * 4, None], ids=["sizes", "rank"])
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 def test_second_order_of_unknown_shapes(data_format, shape):
-    case = make_case((2, 4, 3, 5), "float64", "elu", data_format)
+    case = make_case((2, 4, 3, 5), "float64", "elu", data_format, **_BOTH)
 
     def second(agc):
-        @tf.function(input_signature=[tf.TensorSpec(shape, tf.float64)])
-        def compute(x):
+        @tf.function(input_signature=[tf.TensorSpec(shape, tf.float64)] * 2)
+        def compute(x, shortcut):
+            inputs = [x, case.gain, case.mean_scale, case.bias, shortcut]
             with tf.GradientTape() as outer:
-                outer.watch([x, case.gain])
+                outer.watch(inputs)
                 with tf.GradientTape() as inner:
-                    inner.watch(x)
-                    loss = _loss(agc(x, case.gain, case.mean_scale, *case.attributes), case)
-                norm = tf.reduce_sum(tf.square(inner.gradient(loss, x)))
-            return outer.gradient(norm, [x, case.gain])
+                    inner.watch([x, shortcut])
+                    loss = _loss(case.call(agc, inputs), case)
+                norm = tf.add_n([tf.reduce_sum(tf.square(one)) for one in inner.gradient(loss, [x, shortcut])])
+            return outer.gradient(norm, inputs)
 
-        return compute(case.x)
+        return compute(case.x, case.shortcut)
 
     assert_close(second(native.agc), second(reference.agc), 1e-12)
 
 
 def test_empty_batch():
-    x, ones = tf.zeros([0, 4, 4, 3]), tf.ones([3])
-    with tf.GradientTape() as outer:
-        outer.watch([x, ones])
-        with tf.GradientTape() as inner:
-            inner.watch([x, ones])
-            y, _ = native.agc(x, ones, ones, "elu", 1.0, "channels_last")
-        dx, dgain = inner.gradient(y, [x, ones])
-    dx, dgain = outer.gradient([dx, dgain], [x, ones])
-    assert dx.shape == x.shape
-    np.testing.assert_array_equal(dgain, [0, 0, 0])
+    for optional in ({}, _BOTH):
+        case = make_case((0, 4, 4, 3), "float32", "elu", **optional)
+        for value, gradient in zip(case.inputs.values(), _nested(native.agc, case, 2)[-1], strict=True):
+            np.testing.assert_array_equal(gradient, np.zeros(value.shape))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gain_of_0_is_finite(activation):
-    # relu, relu6 and linear are exact there, documented for the others: no NaN, no infinity.
-    case = make_case((2, 4, 3, 2), "float64", activation)
-    case.gain = tf.constant([0.0, 1.5], tf.float64)
-    got, want = _nested(native.agc, case, 2), _nested(reference.agc, case, 2)
-    if activation in ("leaky_relu", "elu"):
-        assert all(np.isfinite(g).all() for g in tf.nest.flatten(got))
-    else:
-        assert_close(got, want, 1e-12)
+    # relu, relu6 and linear are exact there where nothing is added, documented for the others: no NaN, no infinity.
+    for optional in ({}, _BOTH):
+        case = make_case((2, 4, 3, 2), "float64", activation, **optional)
+        case.gain = tf.constant([0.0, 1.5], tf.float64)
+        got, want = _nested(native.agc, case, 2), _nested(reference.agc, case, 2)
+        if activation in ("leaky_relu", "elu") or activation != "linear" and optional:
+            assert all(np.isfinite(g).all() for g in tf.nest.flatten(got))
+        else:
+            assert_close(got, want, 1e-12)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -235,8 +239,8 @@ def test_gradient_penalty_training(dtype, mode, fresh_keras):
 @_LAYOUT_AND_MODE
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_mode(activation, data_format, mode):
-    case = make_case((2, 4, 3, 5), "float64", activation, data_format, seed=4)
-    inputs = [case.x, case.gain, case.mean_scale]
+    case = make_case((2, 4, 3, 5), "float64", activation, data_format, seed=4, **_BOTH)
+    inputs = [*case.inputs.values()]
     rng = np.random.default_rng(0)
     tangents = [tf.constant(rng.standard_normal(value.shape)) for value in inputs]
 
@@ -245,7 +249,7 @@ def test_forward_mode(activation, data_format, mode):
             with tf.autodiff.ForwardAccumulator(inputs, tangents) as accumulator:
                 with tf.GradientTape() as tape:
                     tape.watch(inputs)
-                    outputs = agc(*inputs, *case.attributes)
+                    outputs = case.call(agc, inputs)
                     loss = _loss(outputs, case)
                 gradients = tape.gradient(loss, inputs)
             # Forward over reverse: a product with the Hessian.
@@ -258,35 +262,37 @@ def test_forward_mode(activation, data_format, mode):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_forward_mode_in_every_dtype(dtype):
-    case = make_case((2, 4, 3, 5), dtype, "relu")
-    tangent = tf.ones_like(case.x) + case.x
+    case = make_case((2, 4, 3, 5), dtype, "relu", **_BOTH)
 
     def run(agc, dtype):
         u = tf.float64 if dtype == "float64" else tf.float32
-        x = tf.cast(case.x, dtype)
-        with tf.autodiff.ForwardAccumulator(x, tf.cast(tangent, dtype)) as accumulator:
-            outputs = agc(x, tf.cast(case.gain, u), tf.cast(case.mean_scale, u), *case.attributes)
+        inputs = [tf.cast(value, u if value.shape.rank == 1 else dtype) for value in case.inputs.values()]
+        tangents = [tf.cast(1 + value, value.dtype) for value in inputs]
+        with tf.autodiff.ForwardAccumulator(inputs, tangents) as accumulator:
+            outputs = case.call(agc, inputs)
         return accumulator.jvp(outputs)
 
     assert_close(run(native.agc, dtype), run(reference.agc, "float64"), 8 * EPSILON[dtype])
 
 
 def test_second_order_in_a_v1_graph():
-    case = make_case((2, 4, 3, 5), "float64", "leaky_relu")
+    case = make_case((2, 4, 3, 5), "float64", "leaky_relu", **_BOTH)
 
     def run(agc):
         with tf.Graph().as_default():
-            x = tf.compat.v1.placeholder(tf.float64, [None, None, None, 5])
-            gain, mean_scale = (tf.constant(value.numpy()) for value in (case.gain, case.mean_scale))
-            y, mean = agc(x, gain, mean_scale, *case.attributes)
+            x, shortcut = (tf.compat.v1.placeholder(tf.float64, [None, None, None, 5]) for _ in range(2))
+            parameters = [tf.constant(value.numpy()) for value in (case.gain, case.mean_scale, case.bias)]
+            inputs = [x, *parameters, shortcut]
+            y, mean = case.call(agc, inputs)
             loss = tf.reduce_sum(tf.exp(0.1 * y)) * tf.reduce_sum(tf.sin(mean))
-            first = tf.gradients(loss, [x, gain, mean_scale])
+            first = tf.gradients(loss, inputs)
             norm = tf.add_n([tf.reduce_sum(tf.square(gradient)) for gradient in first])
-            second = tf.gradients(norm, [x, gain, mean_scale])
-            assert [gradient.shape.as_list() for gradient in second] == [[None, None, None, 5], [5], [5]]
-            hessian = tf.hessians(loss, gain)
+            second = tf.gradients(norm, inputs)
+            assert [one.shape.as_list() for one in second] == [value.shape.as_list() for value in inputs]
+            hessian = tf.hessians(loss, inputs[1])
             with tf.compat.v1.Session() as session:
-                return session.run([*first, *second, *hessian], {x: case.x.numpy()})
+                feeds = {x: case.x.numpy(), shortcut: case.shortcut.numpy()}
+                return session.run([*first, *second, *hessian], feeds)
 
     assert_close(run(native.agc), run(reference.agc), 1e-12)
 
@@ -303,6 +309,6 @@ def test_alpha_is_the_same_in_every_order(mode):
 def test_second_order_under_xla(activation):
     if not native.XLA_STATUS.available:
         pytest.skip(native.XLA_STATUS.reason)
-    case = make_case((2, 4, 3, 5), "float64", activation)
+    case = make_case((2, 4, 3, 5), "float64", activation, **_BOTH)
     compiled = tf.function(lambda: _nested(native.agc, case, 2), jit_compile=True)
     assert_close(compiled(), _nested(reference.agc, case, 2), 1e-12)

@@ -75,7 +75,8 @@ results, ready = [], threading.Barrier(8)
 def work():
     ready.wait()
     import tf_agc
-    results.append((tf_agc.native.STATUS.available, tf_agc.agc([[[1.0], [3.0]]], 2.0, 1.0, activation="relu").numpy().tolist()))
+    y = tf_agc.agc([[[1.0], [3.0]]], 2.0, 1.0, activation="relu")
+    results.append((tf_agc.native.STATUS.available, y.numpy().tolist()))
 threads = [threading.Thread(target=work) for _ in range(8)]
 for thread in threads:
     thread.start()

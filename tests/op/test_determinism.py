@@ -5,6 +5,7 @@ Run as a program, prints a hash of results for `sys.argv[1]` threads, `sys.argv[
 TensorFlow's pool has one size for the life of a process, and determinism is not switched off again.
 """
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -29,7 +30,7 @@ def _hash():
     for i, shape in enumerate(_SHAPES):
         for data_format in DATA_FORMATS:
             dtype, activation = DTYPES[i % 4], ACTIVATIONS[i % 5]
-            case = make_case(shape, dtype, activation, data_format)
+            case = make_case(shape, dtype, activation, data_format, bias=i % 2 == 0, shortcut=i % 3 > 0)
             for value in vars(run(case, native.agc)).values():
                 digest.update(value.tobytes())
     return digest.hexdigest()
@@ -65,7 +66,9 @@ def test_thread_counts_processes_and_op_determinism(native_required):
 def test_under_jit(index, data_format, native_required):
     # On the CPU XLA's program calls the same loops, from its own threads: more than the tolerance of `check`, which is
     # what a program in XLA's operations has to keep (test_xla.py).
-    case = make_case(_SHAPES[index], DTYPES[index % 4], ACTIVATIONS[index % 5], data_format)
+    case = make_case(
+        _SHAPES[index], DTYPES[index % 4], ACTIVATIONS[index % 5], data_format, bias=index != 1, shortcut=index != 2
+    )
     got = results_of(tf.function(step_of(case, native.agc), jit_compile=True)(*case.tensors))
     check(case, got)
     for name, want in vars(run(case, native.agc)).items():
@@ -76,21 +79,21 @@ def test_under_jit(index, data_format, native_required):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(7, 13, 11, 37), (5, 64, 65, 40), (4, 1, 1, 9)])
 def test_a_sample_and_its_neighbours(shape, dtype, data_format, native_required):
-    case = make_case(shape, dtype, "elu", data_format)
+    case = make_case(shape, dtype, "elu", data_format, bias=True, shortcut=True)
     whole = run(case, native.agc)
     for n in (0, shape[0] // 2, shape[0] - 1):
         for neighbours in ([], [0], [shape[0] - 1, 1]):
             rows = [*neighbours, n]
-            part = make_case(shape, dtype, "elu", data_format)
-            part.x, part.dy, part.dmean = (tf.gather(value, rows) for value in (case.x, case.dy, case.dmean))
+            of_samples = ("x", "dy", "dmean", "shortcut")
+            part = dataclasses.replace(case, **{name: tf.gather(getattr(case, name), rows) for name in of_samples})
             results = run(part, native.agc)
-            for name in ("y", "mean", "dx"):
+            for name in ("y", "mean", "dx", "dshortcut"):
                 got, want = getattr(results, name)[-1], getattr(whole, name)[n]
                 np.testing.assert_array_equal(got, want, err_msg=f"{name}, sample {n} in {rows}")
 
 
 def test_repeated_calls(native_required):
-    case = make_case((3, 67, 71, 33))
+    case = make_case((3, 67, 71, 33), bias=True, shortcut=True)
     first, second = run(case, native.agc), run(case, native.agc)
     for name, value in vars(first).items():
         np.testing.assert_array_equal(value, getattr(second, name))

@@ -11,10 +11,23 @@ from tf_agc import native
 pytestmark = pytest.mark.usefixtures("native_required")
 
 
-def _forward(x=(4, 5, 5, 64), gain=(64,), mean_scale=(64,), activation="relu", alpha=0.0,
-             data_format="channels_last"):  # fmt: skip
-    parameters = tf.ones(gain), tf.ones(mean_scale)
-    return native.agc(tf.ones(x), *parameters, activation, alpha, data_format)
+_SHAPES = {"x": (4, 5, 5, 64), "gain": (64,), "mean_scale": (64,), "bias": (64,), "shortcut": (4, 5, 5, 64)}
+_OTHERS = {"activation": "relu", "alpha": 0.0, "data_format": "channels_last"}
+
+
+def _arguments(changes):
+    """Tensors and attributes of a call; bias and shortcut only where the changes have them."""
+    shapes = {name: changes.get(name, shape) for name, shape in [*_SHAPES.items()][:3]}
+    shapes |= {name: changes[name] for name in ("bias", "shortcut") if name in changes}
+    assert changes.keys() <= {*_SHAPES, *_OTHERS}
+    return {name: tf.ones(shape) for name, shape in shapes.items()}, {
+        name: changes.get(name, value) for name, value in _OTHERS.items()
+    }
+
+
+def _forward(**changes):
+    tensors, attributes = _arguments(changes)
+    return native.agc(**tensors, **attributes)
 
 
 _FORWARD = {
@@ -35,6 +48,17 @@ _FORWARD = {
     "mean_scale must have shape [C] = [5], got [64]": {
         "data_format": "channels_first",
         "gain": (5,),
+    },
+    "bias must have shape [C] = [64], got [32]": {"bias": (32,)},
+    "bias must have shape [C] = [64], got []": {"bias": (), "shortcut": (4, 5, 5, 64)},
+    "bias must have shape [C] = [64], got [4,5,5,64]": {"bias": (4, 5, 5, 64)},
+    "shortcut must have the shape of x [4,5,5,64], got [4,5,1,64]": {"shortcut": (4, 5, 1, 64)},
+    "shortcut must have the shape of x [4,5,5,64], got [64]": {"shortcut": (64,)},
+    "shortcut must have the shape of x [4,5,5,64], got [4,25,64]": {"bias": (64,), "shortcut": (4, 25, 64)},
+    "shortcut must have the shape of x [4,64,5,5], got [4,5,5,64]": {
+        "x": (4, 64, 5, 5),
+        "shortcut": (4, 5, 5, 64),
+        "data_format": "channels_first",
     },
     "x has no positions (a spatial size is 0) but a batch of 4: the mean of an empty map is "
     "undefined, got shape [4,0,5,3]": {"x": (4, 0, 5, 3), "gain": (3,), "mean_scale": (3,)},
@@ -62,28 +86,21 @@ def test_forward_eager(message):
 @pytest.mark.parametrize("message", _FORWARD, ids=range(len(_FORWARD)))
 def test_forward_of_unknown_shapes(message):
     # Nothing is known when the graph is built: the kernel says it.
-    arguments = {**_FORWARD[message]}
-    x, gain, mean_scale = (
-        tf.ones(arguments.pop(name, default))
-        for name, default in (("x", (4, 5, 5, 64)), ("gain", (64,)), ("mean_scale", (64,)))
-    )
-    attributes = [
-        arguments.pop(name, default)
-        for name, default in (("activation", "relu"), ("alpha", 0.0), ("data_format", "channels_last"))
-    ]
-    assert not arguments
+    tensors, attributes = _arguments(_FORWARD[message])
     agc = tf.function(
-        lambda *tensors: native.agc(*tensors, *attributes),
-        input_signature=[tf.TensorSpec(None)] * 3,
+        lambda *values: native.agc(**dict(zip(tensors, values, strict=True)), **attributes),
+        input_signature=[tf.TensorSpec(None)] * len(tensors),
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
-        agc(x, gain, mean_scale)
+        agc(*tensors.values())
 
 
-def _backward(dy=(4, 5, 5, 64), dmean=(4, 64), kept=(4, 5, 5, 64), mean=(4, 64), gain=(64,),
-              mean_scale=(64,), activation="relu", alpha=0.0, data_format="N...C"):  # fmt: skip
+def _backward(dy=(4, 5, 5, 64), dmean=(4, 64), kept=(4, 5, 5, 64), mean=(4, 64), gain=(64,), mean_scale=(64,),
+              bias=(), shortcut=(), activation="relu", alpha=0.0, data_format="N...C"):  # fmt: skip
     return native._ops.tf_agc_agc_grad(
         *(tf.ones(shape) for shape in (dy, dmean, kept, mean, gain, mean_scale)),
+        [tf.ones(shape) for shape in bias],
+        [tf.ones(shape) for shape in shortcut],
         activation=activation,
         alpha=alpha,
         data_format=data_format,
@@ -97,6 +114,14 @@ _BACKWARD = {
     "mean must have shape [N, C] = [4,64], got [4,1,64]": {"mean": (4, 1, 64)},
     "gain must have shape [C] = [64], got [32]": {"gain": (32,)},
     "mean_scale must have shape [C] = [64], got []": {"mean_scale": ()},
+    "bias must have shape [C] = [64], got [1]": {"bias": [(1,)]},
+    "shortcut must have the shape of kept [4,5,5,64], got [1,5,5,64]": {"bias": [(64,)], "shortcut": [(1, 5, 5, 64)]},
+    "shortcut must be absent where activation is linear: its gradient is dy": {
+        "shortcut": [(4, 5, 5, 64)],
+        "activation": "linear",
+    },
+    "bias must be absent or one tensor, got 2": {"bias": [(64,)] * 2},
+    "shortcut must be absent or one tensor, got 3": {"shortcut": [(4, 5, 5, 64)] * 3},
     "dmean must have shape [N, C] = [4,5], got [4,64]": {"data_format": "NC..."},
     "alpha must be finite and >= 0, got -1": {"activation": "elu", "alpha": -1.0},
 }
@@ -106,6 +131,26 @@ _BACKWARD = {
 def test_backward(message):
     with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
         _backward(**_BACKWARD[message])
+
+
+@pytest.mark.parametrize("message", [message for message in _BACKWARD if "absent" in message])
+def test_backward_refused_while_the_graph_is_built(message):
+    with pytest.raises(ValueError, match=message):
+        tf.function(lambda: _backward(**_BACKWARD[message])).get_concrete_function()
+
+
+@pytest.mark.parametrize("name, number", [("bias", 2), ("shortcut", 5)])
+def test_forward_with_more_than_one(name, number, mode):
+    maps, ones = tf.ones([2, 4, 3]), tf.ones([3])
+    lists = {"bias": [], "shortcut": [], name: [ones if name == "bias" else maps] * number}
+
+    def call():
+        return native._ops.tf_agc_agc(maps, ones, ones, **lists, activation="relu", alpha=0.0, data_format="N...C")
+
+    call = tf.function(call) if mode == "function" else call
+    error = ValueError if mode == "function" else tf.errors.InvalidArgumentError
+    with pytest.raises(error, match=f"{name} must be absent or one tensor, got {number}"):
+        call()
 
 
 def test_backward_rank_and_positions():
@@ -123,6 +168,15 @@ def test_dtypes_of_parameters(x_dtype, parameter_dtype):
     parameter = tf.ones([3], parameter_dtype)
     with pytest.raises((tf.errors.InvalidArgumentError, tf.errors.NotFoundError)):
         native.agc(tf.ones([2, 4, 3], x_dtype), parameter, parameter, "relu", 0.0, "channels_last")
+
+
+@pytest.mark.parametrize("optional", [{"bias": "float64"}, {"shortcut": "float16"}], ids=str)
+def test_dtypes_of_bias_and_shortcut(optional):
+    ones = tf.ones([3])
+    ((name, dtype),) = optional.items()
+    wrong = {name: tf.ones([3] if name == "bias" else [2, 4, 3], dtype)}
+    with pytest.raises((tf.errors.InvalidArgumentError, tf.errors.NotFoundError)):
+        native.agc(tf.ones([2, 4, 3]), ones, ones, "relu", 0.0, "channels_last", **wrong)
 
 
 def test_integers_are_refused_by_tensorflow():
@@ -156,7 +210,7 @@ maps, means, parameters = tf.ones([64, 1, channels], tf.float16), tf.ones([64, c
 
 def backward(maps, means, parameters):
     return native._ops.tf_agc_agc_grad(
-        maps, means, maps, means, parameters, parameters, activation="relu", alpha=0.0, data_format="N...C"
+        maps, means, maps, means, parameters, parameters, [], [], activation="relu", alpha=0.0, data_format="N...C"
     )
 
 jit = JIT

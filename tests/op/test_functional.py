@@ -16,10 +16,10 @@ from tf_agc import reference
 _X = np.random.default_rng(0).standard_normal((2, 4, 5, 3)).astype(np.float32)
 
 
-def _want(gain, mean_scale, activation, alpha, x=_X, data_format="channels_last"):
+def _want(gain, mean_scale, activation, alpha, x=_X, data_format="channels_last", **optional):
     u = tf.float64 if tf.as_dtype(x.dtype) == tf.float64 else tf.float32
     parameters = tf.cast(gain, u), tf.cast(mean_scale, u)
-    return reference.agc(tf.constant(x), *parameters, activation, alpha, data_format)[0]
+    return reference.agc(tf.constant(x), *parameters, activation, alpha, data_format, **optional)[0]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_activations(activation, alpha, used, mode):
     gain, mean_scale = [2.0, -1.0, 0.5], [1.0, 0.5, 0.0]
 
     def agc(x):
-        return tf_agc.agc(x, gain, mean_scale, activation, alpha)
+        return tf_agc.agc(x, gain, mean_scale, activation=activation, alpha=alpha)
 
     got = tf.function(agc)(_X) if mode == "function" else agc(_X)
     np.testing.assert_allclose(got, _want(gain, mean_scale, *used), rtol=1e-5, atol=1e-5)
@@ -74,27 +74,46 @@ def test_defaults():
 )
 def test_parameters_are_converted(gain, mode):
     def agc(x):
-        return tf_agc.agc(x, gain, gain, activation="relu")
+        return tf_agc.agc(x, gain, gain, gain, activation="relu")
 
     got = tf.function(agc)(_X) if mode == "function" else agc(_X)
-    np.testing.assert_allclose(got, _want([3.0] * 3, [3.0] * 3, "relu", 0.0), rtol=1e-5, atol=1e-5)
+    want = _want([3.0] * 3, [3.0] * 3, "relu", 0.0, bias=tf.fill([3], 3.0))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("convert", [tf.constant, np.asarray, np.ndarray.tolist, tf.Variable, keras.Variable])
+def test_a_shortcut_is_converted(convert, data_format, mode):
+    shortcut = np.random.default_rng(1).standard_normal(_X.shape).astype(np.float32)
+    converted = convert(shortcut)
+
+    def agc(x):
+        return tf_agc.agc(x, 2.0, 0.5, shortcut=converted, activation="relu", data_format=data_format)
+
+    got = tf.function(agc)(_X) if mode == "function" else agc(_X)
+    channels = 3 if data_format == "channels_last" else 4
+    both = [2.0] * channels, [0.5] * channels
+    want = _want(*both, "relu", 0.0, data_format=data_format, shortcut=tf.constant(shortcut))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [None, [None] * 4])
 def test_scalars_with_unknown_channels(shape):
     for data_format in ("channels_last", "channels_first"):
         agc = tf.function(
-            lambda x, data_format=data_format: tf_agc.agc(x, 2.0, 1, activation="relu", data_format=data_format),
+            lambda x, data_format=data_format: tf_agc.agc(x, 2.0, 1, 0.5, activation="relu", data_format=data_format),
             input_signature=[tf.TensorSpec(shape)],
         )
         channels = 3 if data_format == "channels_last" else 4
-        want = _want([2.0] * channels, [1.0] * channels, "relu", 0.0, data_format=data_format)
+        bias = tf.fill([channels], 0.5)
+        want = _want([2.0] * channels, [1.0] * channels, "relu", 0.0, data_format=data_format, bias=bias)
         np.testing.assert_allclose(agc(_X), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype):
-    y = tf_agc.agc(tf.cast(_X, dtype), 1.0, [1, 1, 1], activation="relu")
+    x = tf.cast(_X, dtype)
+    y = tf_agc.agc(x, 1.0, [1, 1, 1], np.ones(3), x, "relu")
     assert y.dtype == dtype and y.shape == _X.shape
 
 
@@ -127,6 +146,25 @@ _ERRORS = [
     (ValueError, "gain must be a tensor or what converts to one, got NoneType: ", {"gain": None}),
     (ValueError, "mean_scale must be a tensor or what converts to one, got list: ",
      {"mean_scale": [[1.0], [1.0, 2.0]]}),
+    (ValueError, "bias must be a tensor or what converts to one, got list: ", {"bias": [[1.0], [1.0, 2.0]]}),
+    (TypeError, "bias must have dtype float32 for x of dtype float32, got float64",
+     {"bias": tf.ones([3], tf.float64)}),
+    # Where the activation stood once.
+    (TypeError, "bias must have dtype float32 for x of dtype float32, got string", {"bias": "relu"}),
+    (ValueError, "bias must have shape [C] = [3], got [4]", {"bias": [1.0] * 4}),
+    (ValueError, "bias must have shape [C] = [3], got [2,4,3]", {"bias": tf.ones([2, 4, 3])}),
+    (TypeError, "shortcut must be a dense tensor, got a RaggedTensor",
+     {"shortcut": tf.ragged.constant([[[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]] * 2])}),
+    (TypeError, "shortcut must be a dense tensor, got a SparseTensor",
+     {"shortcut": tf.sparse.from_dense(tf.ones([2, 4, 3]))}),
+    (ValueError, "shortcut must be a tensor or what converts to one, got list: ", {"shortcut": [[[1.0, 2.0], [3.0]]]}),
+    (TypeError, "shortcut must have the dtype of x float32, got float64", {"shortcut": np.ones((2, 4, 3))}),
+    (TypeError, "shortcut must have the dtype of x bfloat16, got float32",
+     {"x": tf.ones([2, 4, 3], tf.bfloat16), "shortcut": tf.ones([2, 4, 3])}),
+    (TypeError, "shortcut must have the dtype of x float32, got int32", {"shortcut": tf.ones([2, 4, 3], tf.int32)}),
+    (ValueError, "shortcut must have the shape of x [2,4,3], got [2,1,3]", {"shortcut": tf.ones([2, 1, 3])}),
+    (ValueError, "shortcut must have the shape of x [2,4,3], got [1,2,4,3]", {"shortcut": tf.ones([1, 2, 4, 3])}),
+    (ValueError, "shortcut must have the shape of x [2,4,3], got []", {"shortcut": 1.0}),
     ((TypeError, ValueError), "gain must be a tensor or what converts to one, got RaggedTensor: ",
      {"gain": tf.ragged.constant([[1.0], [1.0, 2.0]])}),
     ((TypeError, ValueError), "gain must be a tensor or what converts to one, got ndarray: ",
@@ -194,18 +232,26 @@ def test_unknown_sizes_are_question_marks():
     )
     with pytest.raises(ValueError, match=re.escape("gain must have shape [C] = [3], got [?,?]")):
         agc(tf.ones([2, 4, 3]), tf.ones([1, 3]))
+    agc = tf.function(
+        lambda x, shortcut: tf_agc.agc(x, 1.0, 1.0, shortcut=shortcut),
+        input_signature=[tf.TensorSpec([None, None, 3]), tf.TensorSpec([None, None])],
+    )
+    with pytest.raises(ValueError, match=re.escape("shortcut must have the shape of x [?,?,3], got [?,?]")):
+        agc(tf.ones([2, 4, 3]), tf.ones([4, 3]))
 
 
 def test_keras_tensors_are_refused_by_keras():
     with pytest.raises(ValueError, match="KerasTensor"):
         tf_agc.agc(keras.Input((4, 4, 3)), 1.0, 1.0)
+    with pytest.raises(ValueError, match="shortcut must be a tensor or what converts to one, got KerasTensor"):
+        tf_agc.agc(tf.ones([1, 4, 4, 3]), 1.0, 1.0, shortcut=keras.Input((4, 4, 3)))
 
 
 def test_gradients_reach_scalars_and_variables():
-    gain, variable = tf.constant(2.0), tf.Variable([1.0, 0.5, 0.0])
+    gain, variable, bias = tf.constant(2.0), tf.Variable([1.0, 0.5, 0.0]), tf.constant(0.5)
     with tf.GradientTape() as tape:
-        tape.watch(gain)
-        loss = tf.reduce_sum(tf_agc.agc(_X, gain, variable, activation="elu") ** 2)
-    dgain, dvariable = tape.gradient(loss, [gain, variable])
-    assert dgain.shape == [] and dvariable.shape == [3]
-    assert np.abs(dgain) > 0 and np.abs(dvariable).min() > 0
+        tape.watch([gain, bias])
+        loss = tf.reduce_sum(tf_agc.agc(_X, gain, variable, bias, activation="elu") ** 2)
+    dgain, dvariable, dbias = tape.gradient(loss, [gain, variable, bias])
+    assert dgain.shape == dbias.shape == [] and dvariable.shape == [3]
+    assert np.abs(dgain) > 0 and np.abs(dvariable).min() > 0 and np.abs(dbias) > 0

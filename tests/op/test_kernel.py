@@ -16,6 +16,7 @@ from agc_testing import (
     DATA_FORMATS,
     DTYPES,
     EPSILON,
+    OPTIONAL,
     SMALLEST_NORMAL,
     check,
     floating_point_control,
@@ -52,34 +53,40 @@ def _shapes(draw):
     activation=st.sampled_from(ACTIVATIONS),
     alpha=st.sampled_from([0.0, 0.1, 0.2, 1.0, 1.7]),
     seed=st.integers(0, 2**31),
+    optional=st.sampled_from(sorted(OPTIONAL)),
 )
-def test_any_shape(shape, dtype, data_format, activation, alpha, seed):
+def test_any_shape(shape, dtype, data_format, activation, alpha, seed, optional):
     alpha = alpha if activation in ("leaky_relu", "elu") else 0.0
-    case = make_case(shape, dtype, activation, data_format, alpha, seed)
+    bias, shortcut = OPTIONAL[optional]
+    case = make_case(shape, dtype, activation, data_format, alpha, seed, bias=bias, shortcut=shortcut)
     check(case, run(case, native.agc))
 
 
+@pytest.mark.parametrize("optional", OPTIONAL)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_combination(dtype, data_format, activation, mode):
-    case = make_case((3, 5, 7, 19), dtype, activation, data_format)
+def test_every_combination(dtype, data_format, activation, optional, mode):
+    bias, shortcut = OPTIONAL[optional]
+    case = make_case((3, 5, 7, 19), dtype, activation, data_format, bias=bias, shortcut=shortcut)
     check(case, run(case, native.agc, function=mode == "function"))
 
 
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 2, 1, 2, 5), (1, 2, 1, 3, 2, 2, 2, 5)])
 def test_other_ranks(shape, data_format):
-    case = make_case(shape, "float32", "relu", data_format)
+    case = make_case(shape, "float32", "relu", data_format, bias=True, shortcut=True)
     check(case, run(case, native.agc))
 
 
+@pytest.mark.parametrize("optional", ["neither", "both"])
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("shape", [(1, 160, 163, 24), (9, 40, 41, 96), (2, 7, 7, 2051)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_sizes_that_are_cut_into_tasks(shape, dtype, data_format):
+def test_sizes_that_are_cut_into_tasks(shape, dtype, data_format, optional):
     # Larger than a core's cache, fewer samples than threads, channels beyond one block.
-    case = make_case(shape, dtype, "relu", data_format)
+    bias, shortcut = OPTIONAL[optional]
+    case = make_case(shape, dtype, "relu", data_format, bias=bias, shortcut=shortcut)
     check(case, run(case, native.agc))
 
 
@@ -131,6 +138,30 @@ def test_infinite_and_overflowing_values_without_a_mean(activation):
     got, _ = native.agc(x, *parameters, *attributes)
     want, _ = reference.agc(x, *parameters, *attributes)
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_shortcut_that_is_not_finite_stays_in_its_place(dtype, activation):
+    case = make_case((3, 4, 5, 33), dtype, activation, bias=True, shortcut=True)
+    shortcut = case.shortcut.numpy().astype(np.float32)
+    shortcut[0, 1, 2, 3], shortcut[1, 0, 0, 8], shortcut[2, 3, 4, 32] = np.nan, np.inf, -np.inf
+    case.shortcut = tf.cast(shortcut, dtype)
+    (got, mean), (want, want_mean) = (case.call(agc, case.inputs.values()) for agc in (native.agc, reference.agc))
+    for same in (tf.math.is_nan, tf.math.is_inf):
+        np.testing.assert_array_equal(same(got), same(want))
+    np.testing.assert_allclose(mean, want_mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_absent_inputs_add_nothing(dtype):
+    # Not even a 0, which would make 0 of -0.
+    x, one = tf.cast(tf.fill([1, 2, 17], -0.0), dtype), tf.ones([17], parameter_dtype(dtype))
+    y, _ = native.agc(x, one, 0 * one, "linear", 0.0, "channels_last")
+    assert np.signbit(tf.cast(y, tf.float32)).all()
+    for optional in ({"bias": 0 * one}, {"shortcut": tf.zeros_like(x)}):
+        y, _ = native.agc(x, one, 0 * one, "linear", 0.0, "channels_last", **optional)
+        assert not np.signbit(tf.cast(y, tf.float32)).any()
 
 
 def test_half_overflows_to_infinity():
@@ -255,7 +286,7 @@ def test_parameter_gradients_of_a_denormal_gain(activation, mode):
 def test_a_denormal_alpha_is_0(activation, mode):
     x, ones, zeros = tf.fill([1, 5, 2], -3e38), tf.ones([2]), tf.zeros([2])
     for agc in (
-        lambda x: tf_agc.agc(x, ones, zeros, activation, 1e-40),
+        lambda x: tf_agc.agc(x, ones, zeros, activation=activation, alpha=1e-40),
         lambda x: native.agc(x, ones, zeros, activation, 1e-40, "channels_last")[0],
     ):
         y = tf.function(agc)(x) if mode == "function" else agc(x)
@@ -294,6 +325,19 @@ def test_gain_0_and_denormal_gain(gain, activation):
         np.testing.assert_array_equal(results.y, np.zeros(results.y.shape))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gain_0_between_a_bias_and_a_shortcut(activation):
+    # Activations have lost u there, and say 0; everything else is as ever.
+    case = make_case((2, 5, 3, 9), "float32", activation, bias=True, shortcut=True)
+    case.gain = tf.zeros_like(case.gain)
+    results, want = run(case, native.agc), run(case, reference.agc)
+    if activation != "linear":
+        np.testing.assert_array_equal(results.dgain, np.zeros(9))
+        results.dgain = want.dgain
+    for name, value in vars(results).items():
+        np.testing.assert_allclose(value, getattr(want, name), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 def test_elu_at_its_bottom():
     # y = -alpha exactly: z is lost there and act' is 0.
     x = tf.constant([[[-1000.0], [1000.0], [-1000.0]]])
@@ -311,11 +355,11 @@ def test_elu_at_its_bottom():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty_batch(dtype, activation, data_format, mode):
-    case = make_case((0, 5, 4, 3), dtype, activation, data_format)
+    case = make_case((0, 5, 4, 3), dtype, activation, data_format, bias=True, shortcut=True)
     results = run(case, native.agc, function=mode == "function")
-    assert results.y.shape == results.dx.shape == case.x.shape
+    assert results.y.shape == results.dx.shape == results.dshortcut.shape == case.x.shape
     assert results.mean.shape == (0, 3)
-    np.testing.assert_array_equal([results.dgain, results.dmean_scale], np.zeros((2, 3)))
+    np.testing.assert_array_equal([results.dgain, results.dmean_scale, results.dbias], np.zeros((3, 3)))
 
 
 def test_empty_batch_of_empty_maps():
@@ -327,17 +371,17 @@ def test_empty_batch_of_empty_maps():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 def test_maps_of_one_position(data_format, dtype):
-    case = make_case((4, 1, 1, 21), dtype, "leaky_relu", data_format)
+    case = make_case((4, 1, 1, 21), dtype, "leaky_relu", data_format, bias=True, shortcut=True)
     check(case, run(case, native.agc))
+    case.bias = case.shortcut = None
     case.mean_scale = tf.ones_like(case.mean_scale)
     np.testing.assert_array_equal(run(case, native.agc).y, np.zeros(case.x.shape))
 
 
 def test_unaligned_views():
     # Slices of a batch start wherever a sample starts: 3 * 5 * 7 floats are no multiple of 16 bytes.
-    case = make_case((5, 3, 5, 7), "float32", "relu")
-    parts = tf.split(case.x, 5)
-    whole, _ = native.agc(case.x, case.gain, case.mean_scale, *case.attributes)
-    for part, want in zip(parts, tf.split(whole, 5), strict=True):
-        got, _ = native.agc(part, case.gain, case.mean_scale, *case.attributes)
+    case = make_case((5, 3, 5, 7), "float32", "relu", bias=True, shortcut=True)
+    whole, _ = case.call(native.agc, case.inputs.values())
+    for x, shortcut, want in zip(*(tf.split(maps, 5) for maps in (case.x, case.shortcut, whole)), strict=True):
+        got, _ = case.call(native.agc, [x, case.gain, case.mean_scale, case.bias, shortcut])
         np.testing.assert_array_equal(got, want)

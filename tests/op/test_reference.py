@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES
+from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, OPTIONAL
 from tf_agc import reference
 
 
-def _written_out(x, gain, mean_scale, activation, alpha):
-    """y and mean of a float64 array (N, ..., C), one map at a time."""
+def _written_out(x, gain, mean_scale, bias, shortcut, activation, alpha):
+    """y and mean of a float64 array (N, ..., C), one map at a time; 0 for a bias or a shortcut that is absent."""
     y, mean = np.empty_like(x), np.empty((x.shape[0], x.shape[-1]))
     for n in range(x.shape[0]):
         for c in range(x.shape[-1]):
             mean[n, c] = x[n, ..., c].sum() / x[n, ..., c].size
-            z = gain[c] * (x[n, ..., c] - mean_scale[c] * mean[n, c])
+            z = gain[c] * (x[n, ..., c] - mean_scale[c] * mean[n, c]) + bias[c] + shortcut[n, ..., c]
             y[n, ..., c] = {
                 "linear": z,
                 "relu": np.maximum(z, 0),
@@ -27,22 +27,28 @@ def _written_out(x, gain, mean_scale, activation, alpha):
     return y, mean
 
 
+@pytest.mark.parametrize("optional", OPTIONAL)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("rank", range(3, 9))
-def test_is_the_formula(rank, data_format, activation):
+def test_is_the_formula(rank, data_format, activation, optional):
     rng = np.random.default_rng(rank)
-    x = 3 * rng.standard_normal((2, *[3, 2, 1, 2, 3, 2][: rank - 2], 5))
-    gain, mean_scale = rng.standard_normal((2, 5))
-    want, want_mean = _written_out(x, gain, mean_scale, activation, 0.25)
+    shape = (2, *[3, 2, 1, 2, 3, 2][: rank - 2], 5)
+    x, shortcut = 3 * rng.standard_normal((2, *shape))
+    gain, mean_scale, bias = rng.standard_normal((3, 5))
+    has_bias, has_shortcut = OPTIONAL[optional]
+    want, want_mean = _written_out(x, gain, mean_scale, bias * has_bias, shortcut * has_shortcut, activation, 0.25)
     first = data_format == "channels_first"
+    x, shortcut = (tf.constant(np.moveaxis(maps, -1, 1) if first else maps) for maps in (x, shortcut))
     got, mean = reference.agc(
-        tf.constant(np.moveaxis(x, -1, 1) if first else x),
+        x,
         tf.constant(gain),
         tf.constant(mean_scale),
         activation,
         0.25,
         data_format,
+        bias=tf.constant(bias) if has_bias else None,
+        shortcut=shortcut if has_shortcut else None,
     )
     got = np.moveaxis(got.numpy(), 1, -1) if first else got.numpy()
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
@@ -53,7 +59,8 @@ def test_is_the_formula(rank, data_format, activation):
 def test_dtypes(dtype):
     u = "float64" if dtype == "float64" else "float32"
     ones = tf.ones([4], u)
-    y, mean = reference.agc(tf.ones([2, 3, 4], dtype), ones, ones, "elu", 0.5, "channels_last")
+    x = tf.ones([2, 3, 4], dtype)
+    y, mean = reference.agc(x, ones, ones, "elu", 0.5, "channels_last", bias=ones, shortcut=x)
     assert (y.dtype.name, mean.dtype.name) == (dtype, u)
 
 
@@ -73,18 +80,39 @@ def test_unknown_shapes(shape, data_format):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("x_shape", [None, [None, 4, None], [2, 4, 3]])
+@pytest.mark.parametrize("shortcut_shape", [None, [None, None, 3], [2, 4, 3]])
+def test_unknown_shapes_of_a_shortcut(x_shape, shortcut_shape):
+    # Differences on purpose, so that nothing else than the shortcut's own check can refuse.
+    p = tf.range(3.0)
+    agc = tf.function(
+        lambda x, shortcut: reference.agc(x, p, p, "relu", 0.0, "channels_last", bias=p, shortcut=shortcut)[0],
+        input_signature=[tf.TensorSpec(x_shape), tf.TensorSpec(shortcut_shape)],
+    )
+    x, shortcut = tf.random.normal([2, 2, 4, 3])
+    want, _ = reference.agc(x, p, p, "relu", 0.0, "channels_last", bias=p, shortcut=shortcut)
+    np.testing.assert_allclose(agc(x, shortcut), want, rtol=1e-6, atol=1e-6)
+    wrong = [[1, 4, 3], [2, 1, 3]]  # each would be broadcast
+    wrong += [[3], [4, 3], [1, 2, 4, 3]] if shortcut_shape is None else []
+    for shape in wrong:
+        if shortcut_shape is None or shortcut_shape[0] is None:
+            message = re.escape(f"[shortcut must have the shape of x] [2 4 3] [got] [{' '.join(map(str, shape))}]")
+            with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+                agc(x, tf.ones(shape))
+
+
 def test_stock_inference_ops_only():
     stock = {"Placeholder", "Const", "Identity", "NoOp", "Shape", "StridedSlice", "Pack", "Range"}
     stock |= {"Fill", "ConcatV2", "Reshape", "Mean", "Mul", "Sub", "Cast", "Greater", "SelectV2"}
     stock |= {"Relu", "Relu6", "LeakyRelu", "Elu", "Rank", "Assert", "All", "Equal", "LogicalOr"}
-    stock |= {"GreaterEqual", "LessEqual", "LogicalAnd"}
+    stock |= {"GreaterEqual", "LessEqual", "LogicalAnd", "AddV2"}
     for activation in ACTIVATIONS:
         for shape in ([None, None, None, 3], None):
             graph = tf.function(
-                lambda x, activation=activation: reference.agc(
-                    x, tf.ones([3]), tf.ones([3]), activation, 0.3, "channels_last"
+                lambda x, shortcut, activation=activation: reference.agc(
+                    x, *[tf.ones([3])] * 2, activation, 0.3, "channels_last", bias=tf.ones([3]), shortcut=shortcut
                 )
-            ).get_concrete_function(tf.TensorSpec(shape, tf.bfloat16))
+            ).get_concrete_function(*[tf.TensorSpec(shape, tf.bfloat16)] * 2)
             used = {operation.type for operation in graph.graph.get_operations()}
             assert used <= stock, used - stock
 
@@ -148,15 +176,27 @@ def test_shapes_that_are_known_when_it_runs(data_format, x, gain, mean_scale, me
         agc(tf.ones(x), tf.ones(gain), tf.ones(mean_scale))
 
 
+def test_a_bias_of_another_length():
+    p = tf.ones([3])
+    agc = tf.function(
+        lambda x, bias: reference.agc(x, p, p, "relu", 0.0, "channels_last", bias=bias)[0],
+        input_signature=[tf.TensorSpec(None)] * 2,
+    )
+    for shape, printed in (((), "[]"), ((1,), "[1]"), ((3, 1), "[3 1]")):
+        message = re.escape(f"[bias must have shape [C] =] [3] [got] {printed}")
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            agc(tf.ones([2, 4, 3]), tf.ones(shape))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_differentiable_twice(activation):
-    x = tf.random.stateless_normal([2, 4, 3], [1, 2], dtype=tf.float64)
+    x, shortcut = tf.random.stateless_normal([2, 2, 4, 3], [1, 2], dtype=tf.float64)
     p = tf.constant([0.7, -1.2, 2.0], tf.float64)
 
     def first(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y, _ = reference.agc(x, p, p, activation, 0.3, "channels_last")
+            y, _ = reference.agc(x, p, p, activation, 0.3, "channels_last", bias=p, shortcut=shortcut)
             loss = tf.reduce_sum(y**3)
         return tape.gradient(loss, x)
 

@@ -8,15 +8,21 @@ from tf_agc import native
 pytestmark = pytest.mark.usefixtures("native_required")
 
 
-def _shapes(x, gain, mean_scale=None, data_format="channels_last", dtype=tf.float32):
-    """Static shapes of y and mean."""
+def _shapes(x, gain, mean_scale=None, data_format="channels_last", dtype=tf.float32, **optional):
+    """Static shapes of y and mean; bias and shortcut are absent where they have no shape in `optional`."""
     parameter = tf.float64 if dtype == tf.float64 else tf.float32
     specs = [
         tf.TensorSpec(x, dtype),
         tf.TensorSpec(gain, parameter),
         tf.TensorSpec(mean_scale, parameter),
     ]
-    function = tf.function(lambda *inputs: native.agc(*inputs, "relu", 0.0, data_format))
+    specs += [tf.TensorSpec(shape, parameter if name == "bias" else dtype) for name, shape in optional.items()]
+
+    @tf.function
+    def function(x, gain, mean_scale, *others):
+        named = dict(zip(optional, others, strict=True))
+        return native.agc(x, gain, mean_scale, "relu", 0.0, data_format, **named)
+
     outputs = function.get_concrete_function(*specs).output_shapes
     return [shape.as_list() if shape.rank is not None else None for shape in outputs]
 
@@ -44,9 +50,24 @@ def test_forward(x, gain, mean_scale, y, mean, data_format):
     assert _shapes(x, gain, mean_scale, data_format) == [y, mean]
 
 
+@pytest.mark.parametrize(
+    "x, optional, y, mean",
+    [
+        ([None, 5, None], {"bias": [7]}, [None, 5, 7], [None, 7]),
+        ([None, 5, None], {"bias": None}, [None, 5, None], [None, None]),
+        ([None, 5, None], {"shortcut": [2, None, 7]}, [2, 5, 7], [2, 7]),
+        (None, {"bias": [7], "shortcut": [2, 5, None]}, [2, 5, 7], [2, 7]),
+        (None, {"bias": [None], "shortcut": None}, None, [None, None]),
+    ],
+)
+def test_forward_with_bias_and_shortcut(x, optional, y, mean):
+    assert _shapes(x, None, **optional) == [y, mean]
+
+
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float64])
 def test_dtypes(dtype):
     assert _shapes([2, None, 7], None, None, dtype=dtype) == [[2, None, 7], [2, 7]]
+    assert _shapes([2, None, 7], None, None, dtype=dtype, bias=None, shortcut=None) == [[2, None, 7], [2, 7]]
 
 
 @pytest.mark.parametrize(
@@ -66,11 +87,37 @@ def test_refused_while_the_graph_is_built(x, gain, mean_scale, message):
         _shapes(x, gain, mean_scale)
 
 
-def _grad_shapes(dy, kept, gain=None, data_format="N...C", dmean=None, mean=None):
-    specs = [tf.TensorSpec(shape) for shape in (dy, dmean, kept, mean, gain, None)]
-    function = tf.function(
-        lambda *inputs: native._ops.tf_agc_agc_grad(*inputs, activation="relu", alpha=0.0, data_format=data_format)
-    )
+@pytest.mark.parametrize(
+    "optional",
+    [
+        {"bias": [6]},
+        {"bias": [1]},
+        {"bias": []},
+        {"bias": [2, 5, 7]},
+        {"shortcut": [7]},
+        {"shortcut": [1, 5, 7]},
+        {"shortcut": [2, 5, 7, 1]},
+        {"bias": [7], "shortcut": [2, 6, 7]},
+    ],
+    ids=str,
+)
+def test_bias_and_shortcut_refused_while_the_graph_is_built(optional):
+    with pytest.raises(ValueError, match="Dimension|Shape"):
+        _shapes([2, 5, 7], [7], [7], **optional)
+
+
+def _grad_shapes(dy, kept, gain=None, data_format="N...C", dmean=None, mean=None, bias=(), shortcut=()):
+    """Static shapes of the outputs, one after the other; bias and shortcut are lists of none or one."""
+    specs = [tf.TensorSpec(shape) for shape in (dy, dmean, kept, mean, gain, None, *bias, *shortcut)]
+
+    @tf.function
+    def function(*inputs):
+        optional = inputs[6 : 6 + len(bias)], inputs[6 + len(bias) :]
+        results = native._ops.tf_agc_agc_grad(
+            *inputs[:6], *optional, activation="relu", alpha=0.0, data_format=data_format
+        )
+        return tf.nest.flatten(results)
+
     outputs = function.get_concrete_function(*specs).output_shapes
     return [shape.as_list() if shape.rank is not None else None for shape in outputs]
 
@@ -90,6 +137,13 @@ def test_backward(dy, kept, gain, dx, parameter):
     assert _grad_shapes(dy, kept, gain) == [dx, parameter, parameter]
 
 
+def test_backward_with_bias_and_shortcut():
+    known, unknown = [2, 5, 7], [None, None, None]
+    assert _grad_shapes(known, unknown, bias=[None]) == [known, [7], [7], [7]]
+    assert _grad_shapes(unknown, None, shortcut=[known]) == [known, [7], [7], known]
+    assert _grad_shapes(None, None, bias=[[7]], shortcut=[None]) == [None, [7], [7], [7], None]
+
+
 def test_backward_channels_first():
     assert _grad_shapes([2, 7, None], None, data_format="NC...") == [[2, 7, None], [7], [7]]
 
@@ -103,6 +157,9 @@ def test_backward_channels_first():
         {"dy": [2, 5, 7], "kept": None, "dmean": [2, 6]},
         {"dy": [2, 5, 7], "kept": None, "mean": [3, 7]},
         {"dy": [2, 5, 7], "kept": None, "mean": [2, 5, 7]},
+        {"dy": [2, 5, 7], "kept": None, "bias": [[6]]},
+        {"dy": [2, 5, 7], "kept": None, "shortcut": [[2, 1, 7]]},
+        {"dy": [2, 5, 7], "kept": None, "bias": [[7]] * 2},
     ],
     ids=str,
 )

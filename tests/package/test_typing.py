@@ -28,7 +28,8 @@ import tf_agc
 
 x = np.zeros((2, 4, 4, 3), np.float32)
 tf_agc.agc(x, gain=1.0, mean_scale=[1.0, 1.0, 1.0], activation="leaky_relu", alpha=0.1, data_format="channels_last")
-tf_agc.agc(x, 1.0, 1.0, None)
+tf_agc.agc(x, 1.0, 1.0, None, None, None)
+tf_agc.agc(x, 1.0, 1.0, bias=[0.0, 0.0, 0.0], shortcut=x, activation="relu")
 tf_agc.agc(x)  # -> error: Missing positional arguments "gain", "mean_scale" in call to "agc"
 tf_agc.agc(x, 1.0, 1.0, activation=6)  # -> error: Argument "activation" to "agc" has incompatible type "int"
 tf_agc.agc(x, 1.0, 1.0, slope=0.1)  # -> error: Unexpected keyword argument "slope" for "agc"
@@ -36,6 +37,7 @@ tf_agc.agc(x, 1.0, 1.0, slope=0.1)  # -> error: Unexpected keyword argument "slo
 layer = tf_agc.AutomaticGainControl("relu", gain_initializer="ones", name="agc_1", dtype="float32")
 reveal_type(layer)  # -> note: Revealed type is "tf_agc.layer.AutomaticGainControl"
 tf_agc.AutomaticGainControl(lambda z: z)
+tf_agc.AutomaticGainControl("relu", use_bias=True, bias_initializer="zeros", train_gain=False)
 tf_agc.AutomaticGainControl(data_format=1)  # -> error: Argument "data_format" to "AutomaticGainControl"
 tf_agc.AutomaticGainControl(train_mean_scale="no")  # -> error: Argument "train_mean_scale" to "AutomaticGainControl"
 

@@ -67,6 +67,9 @@ EXAMPLE = dict(
 )  # fmt: skip
 
 
+BOTH = dict(bias=(0.5, -1.0), shortcut=("normal",))
+
+
 def accepts_everything(*arguments, **options):
     return None
 
@@ -85,6 +88,7 @@ def wrong_type(*arguments, **options):
         ({"wrong": ("gain", (4,))}, accepts_everything, "gain was accepted"),
         ({"wrong": ("gain", "None")}, names_nothing, "gain is not named: wrong"),
         ({"wrong": ("gain", "None")}, wrong_type, "gain must be something else"),
+        ({"wrong": ("gain", (4,)), "bias": (1.0,), "shortcut": ("normal",)}, accepts_everything, "gain was accepted"),
     ],
 )
 def test_what_refuses_badly(monkeypatch, changes, planted, message):
@@ -104,6 +108,12 @@ def test_what_refuses_badly(monkeypatch, changes, planted, message):
         ({}, 1, "dx: 1 of .* differ"),
         ({}, 2, "dgain: 1 of .* differ"),
         ({}, 3, "dmean_scale: 1 of .* differ"),
+        (BOTH, 2, "dgain: 1 of .* differ"),
+        (BOTH, 4, "dbias: 1 of .* differ"),
+        (BOTH, 5, "dshortcut: 1 of .* differ"),
+        (BOTH | {"dy": ("nan",), "sizes": (1, 3, 1)}, 4, "dbias: NaN in dy is lost"),
+        (BOTH | {"dy": ("nan",), "sizes": (1, 1, 1)}, 5, "dshortcut: NaN in dy is lost"),
+        (BOTH | {"shortcut": ("normal", "inf")}, 0, "y: 1 of .* differ"),
         ({"x": ("normal", "nan")}, 0, "y: 1 of .* differ"),
         ({"x": ("nan",)}, 0, "y: "),
         ({"x": ("nan",)}, 2, "dgain: NaN in x or dy is lost"),
@@ -130,11 +140,14 @@ def test_a_wrong_number_is_found(monkeypatch, changes, index, message, native_re
         fuzz_op.outcome(example)
 
 
+@pytest.mark.parametrize("optional", ["neither", "both"])
 @pytest.mark.parametrize("op", ["TfAgc>Agc", "TfAgc>AgcGrad"])
-def test_a_wrong_graph_is_found(monkeypatch, op, native_required):
+def test_a_wrong_graph_is_found(monkeypatch, op, optional, native_required):
     from fuzz import fuzz_graph
 
-    example = fuzz_graph.Example(op, (2, 3, 4), "float32", "elu", "channels_first", 0, ("const",), False, (), ())
+    example = fuzz_graph.Example(
+        op, (2, 3, 4), "float32", "elu", "channels_first", 0, ("const",), False, (), (), optional
+    )
     assert fuzz_graph.outcome(example) == f"right, compared, {op}"
     run = fuzz_graph._run
 
@@ -154,6 +167,8 @@ def test_a_wrong_graph_is_found(monkeypatch, op, native_required):
         (("attribute", "node", "data_format", ("s", b"NHWC")), "not imported: ValueError"),
         (("attribute", "node", "data_format", ("i", 3)), "not imported: ValueError"),
         (("remove", "node", "activation"), "not imported: ValueError"),
+        (("attribute", "node", "num_bias", ("i", 2)), "not imported: ValueError"),
+        (("attribute", "node", "activation", ("s", b"linear")), "not imported: ValueError"),
         (("feed", 1, (7,)), "refused: InvalidArgumentError"),
         (("op", "node", "TfAgc>Other"), "not imported: NotFoundError"),
     ],
@@ -162,7 +177,7 @@ def test_a_wrong_graph_is_refused(native_required, mutation, outcome):
     from fuzz import fuzz_graph
 
     example = fuzz_graph.Example(
-        "TfAgc>AgcGrad", (2, 3, 4), "float32", "elu", "channels_last", 0, ("unknown",), False, (mutation,), ()
+        "TfAgc>AgcGrad", (2, 3, 4), "float32", "elu", "channels_last", 0, ("unknown",), False, (mutation,), (), "both"
     )
     assert fuzz_graph.outcome(example) == f"mutations, {outcome}"
 

@@ -4,6 +4,7 @@ The driver is fake_cuda_driver.c, whose device is this process's memory; the lau
 what is expected. Nothing of the CUDA kernels runs here.
 """
 
+import csv
 import ctypes
 import json
 import os
@@ -20,7 +21,8 @@ from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, EPSILON, SMALLEST_NOR
 from tf_agc import reference
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-RESULTS = ("y", "mean", "dx", "dgain", "dmean_scale")
+RESULTS = ("y", "mean", "dx", "dgain", "dmean_scale", "dbias", "dshortcut")
+ADDENDS = ((), ("bias",), ("shortcut",), ("bias", "shortcut"))
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +105,17 @@ class _Launchers:
             np.zeros(per_map) if forward else array(args.dmean, per_map, u).astype(float),
             dtype,
             gpu_numerics.ACTIVATIONS[args.activation],
+            array(args.bias, (channels,), u).astype(float) if args.bias else None,
+            of_maps(args.shortcut) if args.shortcut else None,
         )
         assert case.alpha == args.alpha
+        if not forward:  # what agc.h says of a call backward
+            assert case.has_dshortcut == bool(args.shortcut) == bool(args.dshortcut)
+            assert bool(args.bias) == bool(args.dbias)
         want = gpu_numerics.expected(case)
-        for name in ("y", "mean") if forward else ("dx", "dgain", "dmean_scale"):
+        for name in ("y", "mean") if forward else want.keys() - {"y", "mean"}:
             values = want[name] * self.wrong.get(name, 1)
-            if name in ("y", "dx"):
+            if case.results[name] == "maps":
                 values = gpu_numerics.encode(np.moveaxis(values, 1, 2) if channels_first else values, dtype)
                 array(getattr(args, name), maps, values.dtype)[...] = values
             else:
@@ -118,20 +125,27 @@ class _Launchers:
 # ---- Expectations ----
 
 
+@pytest.mark.parametrize("addends", ADDENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_expectations_are_the_reference(activation):
+def test_expectations_are_the_reference(activation, addends):
     from gpu import gpu_numerics
 
-    case = gpu_numerics.make_case(3, 35, 7, "float64", activation, seed=1)
-    x, gain, mean_scale = (tf.constant(value) for value in (case.x, case.gain, case.mean_scale))
+    case = gpu_numerics.make_case(3, 35, 7, "float64", activation, 1, addends)
+    inputs = {name: tf.constant(getattr(case, name)) for name in ("x", "gain", "mean_scale", *addends)}
     with tf.GradientTape() as tape:
-        tape.watch([x, gain, mean_scale])
-        y, mean = reference.agc(x, gain, mean_scale, activation, case.alpha, "channels_last")
+        tape.watch(inputs)
+        x, gain, mean_scale = (inputs[name] for name in ("x", "gain", "mean_scale"))
+        optional = {name: inputs[name] for name in addends}
+        y, mean = reference.agc(x, gain, mean_scale, activation, case.alpha, "channels_last", **optional)
     upstream = [tf.constant(case.dy), tf.constant(case.dmean)]
-    gradients = tape.gradient([y, mean], [x, gain, mean_scale], output_gradients=upstream)
+    gradients = tape.gradient([y, mean], inputs, output_gradients=upstream)
+    want = {"y": y, "mean": mean} | {f"d{name}": gradient for name, gradient in gradients.items()}
+    if activation == "linear":  # which writes no dshortcut: it is dy
+        want.pop("dshortcut", None)
     got = gpu_numerics.expected(case)
-    for name, want in zip(RESULTS, [y, mean, *gradients], strict=True):
-        np.testing.assert_allclose(got[name], want, rtol=1e-12, atol=1e-12, err_msg=name)
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        np.testing.assert_allclose(got[name], values, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 def test_shares_the_tests_names_and_roundings():
@@ -160,7 +174,7 @@ def test_storage(dtype):
 def test_what_is_wrong_is_seen(name, dtype):
     from gpu import gpu_numerics
 
-    case = gpu_numerics.make_case(2, 35, 6, dtype, "relu", seed=2)
+    case = gpu_numerics.make_case(2, 35, 6, dtype, "relu", 2, ("bias", "shortcut"))
     want = gpu_numerics.expected(case)
     assert set(gpu_numerics.errors(case, want, want).values()) == {0.0}
     off = 2 if name.startswith("d") else 1 + 200 * EPSILON[dtype]
@@ -307,7 +321,8 @@ def test_everything_is_right(check, launchers, capsys):
     assert code == 0 and results["failures"] == []
     assert results["machine"]["gpu"] == "Fake GPU" and results["machine"]["commit"] == "abc"
     (correct,) = results["sections"]["correctness"]["notes"]
-    assert correct.startswith(f"{3 * 2 * 4 * 5 * 2 + 2 * 2 * 4} cases; the largest error is 0.")
+    # Twice: without what is added to z, and with some of it.
+    assert correct.startswith(f"{2 * (3 * 2 * 4 * 5 * 2 + 2 * 2 * 4)} cases; the largest error is 0.")
     assert results["sections"]["huge"]["notes"][0].startswith("left out: ")
     sanitizer = "left out: there is no compute-sanitizer in CUDA_HOME, on PATH or in /usr/local/cuda"
     assert results["sections"]["sanitizer"]["notes"] == [sanitizer]
@@ -317,10 +332,12 @@ def test_everything_is_right(check, launchers, capsys):
     header, *rows = [row for row in rows if not row.startswith("#")]
     assert header == "section,shape,data_format,dtype,passes,candidate,ms,spread_ms,copy_ms"
     of_bandwidth = [row for row in rows if row.startswith("bandwidth,")]
-    assert len(of_bandwidth) == 3 * 3 * 2
-    # A pass backward is measured against one and a half copies.
-    bfloat16 = [row.split(",") for row in of_bandwidth if ",2x3x5x8,channels_last,bfloat16," in row]
-    assert [float(row[8]) / float(row[6]) for row in bfloat16] == pytest.approx([1, 1.5], rel=1e-3)
+    assert len(of_bandwidth) == 3 * (3 + 1) * 2
+    # A pass backward is measured against one and a half copies; a junction's passes, against one and a half and two and
+    # a half.
+    bfloat16 = list(csv.reader(row for row in of_bandwidth if ",2x3x5x8,channels_last,bfloat16," in row))
+    assert [row[5] for row in bfloat16] == ["tf_agc", "tf_agc", "tf_agc, junction", "tf_agc, junction"]
+    assert [float(row[8]) / float(row[6]) for row in bfloat16] == pytest.approx([1, 1.5, 1.5, 2.5], rel=1e-3)
     output = capsys.readouterr().out
     assert "150% of the copy" in output and output.rstrip().splitlines()[-2] == "0 failed"
 
@@ -330,10 +347,11 @@ def test_a_wrong_result_fails(check, launchers, name, capsys):
     launchers.wrong[name] = 4
     code, results, _ = check("--small", "--section", "correctness", "--section", "latency")
     assert code == 1
-    assert results["failures"][0].startswith("correctness: 2x5x7x3 channels_last bfloat16 relu: " + name)
+    what = "2x5x7x3 channels_last bfloat16 relu" + " bias shortcut" * (name in ("dbias", "dshortcut"))
+    assert results["failures"][0].startswith(f"correctness: {what}: {name}")
     assert "times what is allowed" in results["failures"][0]
     assert results["sections"]["latency"]["notes"]  # and the rest goes on
-    assert f"FAILED: 2x5x7x3 channels_last bfloat16 relu: {name} is off by" in capsys.readouterr().out
+    assert f"FAILED: {what}: {name} is off by" in capsys.readouterr().out
 
 
 def test_results_that_change_fail(check, launchers, monkeypatch):
@@ -387,7 +405,8 @@ def test_huge_tensors_repeat_a_sample(fake, launchers, monkeypatch, tmp_path):
 def test_a_call_like_another_has_its_maps(fake, launchers):
     from gpu import gpu_call, gpu_driver, gpu_numerics
 
-    driver, case = gpu_driver.Driver(), gpu_numerics.make_case(2, 9, 8, "bfloat16", "relu", seed=1)
+    driver = gpu_driver.Driver()
+    case = gpu_numerics.make_case(2, 9, 8, "bfloat16", "relu", 1, ("bias", "shortcut"))
     first = gpu_call.Call(driver, launchers(None), case, "channels_first")
     second = gpu_call.Call(driver, launchers(None), case, "channels_first", like=first)
     first.run()

@@ -18,6 +18,8 @@ from agc_testing import (
     ACTIVATIONS,
     DATA_FORMATS,
     DTYPES,
+    OPTIONAL,
+    assert_close,
     check,
     make_case,
     python,
@@ -40,7 +42,7 @@ def xla_required(native_required):
 class _XlaCounters:
     """Custom calls, and those in place, since `reset`."""
 
-    _NAMES = ("forward", "forward_in_place", "backward", "dx_over_dy")
+    _NAMES = ("forward", "forward_in_place", "backward", "dx_over_dy", "dshortcut_over_dy")
 
     def __init__(self):
         self._library = ctypes.CDLL(str(native.XLA_STATUS.library))
@@ -82,20 +84,41 @@ def _in_hlo(function, *arguments):
     """
     program = _lower_for_gpu(function, *arguments, calls=False)
     assert b"TfAgc." not in program  # no custom call
-    outputs = function.get_concrete_function(*arguments).outputs
-    return tfxla.call_module(
-        arguments,
+    outputs = function.get_concrete_function(*arguments).structured_outputs
+    flat = tf.nest.flatten(outputs)
+    results = tfxla.call_module(
+        tf.nest.flatten(arguments),
         version=9,
         module=program,
-        Tout=[output.dtype for output in outputs],
-        Sout=[output.shape for output in outputs],
+        Tout=[output.dtype for output in flat],
+        Sout=[output.shape for output in flat],
         platforms=["CPU"],
     )
+    return tf.nest.pack_sequence_as(outputs, results)
 
 
 def _assert_equal(got, want):
-    for name in ("y", "mean", "dx", "dgain", "dmean_scale"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+    assert vars(got).keys() == vars(want).keys()
+    for name, value in vars(want).items():
+        np.testing.assert_array_equal(getattr(got, name), value, err_msg=name)
+
+
+def _assert_close(got, want):
+    for name, value in vars(want).items():
+        np.testing.assert_allclose(getattr(got, name), value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def _steps(shapes, *arguments):
+    """Cases of each shape with and without a bias and a shortcut, and one function of all their tensors."""
+    cases = [
+        make_case(shape, *arguments, seed=i, bias=bias, shortcut=shortcut)
+        for i, shape in enumerate(shapes)
+        for bias, shortcut in OPTIONAL.values()
+    ]
+    # One program for all takes less time than one for each.
+    steps = [step_of(case, native.agc) for case in cases]
+    function = _jit(lambda *inputs: [step(*tensors) for step, tensors in zip(steps, inputs, strict=True)])
+    return cases, function
 
 
 # ---- Results ----
@@ -105,11 +128,8 @@ def _assert_equal(got, want):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_combination(activation, dtype, data_format, xla_counters):
-    cases = [make_case(shape, dtype, activation, data_format, seed=i) for i, shape in enumerate(_SHAPES)]
-    steps = [step_of(case, native.agc) for case in cases]
-    # One program for all shapes takes half the time.
-    function = _jit(lambda *tensors: [step(*tensors[5 * i : 5 * i + 5]) for i, step in enumerate(steps)])
-    results = function(*[tensor for case in cases for tensor in case.tensors])
+    cases, function = _steps(_SHAPES, dtype, activation, data_format)
+    results = function(*[case.tensors for case in cases])
     assert xla_counters.read()["forward"] == xla_counters.read()["backward"] == len(cases)
     for case, result in zip(cases, results, strict=True):
         got = results_of(result)
@@ -121,8 +141,9 @@ def test_every_combination(activation, dtype, data_format, xla_counters):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_combination_in_hlo(activation, dtype, data_format):
-    case = make_case((2, 5, 3, 17), dtype, activation, data_format)
-    check(case, results_of(_in_hlo(_jit(step_of(case, native.agc)), *case.tensors)))
+    cases, function = _steps([(2, 5, 3, 17)], dtype, activation, data_format)
+    for case, result in zip(cases, _in_hlo(function, *[case.tensors for case in cases]), strict=True):
+        check(case, results_of(result))
 
 
 def test_a_gpu_gets_calls_where_cuda_was_built_in():
@@ -136,11 +157,11 @@ def test_a_gpu_gets_calls_where_cuda_was_built_in():
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("activation", ["leaky_relu", "elu"])
 def test_alpha_of_0_is_relu(activation, data_format):
-    case = make_case((2, 5, 3), activation=activation, data_format=data_format, alpha=0.0)
-    want = run(case, native.agc)
-    function = _jit(step_of(case, native.agc))
-    _assert_equal(results_of(function(*case.tensors)), want)
-    check(case, results_of(_in_hlo(function, *case.tensors)))
+    cases, function = _steps([(2, 5, 3)], "float32", activation, data_format, 0.0)
+    tensors = [case.tensors for case in cases]
+    for case, call, hlo in zip(cases, function(*tensors), _in_hlo(function, *tensors), strict=True):
+        _assert_equal(results_of(call), run(case, native.agc))
+        check(case, results_of(hlo))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -155,9 +176,23 @@ def test_values_that_are_not_finite_and_a_gain_of_0(activation):
     step = step_of(case, native.agc)
     want = results_of(step(*tensors))
     _assert_equal(results_of(_jit(step)(*tensors)), want)
-    hlo = results_of(_in_hlo(_jit(step), *tensors))
-    for name in ("y", "mean", "dx", "dgain", "dmean_scale"):
-        np.testing.assert_allclose(getattr(hlo, name), getattr(want, name), rtol=1e-4, atol=1e-4, err_msg=name)
+    _assert_close(results_of(_in_hlo(_jit(step), *tensors)), want)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "elu"])
+def test_an_infinite_shortcut_at_a_dead_place(activation):
+    case = make_case((2, 7, 3), activation=activation, bias=True, shortcut=True)
+    shortcut = case.shortcut.numpy()
+    shortcut[0, 2, 0] = shortcut[1, 3, 1] = -np.inf
+    if activation == "relu6":
+        shortcut[0, 4, 2] = np.inf
+    case.shortcut = tf.constant(shortcut)
+    step = _jit(step_of(case, native.agc))
+    want = run(case, reference.agc)
+    for got in (step(*case.tensors), _in_hlo(step, *case.tensors)):
+        got = results_of(got)
+        assert all(np.isfinite(value).all() for value in vars(got).values())
+        _assert_close(got, want)
 
 
 def test_second_order():
@@ -184,28 +219,30 @@ def test_second_order():
 
 def test_empty_batch():
     @_jit
-    def function(x, gain):
+    def function(x, gain, bias, shortcut):
         with tf.GradientTape() as tape:
-            tape.watch([x, gain])
-            y = tf_agc.agc(x, gain, 1.0, activation="relu")
-        return y, *tape.gradient(y, [x, gain])
+            tape.watch([x, gain, bias, shortcut])
+            y = tf_agc.agc(x, gain, 1.0, bias, shortcut, activation="relu")
+        return y, *tape.gradient(y, [x, gain, bias, shortcut])
 
-    y, dx, dgain = function(tf.zeros([0, 5, 5, 3]), tf.ones([3]))
-    assert y.shape == dx.shape == [0, 5, 5, 3]
-    np.testing.assert_array_equal(dgain, [0, 0, 0])
+    maps = tf.zeros([0, 5, 5, 3])
+    y, dx, dgain, dbias, dshortcut = function(maps, tf.ones([3]), tf.ones([3]), maps)
+    assert y.shape == dx.shape == dshortcut.shape == [0, 5, 5, 3]
+    np.testing.assert_array_equal([dgain, dbias], np.zeros([2, 3]))
 
 
 @pytest.mark.parametrize("keep", [[True, False, True, True], [False] * 4, [True] * 4])
 def test_dynamic_size(keep, xla_counters):
     # XLA knows no more than how many samples there can be.
-    def function(x, keep, gain):
+    def function(x, keep, gain, bias):
         with tf.GradientTape() as tape:
-            tape.watch(gain)
-            y = tf_agc.agc(tf.boolean_mask(x, keep), gain, 1.0, activation="relu")
+            tape.watch([x, gain, bias])
+            kept = tf.boolean_mask(x, keep)
+            y = tf_agc.agc(kept, gain, 1.0, bias, tf.sin(kept), activation="relu")
             loss = tf.reduce_sum(y**2)
-        return loss, tape.gradient(loss, gain)
+        return loss, *tape.gradient(loss, [x, gain, bias])
 
-    arguments = tf.random.stateless_normal([4, 5, 3], [0, 1]), tf.constant(keep), tf.ones([3])
+    arguments = tf.random.stateless_normal([4, 5, 3], [0, 1]), tf.constant(keep), tf.ones([3]), tf.constant([0.5] * 3)
     for got, want in zip(_jit(function)(*arguments), function(*arguments), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5)
     assert xla_counters.read()["forward"] == 0
@@ -373,6 +410,10 @@ def test_many_callers_at_once():
 # ---- In place ----
 
 
+def _counted(counters):
+    return {name: count for name, count in counters.read().items() if count}
+
+
 def _copies(function, *arguments, shape):
     """The copies of maps that a program makes, but for those that are part of computing them."""
     program = function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
@@ -394,9 +435,57 @@ def test_training_step_in_place(fresh_keras, xla_counters):
 
     x = _maps(4, 8, 8, 3)
     step(x)
-    assert xla_counters.read() == {"forward": 3, "forward_in_place": 3, "backward": 3, "dx_over_dy": 3}
+    assert _counted(xla_counters) == {"forward": 3, "forward_in_place": 3, "backward": 3, "dx_over_dy": 3}
     # In place, and not because XLA copied the input before.
     assert _copies(step, x, shape="f32[4,8,8,5]") == []
+
+
+def _convolution(x, kernel):
+    return tf.nn.conv2d(x, kernel, strides=1, padding="SAME")
+
+
+def _kernels(count, channels=5):
+    return list(tf.random.stateless_normal([count, 3, 3, channels, channels], [0, 2]) / (3 * channels) ** 0.5)
+
+
+def test_residual_training_step_in_place(xla_counters):
+    # The second block's shortcut is what the first block's junction returned, and so on through the gradients.
+    def step(x, bias, kernels):
+        with tf.GradientTape() as tape:
+            tape.watch([bias, kernels])
+            stem, *kernels_of_blocks = kernels
+            maps = tf_agc.agc(_convolution(x, stem), 1.0, 1.0, activation="relu")
+            for first, second in zip(kernels_of_blocks[::2], kernels_of_blocks[1::2], strict=True):
+                branch = tf_agc.agc(_convolution(maps, first), 1.0, 1.0, bias, activation="relu")
+                maps = tf_agc.agc(_convolution(branch, second), 1.0, 0.5, bias, maps, activation="relu")
+            loss = tf.reduce_mean(maps**2)
+        return tape.gradient(loss, [bias, kernels])
+
+    arguments = _maps(4, 8, 8, 5), tf.constant([0.1, 0.2, 0.3, 0.4, 0.5]), _kernels(5)
+    got = _jit(step)(*arguments)
+    assert _counted(xla_counters) == {
+        "forward": 5,
+        "forward_in_place": 5,
+        "backward": 5,
+        "dx_over_dy": 3,
+        "dshortcut_over_dy": 2,
+    }
+    assert _copies(_jit(step), *arguments, shape="f32[4,8,8,5]") == []
+    assert_close(got, step(*arguments), 1e-5)
+
+
+def test_a_linear_junction_writes_to_new_memory(xla_counters):
+    # In training x and the shortcut are both still needed: XLA would copy what y was written over.
+    @_jit
+    def function(x, kernels):
+        maps, shortcut = [_convolution(x, kernel) for kernel in kernels]
+        return tf_agc.agc(maps, 1.0, 1.0, shortcut=shortcut), maps, shortcut
+
+    arguments = _maps(4, 8, 8, 5), _kernels(2)
+    y, maps, shortcut = function(*arguments)
+    np.testing.assert_allclose(y, tf_agc.agc(maps, 1.0, 1.0, shortcut=shortcut), rtol=1e-6)
+    assert _counted(xla_counters) == {"forward": 1}
+    assert _copies(function, *arguments, shape="f32[4,8,8,5]") == []
 
 
 def test_what_is_still_needed_is_not_overwritten(xla_counters):
@@ -435,27 +524,47 @@ def test_linear_input_is_kept():
             np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_tensor_as_two_operands(activation):
+    # What is written over one of them is read as the other.
+    case = make_case((2, 6, 5, 8), activation=activation, bias=True)
+
+    def function(x, bias):
+        with tf.GradientTape() as tape:
+            tape.watch([x, bias])
+            maps = x + 1.0
+            y, _ = native.agc(maps, case.gain, case.mean_scale, *case.attributes, bias=bias, shortcut=maps)
+        return y, *tape.gradient(y, [x, bias], output_gradients=y)  # dy is kept
+
+    for got, want in zip(_jit(function)(case.x, case.bias), function(case.x, case.bias), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 # ---- Errors ----
 
 
 @pytest.mark.parametrize(
-    "shapes, attributes, message",
+    "shapes, activation, alpha, message",
     [
-        ([(4, 5, 6), (5,), (6,)], ("relu", 0.0), "gain must have shape [C] = [6], got [5]"),
-        ([(4, 5, 6), (6,), (1, 6)], ("relu", 0.0), "mean_scale must have shape [C] = [6], got [1,6]"),
-        ([(4, 6), (6,), (6,)], ("relu", 0.0), "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels)"),
-        ([(4, 0, 6), (6,), (6,)], ("relu", 0.0), "x has no positions (a spatial size is 0) but a batch of 4"),
-        ([(4, 5, 6), (6,), (6,)], ("elu", -1.0), "alpha must be finite and >= 0, got -1"),
+        ({"gain": (5,)}, "relu", 0.0, "gain must have shape [C] = [6], got [5]"),
+        ({"mean_scale": (1, 6)}, "relu", 0.0, "mean_scale must have shape [C] = [6], got [1,6]"),
+        ({"bias": (4, 5, 6)}, "relu", 0.0, "bias must have shape [C] = [6], got [4,5,6]"),
+        ({"shortcut": (4, 5, 1)}, "relu", 0.0, "shortcut must have the shape of x [4,5,6], got [4,5,1]"),
+        ({"bias": (6,), "shortcut": (6,)}, "relu", 0.0, "shortcut must have the shape of x [4,5,6], got [6]"),
+        ({"x": (4, 6)}, "relu", 0.0, "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels)"),
+        ({"x": (4, 0, 6)}, "relu", 0.0, "x has no positions (a spatial size is 0) but a batch of 4"),
+        ({}, "elu", -1.0, "alpha must be finite and >= 0, got -1"),
     ],
 )
-def test_errors_name_the_argument(shapes, attributes, message):
+def test_errors_name_the_argument(shapes, activation, alpha, message):
+    shapes = {"x": (4, 5, 6), "gain": (6,), "mean_scale": (6,), **shapes}
     function = tf.function(
-        lambda x, gain, mean_scale: native.agc(x, gain, mean_scale, *attributes, "channels_last")[0],
+        lambda inputs: native.agc(**inputs, activation=activation, alpha=alpha, data_format="channels_last")[0],
         jit_compile=True,
-        input_signature=[tf.TensorSpec(None)] * 3,
+        input_signature=[{name: tf.TensorSpec(None) for name in shapes}],
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
-        function(*[tf.ones(shape) for shape in shapes])
+        function({name: tf.ones(shape) for name, shape in shapes.items()})
 
 
 @pytest.mark.parametrize(
@@ -466,15 +575,18 @@ def test_errors_name_the_argument(shapes, attributes, message):
         (3, (2,), "mean must have shape [N, C] = [2,3], got [2]"),
         (4, (2,), "gain must have shape [C] = [3], got [2]"),
         (5, (4,), "mean_scale must have shape [C] = [3], got [4]"),
+        (6, (3, 1), "bias must have shape [C] = [3], got [3,1]"),
+        (7, (2, 4, 1), "shortcut must have the shape of kept [2,4,3], got [2,4,1]"),
     ],
 )
 def test_errors_of_the_gradient_name_the_argument(argument, shape, message):
+    attributes = {"activation": "relu", "alpha": 0.0, "data_format": "N...C"}
     function = tf.function(
-        lambda *inputs: native._ops.tf_agc_agc_grad(*inputs, activation="relu", alpha=0.0, data_format="N...C"),
+        lambda *inputs: native._ops.tf_agc_agc_grad(*inputs[:6], [inputs[6]], [inputs[7]], **attributes),
         jit_compile=True,
-        input_signature=[tf.TensorSpec(None)] * 6,
+        input_signature=[tf.TensorSpec(None)] * 8,
     )
-    inputs = [tf.ones(shape) for shape in [(2, 4, 3), (2, 3), (2, 4, 3), (2, 3), (3,), (3,)]]
+    inputs = [tf.ones(shape) for shape in [(2, 4, 3), (2, 3), (2, 4, 3), (2, 3), (3,), (3,), (3,), (2, 4, 3)]]
     inputs[argument] = tf.ones(shape)
     with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
         function(*inputs)

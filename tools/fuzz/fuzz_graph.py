@@ -21,7 +21,7 @@ import agc_testing
 import tf_agc  # noqa: F401  loads the ops
 
 NODE = "node"
-INPUTS = {
+INPUTS = {  # those that are always there
     "TfAgc>Agc": ("x", "gain", "mean_scale"),
     "TfAgc>AgcGrad": ("dy", "dmean", "kept", "mean", "gain", "mean_scale"),
 }
@@ -52,6 +52,7 @@ class Example:
     in_function: bool
     mutations: tuple[Mutation, ...]
     raw: tuple[tuple[float, int], ...]
+    optional: str = "neither"  # a key of agc_testing.OPTIONAL
 
 
 def _some(values: st.SearchStrategy, most: int) -> st.SearchStrategy:
@@ -77,7 +78,7 @@ _VALUES = st.one_of(
     st.tuples(st.just("words"), _some(st.binary(max_size=4), 2)),
     st.tuples(st.just("placeholder"), st.just("T")),
 )
-_ATTRIBUTES = st.sampled_from(["T", "U", "activation", "alpha", "data_format"])
+_ATTRIBUTES = st.sampled_from(["T", "U", "num_bias", "num_shortcut", "activation", "alpha", "data_format"])
 _NAMES = st.one_of(_ATTRIBUTES, st.sampled_from(["dtype", "shape", "value", "_output_shapes", "_class", "more"]))
 _MUTATIONS = st.one_of(
     st.tuples(st.just("attribute"), _NODES, _NAMES, _VALUES),
@@ -89,17 +90,23 @@ _MUTATIONS = st.one_of(
         st.tuples(st.just("s"), _WORDS.map(lambda word: word.encode("utf-8", "replace"))),
     ),
     st.tuples(st.just("attribute"), st.just(NODE), st.sampled_from(["T", "U"]), st.tuples(st.just("type"), _TYPES)),
+    st.tuples(
+        st.just("attribute"),
+        st.just(NODE),
+        st.sampled_from(["num_bias", "num_shortcut"]),
+        st.tuples(st.just("i"), st.sampled_from([0, 1, 2, 3, -1, 2**31, 2**63 - 1])),
+    ),
     st.tuples(st.just("attribute"), _NODES, st.just("_output_shapes"), st.tuples(st.just("shapes"), _some(_SHAPES, 3))),
     st.tuples(st.just("attribute"), st.just("input0"), st.just("shape"), st.tuples(st.just("shape"), _SHAPES)),
     st.tuples(st.just("remove"), _NODES, _NAMES),
     st.tuples(
         st.just("input"),
-        st.integers(0, 7),
+        st.integers(0, 9),
         st.sampled_from(
             ["input0", "input1", "input2", "input0:1", "^input0", "node", "node:1", "nothing", "", ":", "-"]
         ),
     ),
-    st.tuples(st.just("feed"), st.integers(0, 5), _some(st.integers(0, 5), 9)),
+    st.tuples(st.just("feed"), st.integers(0, 7), _some(st.integers(0, 5), 9)),
     st.tuples(st.just("op"), _NODES, st.sampled_from([*INPUTS, "TfAgc>Other", "Identity", ""])),
     st.tuples(st.just("device"), _NODES, st.sampled_from(["/cpu:0", "/gpu:7", "/job:other/task:1", "nonsense"])),
     st.tuples(st.just("producer"), st.integers(-1, 5000)),
@@ -127,13 +134,23 @@ def examples(draw: Callable) -> Example:
         in_function=draw(st.booleans()),
         mutations=() if raw else draw(_some(_MUTATIONS, 3)),
         raw=draw(_some(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(-1, 255)), 2)) if raw else (),
+        optional=draw(st.sampled_from([*agc_testing.OPTIONAL])),
     )
 
 
 def _tensors(example: Example) -> tuple[agc_testing.Case, list[np.ndarray]]:
     """A case, and what its node gets: for the gradient what the reference keeps of the forward pass."""
+    bias, shortcut = agc_testing.OPTIONAL[example.optional]
+    if example.op == "TfAgc>AgcGrad" and example.activation == "linear":
+        shortcut = False  # the op refuses it
     case = agc_testing.make_case(
-        example.shape, example.dtype, example.activation, example.data_format, seed=example.seed
+        example.shape,
+        example.dtype,
+        example.activation,
+        example.data_format,
+        seed=example.seed,
+        bias=bias,
+        shortcut=shortcut,
     )
     results = agc_testing.float64_results(case)
     kept = case.x if example.activation == "linear" else tf.cast(results.y, example.dtype)
@@ -141,8 +158,9 @@ def _tensors(example: Example) -> tuple[agc_testing.Case, list[np.ndarray]]:
         **{name: getattr(case, name) for name in ("x", "gain", "mean_scale", "dy", "dmean")},
         "kept": kept,
         "mean": tf.cast(results.mean, case.gain.dtype),
+        **case.optional,
     }
-    return case, [values[name].numpy() for name in INPUTS[example.op]]
+    return case, [values[name].numpy() for name in (*INPUTS[example.op], *case.optional)]
 
 
 def _graph(example: Example, case: agc_testing.Case, tensors: list[np.ndarray]) -> tf.compat.v1.GraphDef:
@@ -161,6 +179,8 @@ def _graph(example: Example, case: agc_testing.Case, tensors: list[np.ndarray]) 
     node = graph.node.add(name=NODE, op=example.op, input=[f"input{index}" for index in range(len(tensors))])
     node.attr["T"].type = case.x.dtype.as_datatype_enum
     node.attr["U"].type = case.gain.dtype.as_datatype_enum
+    node.attr["num_bias"].i = int("bias" in case.optional)
+    node.attr["num_shortcut"].i = int("shortcut" in case.optional)
     node.attr["activation"].s = case.activation.encode()
     node.attr["alpha"].f = case.alpha
     node.attr["data_format"].s = _FORMATS[case.data_format].encode()
@@ -286,19 +306,27 @@ def _compared(case: agc_testing.Case, tensors: list, operation: tf.Operation, ou
     alpha = alpha if alpha >= agc_testing.SMALLEST_NORMAL["float32"] else 0.0  # as the kernels take it
     made = (case.activation, np.float32(case.alpha), case.data_format)
     case = dataclasses.replace(case, activation=activation, alpha=alpha, data_format=data_format)
+    numbers = {name: operation.get_attr(f"num_{name}") for name in ("bias", "shortcut")}
+    assert max(numbers.values()) <= 1, f"{numbers} were accepted"
+    optional = [name for name, number in numbers.items() if number]
     if operation.type == "TfAgc>AgcGrad":
-        same = all(np.array_equal(one, other) for one, other in zip(inputs, tensors, strict=True))
+        same = (
+            len(inputs) == len(tensors) and all(map(np.array_equal, inputs, tensors)) and optional == [*case.optional]
+        )
         if not same or made != (activation, np.float32(alpha), data_format):
             return "ran, its values are not those of any forward pass"
         want = agc_testing.float64_results(case)
-        got = dict(zip(("dx", "dgain", "dmean_scale"), outputs, strict=True))
+        got = dict(zip(("dx", "dgain", "dmean_scale", *(f"d{name}" for name in optional)), outputs, strict=True))
     else:
-        x, gain, mean_scale = map(tf.constant, inputs)
+        x, gain, mean_scale, *rest = map(tf.constant, inputs)
+        others: dict[str, Any] = dict.fromkeys(("bias", "shortcut")) | dict(zip(optional, rest, strict=True))
         channels = gain.shape[0]
         dmean = tf.zeros([x.shape[0], channels], gain.dtype)
-        case = dataclasses.replace(case, x=x, gain=gain, mean_scale=mean_scale, dy=tf.zeros_like(x), dmean=dmean)
+        case = dataclasses.replace(
+            case, x=x, gain=gain, mean_scale=mean_scale, dy=tf.zeros_like(x), dmean=dmean, **others
+        )
         want = agc_testing.float64_results(case)
         got = dict(zip(("y", "mean"), outputs, strict=True))
     got = {name: value.astype(np.float64) for name, value in got.items()}
-    agc_testing.check(case, dataclasses.replace(want, **got), want)
+    agc_testing.check(case, agc_testing.Results(**vars(want) | got), want)
     return f"compared, {operation.type}"

@@ -29,6 +29,7 @@ MODES = (*["eager"] * 20, *["function"] * 6, *["unknown shapes"] * 6, "jit")
 VALUES = ("normal", "offset", "constant", "zero", "tiny", "huge", "nan", "inf", "-inf", "max")
 PARAMETERS = (1.0, 0.5, -2.0, 3.0, 0.0, -0.0, 1e-45, -1e-38, 1e-4, 1e4, 1e30, math.nan, math.inf, -math.inf)
 ALPHAS = (0.0, 0.1, 0.2, 1.0, 1.7, 1e-45, 1e-39, 1.2e-38, 1e-6, 1e6, 1e30, 3.4e38)
+_MAPS = ("y", "dx", "dshortcut")  # the results that are maps
 # TensorFlow's own gradients stop at sizes of 2**31. Twice 2**20 is more than memory, where nothing else is 0.
 HUGE = 2**20
 
@@ -68,6 +69,14 @@ class Example:
     seed: int
     mode: str
     wrong: tuple[str, Any] | None = None
+    bias: tuple[float, ...] = ()  # empty: absent
+    shortcut: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> list[str]:
+        """The tensors that are there, in the op's order."""
+        optional = [name for name in ("bias", "shortcut") if getattr(self, name)]
+        return ["x", "gain", "mean_scale", *optional]
 
 
 def _in_turn(values: tuple) -> st.SearchStrategy:
@@ -100,6 +109,8 @@ def examples(draw: Callable) -> Example:
         mean_scale=draw(_in_turn(PARAMETERS[:4] * 4 + PARAMETERS)),
         seed=draw(st.integers(0, 2**31)),
         mode=draw(st.sampled_from(MODES)),
+        bias=draw(st.one_of(st.just(()), _in_turn(PARAMETERS[:4] * 4 + PARAMETERS))),
+        shortcut=draw(st.one_of(st.just(()), _in_turn(("normal",) * 8 + VALUES))),
     )
     return dataclasses.replace(example, wrong=draw(_wrong(example))) if draw(st.integers(0, 2)) == 0 else example
 
@@ -127,10 +138,24 @@ def _wrong(example: Example) -> st.SearchStrategy:
     return st.one_of(
         st.tuples(st.just("x"), st.one_of(tensor, bad_x)),
         st.tuples(st.sampled_from(["gain", "mean_scale"]), parameter),
+        # None is no wrong one here.
+        st.tuples(st.just("bias"), parameter.filter(lambda how: how != "None")),
+        st.tuples(
+            st.just("shortcut"),
+            st.one_of(tensor.filter(lambda how: how != "None"), small.filter(lambda shape: shape != _small(example))),
+        ),
         st.tuples(st.just("alpha"), numbers),
         st.tuples(st.just("activation"), anything.filter(lambda value: value not in (None, *agc_testing.ACTIVATIONS))),
         st.tuples(st.just("data_format"), anything.filter(lambda value: value not in agc_testing.DATA_FORMATS)),
     )
+
+
+def _small(example: Example) -> tuple[int, ...]:
+    """The shape of x where something else is wrong."""
+    shape = [2, *[1] * (len(example.sizes) - 2), example.sizes[-1]]
+    if example.data_format == "channels_first":
+        shape.insert(1, shape.pop())
+    return tuple(shape)
 
 
 def _positions(shape: tuple[int, ...], example: Example) -> tuple[int, ...]:
@@ -149,8 +174,8 @@ def outcome(example: Example) -> str:
 
 
 def _values(example: Example, name: str) -> np.ndarray:
-    """x or dy as [N, P, C], of the example's dtype."""
-    rng = np.random.default_rng([example.seed, name == "dy"])
+    """x, dy or shortcut as [N, P, C], of the example's dtype."""
+    rng = np.random.default_rng([example.seed, ("x", "dy", "shortcut").index(name)])
     batch, positions, channels = example.sizes[0], math.prod(example.sizes[1:-1]), example.sizes[-1]
     dtype = tf.as_dtype(example.dtype)
     values = rng.standard_normal((batch, positions, channels))
@@ -176,10 +201,16 @@ def _case(example: Example) -> agc_testing.Case:
     """The arguments with one axis of positions, which the call makes into others."""
     batch, channels = example.sizes[0], example.sizes[-1]
     parameter = agc_testing.parameter_dtype(example.dtype)
+
+    def of_channels(values: tuple[float, ...]) -> tf.Tensor:
+        return tf.constant(np.resize(values, channels).astype(parameter))
+
     case = agc_testing.Case(
         x=tf.constant(_values(example, "x")),
-        gain=tf.constant(np.resize(example.gain, channels).astype(parameter)),
-        mean_scale=tf.constant(np.resize(example.mean_scale, channels).astype(parameter)),
+        gain=of_channels(example.gain),
+        mean_scale=of_channels(example.mean_scale),
+        bias=of_channels(example.bias) if example.bias else None,
+        shortcut=tf.constant(_values(example, "shortcut")) if example.shortcut else None,
         dy=tf.constant(_values(example, "dy")),
         dmean=tf.zeros([batch, channels], parameter),
         activation=example.activation,
@@ -194,16 +225,17 @@ def _attributes(example: Example) -> dict[str, Any]:
     return {"activation": example.activation, "alpha": alpha, "data_format": example.data_format}
 
 
-def _call(example: Example, x: Any, gain: Any, mean_scale: Any, dy: Any) -> list[tf.Tensor]:
-    """y, dx, dgain and dmean_scale."""
+def _call(example: Example, inputs: list, dy: Any) -> list[tf.Tensor]:
+    """y and the gradients of the example's inputs."""
 
-    def step(x: tf.Tensor, gain: tf.Tensor, mean_scale: tf.Tensor, dy: tf.Tensor) -> list[tf.Tensor]:
+    def step(*tensors: tf.Tensor) -> list[tf.Tensor]:
+        *inputs, dy = tensors
         with tf.GradientTape() as tape:
-            tape.watch([x, gain, mean_scale])
-            y = tf_agc.agc(x, gain, mean_scale, **_attributes(example))
-        return [y, *tape.gradient(y, [x, gain, mean_scale], output_gradients=dy)]
+            tape.watch(inputs)
+            y = tf_agc.agc(**dict(zip(example.inputs, inputs, strict=True)), **_attributes(example))
+        return [y, *tape.gradient(y, inputs, output_gradients=dy)]
 
-    return _in_mode(example.mode, step, [x, gain, mean_scale, dy])
+    return _in_mode(example.mode, step, [*inputs, dy])
 
 
 def _in_mode(mode: str, step: Callable, tensors: list) -> Any:
@@ -226,9 +258,12 @@ def _empty(example: Example) -> str:
             raise
         return "no tensor to TensorFlow"
     ones = tf.ones([channels], agc_testing.parameter_dtype(example.dtype))
-    y, dx, dgain, dmean_scale = _call(example, maps, ones, ones, maps)
-    assert y.shape == dx.shape == shape, f"shapes {y.shape} and {dx.shape}, expected {shape}"
-    np.testing.assert_array_equal([dgain, dmean_scale], np.zeros((2, channels)))
+    inputs = {name: maps if name in ("x", "shortcut") else ones for name in example.inputs}
+    y, *gradients = _call(example, [*inputs.values()], maps)
+    for value, like in zip((y, *gradients), (maps, *inputs.values()), strict=True):
+        assert value.shape == like.shape, f"shape {value.shape}, expected {like.shape}"
+        if like is ones:
+            np.testing.assert_array_equal(value, np.zeros(channels))
     return f"without elements, {example.mode}"
 
 
@@ -244,82 +279,109 @@ def _compared(example: Example) -> str:
         whole = np.moveaxis(maps.numpy(), 1, -1) if channels_first else maps.numpy()
         return whole.reshape(case.x.shape).astype(np.float64)
 
-    y, dx, dgain, dmean_scale = _call(example, maps(case.x), case.gain, case.mean_scale, maps(case.dy))
-    assert y.shape == dx.shape == maps(case.x).shape and y.dtype == dx.dtype == case.x.dtype
-    _check(case, flat(y), flat(dx), dgain.numpy(), dmean_scale.numpy())
+    inputs = {name: maps(value) if name in ("x", "shortcut") else value for name, value in case.inputs.items()}
+    outputs = _call(example, [*inputs.values()], maps(case.dy))
+    got = dict(zip(["y", *(f"d{name}" for name in inputs)], outputs, strict=True))
+    for name in {"y", "dx", "dshortcut"} & got.keys():
+        assert got[name].shape == inputs["x"].shape and got[name].dtype == case.x.dtype
+    _check(case, {name: flat(value) if name in _MAPS else value.numpy() for name, value in got.items()})
     return f"compared, {example.mode}"
 
 
-def _check(case: agc_testing.Case, y: np.ndarray, dx: np.ndarray, dgain: np.ndarray, dmean_scale: np.ndarray) -> None:
+def _check(case: agc_testing.Case, results: dict[str, np.ndarray]) -> None:
     x, gain, mean_scale, dy = (
         tensor.numpy().astype(np.float64) for tensor in (case.x, case.gain, case.mean_scale, case.dy)
     )
+    bias, shortcut = (
+        0 * like if tensor is None else tensor.numpy().astype(np.float64)
+        for tensor, like in ((case.bias, np.zeros_like(gain)), (case.shortcut, np.zeros_like(x)))
+    )
+    y = results["y"]
     samples, positions, channels = x.shape
 
     # The largest number that comes up, map by map, as far as inputs are finite.
     def largest(values: np.ndarray) -> np.ndarray:
         return np.abs(np.where(np.isfinite(values), values, 0)).max(1).clip(1)
 
-    factors = np.abs(gain).clip(1) * (1 + np.abs(mean_scale)) * max(1, case.alpha)
+    slope = max(1, case.alpha)
+    factors = np.abs(gain).clip(1) * (1 + np.abs(mean_scale)) * slope
+    # What bias and shortcut add, and what they add to dgain, where they cancel but for roundings.
+    added = (np.abs(bias) + largest(shortcut)) * slope * bool(case.optional)
+    added_to_u = added / np.where(gain == 0, 1, np.abs(gain)).clip(None, 1)
     parameter = agc_testing.parameter_dtype(case.dtype)
-    fits_forward = 4 * positions * largest(x) * factors < tf.as_dtype(parameter).max
-    fits = 4 * samples * positions * largest(x) * largest(dy) * factors < tf.as_dtype(parameter).max
-    fits &= 2 * np.maximum(largest(x), largest(dy)) * factors < float(case.x.dtype.max)
-    finite_parameters = np.isfinite(gain) & np.isfinite(mean_scale)
+    fits_forward = 4 * (positions * largest(x) * factors + added) < tf.as_dtype(parameter).max
+    fits = (
+        4 * samples * positions * (largest(x) * factors + added_to_u) * largest(dy) * slope < tf.as_dtype(parameter).max
+    )
+    fits &= 2 * (np.maximum(largest(x), largest(dy)) * factors + added) < float(case.x.dtype.max)
+    finite_parameters = np.isfinite(gain) & np.isfinite(mean_scale) & np.isfinite(bias)
     smallest = agc_testing.SMALLEST_NORMAL[parameter]
-    flushed = ((gain != 0) & (np.abs(gain) < smallest)) | ((mean_scale != 0) & (np.abs(mean_scale) < smallest))
-    clean = fits & finite_parameters & np.isfinite(x).all(1) & np.isfinite(dy).all(1)
+    flushed = np.zeros_like(finite_parameters)
+    for values in (gain, mean_scale, bias):
+        flushed |= (values != 0) & (np.abs(values) < smallest)
+    clean = fits & finite_parameters
+    for maps in (x, dy, shortcut):
+        clean = clean & np.isfinite(maps).all(1)
 
     # Every clean map as a channel of its own.
     sample, channel = np.nonzero(clean)
-    part = _part(case, x[sample, :, channel].T[np.newaxis], dy[sample, :, channel].T[np.newaxis], channel)
-    want = _expected(part)
-    got = dataclasses.replace(want, y=y[sample, :, channel].T[np.newaxis], dx=dx[sample, :, channel].T[np.newaxis])
-    agc_testing.check(part, got, want)
 
-    channel = np.flatnonzero(clean.all(0))
-    part = _part(case, x[..., channel], dy[..., channel], channel)
+    def alone(maps: np.ndarray) -> np.ndarray:
+        return maps[sample, :, channel].T[np.newaxis]
+
+    part = _part(case, alone, channel)
     want = _expected(part)
-    got = dataclasses.replace(want, dgain=dgain[channel], dmean_scale=dmean_scale[channel])
-    agc_testing.check(part, got, want)
+    of_maps = {name: alone(value) for name, value in results.items() if name in _MAPS}
+    agc_testing.check(part, agc_testing.Results(**vars(want) | of_maps), want)
+
+    whole = np.flatnonzero(clean.all(0))
+    part = _part(case, lambda maps: maps[..., whole], whole)
+    want = _expected(part)
+    of_channels = {name: value[whole] for name, value in results.items() if name not in _MAPS}
+    agc_testing.check(part, agc_testing.Results(**vars(want) | of_channels), want)
 
     # y of the others, coarsely: NaN and infinities where float64 has them, or where T overflows. The reference flushes
     # denormals, and 0 * Inf is NaN.
     sample, channel = np.nonzero(fits_forward & finite_parameters & ~flushed & ~clean)
-    part = _part(case, x[sample, :, channel].T[np.newaxis], dy[sample, :, channel].T[np.newaxis] * 0, channel)
+    part = _part(dataclasses.replace(case, dy=tf.zeros_like(case.dy)), alone, channel)
     want_y, maximum, epsilon = _expected(part).y[0].T, float(case.x.dtype.max), agc_testing.EPSILON[case.dtype]
     got_y = y[sample, :, channel]
     overflow = np.abs(want_y) > maximum * (1 - 4 * epsilon)
     assert (got_y[overflow] * np.sign(want_y[overflow]) >= maximum * (1 - 8 * epsilon)).all(), "y: no overflow"
-    terms = (largest(x) * factors)[sample, channel, np.newaxis]
+    terms = (largest(x) * factors + added)[sample, channel, np.newaxis]
     with np.errstate(invalid="ignore"):  # Inf - Inf
         error = np.abs(got_y - want_y)
     close = (error <= 4 * epsilon * terms) | (got_y == want_y) | (np.isnan(got_y) & np.isnan(want_y)) | overflow
     assert close.all(), f"y: {got_y[~close][:5]} where float64 has {want_y[~close][:5]}"
 
     ordinary = finite_parameters & (np.abs(gain) > 1e-4)
-    for name, gradient in (("dgain", dgain), ("dmean_scale", dmean_scale)):
-        lost = ordinary & (np.isnan(x) | np.isnan(dy)).any((0, 1)) & ~np.isnan(gradient)
+    for name in ("dgain", "dmean_scale"):
+        lost = ordinary & (np.isnan(x) | np.isnan(dy)).any((0, 1)) & ~np.isnan(results[name])
         assert not lost.any(), f"{name}: NaN in x or dy is lost in the channels {np.flatnonzero(lost)}"
-    lost = (finite_parameters & np.isnan(dy).any(1))[:, np.newaxis] & ~np.isnan(dx)
+    lost = (finite_parameters & np.isnan(dy).any(1))[:, np.newaxis] & ~np.isnan(results["dx"])
     assert not lost.any(), "dx: NaN in dy is lost"
+    for name, lost in (("dbias", np.isnan(dy).any((0, 1))), ("dshortcut", np.isnan(dy))):
+        assert name not in results or np.isnan(results[name])[lost].all(), f"{name}: NaN in dy is lost"
 
 
-def _part(case: agc_testing.Case, x: np.ndarray, dy: np.ndarray, channels: np.ndarray) -> agc_testing.Case:
-    return dataclasses.replace(
-        case,
-        x=tf.constant(x.astype(case.x.dtype.as_numpy_dtype)),
-        dy=tf.constant(dy.astype(case.x.dtype.as_numpy_dtype)),
-        gain=tf.gather(case.gain, channels),
-        mean_scale=tf.gather(case.mean_scale, channels),
-        dmean=tf.zeros([x.shape[0], len(channels)], case.gain.dtype),
-    )
+def _part(
+    case: agc_testing.Case, of_maps: Callable[[np.ndarray], np.ndarray], channels: np.ndarray
+) -> agc_testing.Case:
+    """The case of some channels, or of what `of_maps` makes channels of, from maps [N, P, C]."""
+    values: dict[str, Any] = {}
+    for name in ("x", "dy", "shortcut"):
+        maps = getattr(case, name)
+        values[name] = None if maps is None else tf.constant(np.ascontiguousarray(of_maps(maps.numpy())))
+    for name in ("gain", "mean_scale", "bias"):
+        parameter = getattr(case, name)
+        values[name] = None if parameter is None else tf.gather(parameter, channels)
+    return dataclasses.replace(case, **values, dmean=tf.zeros([values["x"].shape[0], len(channels)], case.gain.dtype))
 
 
 def _expected(case: agc_testing.Case) -> agc_testing.Results:
     want = agc_testing.float64_results(case)
-    if case.activation in ("leaky_relu", "elu"):
-        want.dgain = np.where(case.gain.numpy() == 0, 0, want.dgain)  # as documented: z is lost
+    if case.activation != "linear":
+        want.dgain = np.where(case.gain.numpy() == 0, 0, want.dgain)  # as documented: u is lost
     return want
 
 
@@ -329,13 +391,10 @@ def _expected(case: agc_testing.Case) -> agc_testing.Results:
 def _refused(example: Example) -> str:
     assert example.wrong
     name, how = example.wrong
-    small = dataclasses.replace(example, sizes=(2, *[1] * (len(example.sizes) - 2), example.sizes[-1]))
-    shape = [*small.sizes]
-    if example.data_format == "channels_first":
-        shape.insert(1, shape.pop())
-    parameter = agc_testing.parameter_dtype(example.dtype)
-    tensors: dict[str, Any] = {"x": tf.ones(shape, example.dtype)}
-    tensors |= {one: tf.ones([example.sizes[-1]], parameter) for one in ("gain", "mean_scale")}
+    maps = tf.ones(_small(example), example.dtype)
+    ones = tf.ones([example.sizes[-1]], agc_testing.parameter_dtype(example.dtype))
+    names = dict.fromkeys([*example.inputs, *([name] if name in ("bias", "shortcut") else [])])
+    tensors: dict[str, Any] = {one: maps if one in ("x", "shortcut") else ones for one in names}
     attributes = _attributes(example)
     mode = example.mode
     if name in attributes:
@@ -347,7 +406,8 @@ def _refused(example: Example) -> str:
         mode = "eager" if mode == "unknown shapes" else mode
     else:
         dtype = getattr(tf.dtypes.experimental, how, None) or tf.as_dtype(how)
-        tensors[name] = tf.constant(np.zeros((2, 3, 4), dtype.as_numpy_dtype))
+        # NumPy's own strings: the objects that TensorFlow names would be integers.
+        tensors[name] = tf.constant(np.zeros((2, 3, 4), "S1" if dtype == tf.string else dtype.as_numpy_dtype))
 
     def step(*values: Any) -> tf.Tensor:
         return tf_agc.agc(**dict(zip(tensors, values, strict=True)), **attributes)

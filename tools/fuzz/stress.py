@@ -83,12 +83,21 @@ def run_threads(options: argparse.Namespace) -> bool:
 def make_tasks(directory: pathlib.Path) -> dict[str, list[Task]]:
     """What threads may call, by kind. Those of one kind share all but their arguments."""
     rng = np.random.default_rng(_SEED)
-    eager, kinds = [], {"float32": "relu", "float16": "elu", "bfloat16": "relu", "float64": "linear"}
-    shapes = [(1, 33, 31, 16), (3, 17, 13, 40), (8, 8, 8, 64), (2, 64, 64, 8)]
-    for shape, (dtype, activation) in zip(shapes, kinds.items(), strict=True):
-        x = tf.cast(rng.standard_normal(shape), dtype)
-        gain = tf.cast(rng.uniform(0.5, 2, shape[-1]), "float64" if dtype == "float64" else "float32")
-        eager.append(lambda x=x, gain=gain, activation=activation: _forward_and_backward(x, gain, activation))
+    eager = []
+    for shape, dtype, activation, optional in (
+        ((1, 33, 31, 16), "float32", "relu", ("bias", "shortcut")),
+        ((3, 17, 13, 40), "float16", "elu", ("shortcut",)),
+        ((8, 8, 8, 64), "bfloat16", "relu", ()),
+        ((2, 64, 64, 8), "float64", "linear", ("bias", "shortcut")),
+    ):
+        x, shortcut = (tf.cast(rng.standard_normal(shape), dtype) for _ in range(2))
+        gain, bias = (
+            tf.cast(rng.uniform(0.5, 2, shape[-1]), "float64" if dtype == "float64" else "float32") for _ in range(2)
+        )
+        inputs = {"x": x, "gain": gain} | {
+            name: value for name, value in (("bias", bias), ("shortcut", shortcut)) if name in optional
+        }
+        eager.append(lambda inputs=inputs, activation=activation: _forward_and_backward(inputs, activation))
 
     keras.utils.set_random_seed(_SEED)
     tf_agc.export_saved_model(_network(), directory / "model", portable=False)
@@ -96,11 +105,11 @@ def make_tasks(directory: pathlib.Path) -> dict[str, list[Task]]:
 
     @tf.function(input_signature=[tf.TensorSpec([None, 16, 16, 3])])
     def many(x):  # the second node of a chain writes over the first one's output
-        chain = [
-            tf_agc.agc(tf_agc.agc(x + i, 1.0 + i, 1.0, activation="relu"), 2.0, 0.5, activation="elu")
-            for i in range(_CHAINS)
-        ]
-        return tf.stack(chain)
+        chains = []
+        for i in range(_CHAINS):
+            first = tf_agc.agc(x + i, 1.0 + i, 1.0, activation="relu")
+            chains.append(tf_agc.agc(first, 2.0, 0.5, 0.1, x if i % 2 else None, "elu"))
+        return tf.stack(chains)
 
     batches = [tf.constant(rng.standard_normal((batch, 16, 16, 3)), tf.float32) for batch in (1, 2, 5)]
     # The signature alone would not keep the variables of what was loaded.
@@ -109,11 +118,11 @@ def make_tasks(directory: pathlib.Path) -> dict[str, list[Task]]:
     return {"eager": eager, "SavedModel": saved, f"graph of {2 * _CHAINS} nodes": graph}
 
 
-def _forward_and_backward(x: tf.Tensor, gain: tf.Tensor, activation: str) -> list[np.ndarray]:
+def _forward_and_backward(inputs: dict[str, tf.Tensor], activation: str) -> list[np.ndarray]:
     with tf.GradientTape() as tape:
-        tape.watch([x, gain])
-        y = tf_agc.agc(x, gain, 1.0, activation)
-    return [value.numpy() for value in (y, *tape.gradient(y, [x, gain]))]
+        tape.watch(inputs)
+        y = tf_agc.agc(mean_scale=1.0, activation=activation, **inputs)
+    return [value.numpy() for value in (y, *tape.gradient(y, inputs).values())]
 
 
 def _network() -> keras.Model:
@@ -171,12 +180,13 @@ def train(steps: int) -> list[Resident]:
     keras.utils.set_random_seed(_SEED)
     rng = np.random.default_rng(_SEED)
     images, labels = rng.standard_normal((8, 16, 16, 3)).astype("float32"), rng.integers(10, size=8)
-    model, gain = _network(), tf.ones([8])
+    model, ones = _network(), tf.ones([8])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     rows = []
     for step in range(1, steps + 1):
         model.train_on_batch(images, labels)
-        _forward_and_backward(tf.ones([1 + step % 8, 32, 32, 8]), gain, "relu")
+        maps = tf.ones([1 + step % 8, 32, 32, 8])
+        _forward_and_backward({"x": maps, "gain": ones, "bias": ones, "shortcut": maps}, "relu")
         if step % max(1, steps // _SAMPLES) == 0:
             gc.collect()  # what waits for Python's collector is no leak
             rows.append(Resident(step, memory.resident_mib()))

@@ -7,8 +7,6 @@ import numpy as np
 from gpu import gpu_driver
 from gpu import gpu_numerics as numerics
 
-_RESULTS = ("y", "mean", "dx", "dgain", "dmean_scale")
-
 
 class Call:
     """A case in device memory.
@@ -38,12 +36,14 @@ class Call:
         u, t = np.dtype(numerics.parameter_dtype(case.dtype)), numerics.storage(case.dtype)
         batch = samples * repeat
         maps = (batch, *self._in_memory(case.x).shape[1:]), t
-        self._kinds = {"y": maps, "mean": ((batch, channels), u), "dx": maps}
-        self._kinds |= {"dgain": ((channels,), u), "dmean_scale": ((channels,), u)}
+        kinds = {"maps": maps, "map": ((batch, channels), u), "channel": ((channels,), u)}
+        self._kinds = {name: kinds[of] for name, of in case.results.items()}
 
         offset = t.itemsize if misaligned else 0
         self._buffers = {}
-        for name in ("x", "dy"):
+        for name in ("x", "dy", "shortcut"):
+            if getattr(case, name) is None:
+                continue
             if like is not None:
                 self._buffers[name] = driver.allocate(like._buffers[name].size, offset)
                 driver.copy(self._buffers[name], like._buffers[name])
@@ -51,11 +51,12 @@ class Call:
                 encoded = numerics.encode(self._in_memory(getattr(case, name)), case.dtype)
                 self._buffers[name] = driver.upload(encoded, offset, repeat)
         self._buffers["dmean"] = driver.upload(case.dmean.astype(u), repeat=repeat)
-        for name in ("gain", "mean_scale"):
-            self._buffers[name] = driver.upload(getattr(case, name).astype(u))
+        for name in ("gain", "mean_scale", "bias"):
+            if getattr(case, name) is not None:
+                self._buffers[name] = driver.upload(getattr(case, name).astype(u))
         for name, (shape, kind) in self._kinds.items():
             size = math.prod(shape) * kind.itemsize
-            self._buffers[name] = driver.allocate(size, offset if name in ("y", "dx") else 0)
+            self._buffers[name] = driver.allocate(size, offset if case.results[name] == "maps" else 0)
 
         shape = gpu_driver.Shape(batch, positions, channels, numerics.LAYOUTS.index(layout))
         self._passes = {}
@@ -75,9 +76,13 @@ class Call:
             numerics.ACTIVATIONS.index(self._case.activation),
             self._case.alpha,
         )
-        kept = "x" if self._case.activation == "linear" else "y"
+        buffers = dict(self._buffers)
+        buffers["kept"] = buffers["x" if self._case.activation == "linear" else "y"]
+        if kind is gpu_driver.BackwardArgs and not self._case.has_dshortcut:
+            buffers.pop("shortcut", None)
         for name, _ in kind._fields_[4:]:
-            setattr(args, name, self._buffers[kept if name == "kept" else name].address)
+            if name in buffers:  # what is absent stays null
+                setattr(args, name, buffers[name].address)
         return args
 
     def forward(self) -> None:
@@ -100,7 +105,7 @@ class Call:
 
     def run(self) -> None:
         """Both passes, over results and workspaces that are full of NaN."""
-        for buffer in [self._buffers[name] for name in _RESULTS] + [space for _, space in self._passes.values()]:
+        for buffer in [self._buffers[name] for name in self._kinds] + [space for _, space in self._passes.values()]:
             self._driver.fill(buffer, 0xFF)
         self.both()
 
@@ -109,7 +114,7 @@ class Call:
         return {name: self._driver.download(self._buffers[name], *kind) for name, kind in self._kinds.items()}
 
     def sample(self, name: str, index: int) -> np.ndarray:
-        """One sample of y, mean or dx, as it lies in memory."""
+        """One sample of what has samples, as it lies in memory."""
         shape, kind = self._kinds[name]
         return self._driver.download(self._buffers[name], (1, *shape[1:]), kind, index * math.prod(shape[1:]))
 
@@ -117,7 +122,7 @@ class Call:
         """The largest error of each result as a multiple of what is allowed; `want` is what numerics expects."""
         got = {}
         for name, values in stored.items():
-            if name in ("y", "dx"):
+            if self._case.results[name] == "maps":
                 got[name] = numerics.decode(self._in_memory(values), self._case.dtype)
             else:
                 got[name] = values.astype(np.float64)

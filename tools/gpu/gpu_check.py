@@ -52,8 +52,9 @@ LATENCY_SHAPE = (1, 56, 56, 64)
 # Of //cc/core/cuda:agc_cuda, in that directory.
 _SOURCES = ("agc_kernels.cu", "plan.cc")
 
-# Passes over memory.
+# Passes over memory; of a junction, which has a bias and a shortcut.
 _TRAFFIC = {"forward": 2, "backward": 3}
+_JUNCTION_TRAFFIC = {"forward": 3, "backward": 5}
 # What is timed goes through this much more memory than the L2 cache holds before it comes back.
 _L2_TIMES = 4
 _MOST_SETS = 512
@@ -75,12 +76,13 @@ class Check:
     def correctness(self, report: Report) -> None:
         """Every result against float64, twice: the second run must give the same bits."""
         count, worst = 0, (0.0, "")
-        for seed, (shape, dtype, activation, offsets) in enumerate(self._cases()):
+        for seed, (shape, dtype, activation, addends, offsets) in enumerate(self._cases()):
             n, h, w, c = shape
-            case = numerics.make_case(n, h * w, c, dtype, activation, seed)
+            case = numerics.make_case(n, h * w, c, dtype, activation, seed, addends)
             want = numerics.expected(case)
             for layout, misaligned in itertools.product(numerics.LAYOUTS, offsets):
-                what = f"{'x'.join(map(str, shape))} {layout} {dtype} {activation}{' misaligned' if misaligned else ''}"
+                words = ["x".join(map(str, shape)), layout, dtype, activation, *addends]
+                what = " ".join(words + ["misaligned"] * misaligned)
                 call = Call(self.driver, self.launchers, case, layout, misaligned)
                 call.run()
                 stored = call.results()
@@ -98,15 +100,21 @@ class Check:
         report.note(f"{count} cases; the largest error is {worst[0]:.2f} of what is allowed ({worst[1]})")
 
     def _cases(self) -> Iterator[tuple]:
-        """Shape, dtype, activation, and whether maps are misaligned: all values that this is to be tried with."""
+        """Shape, dtype, activation, what is added to z, and whether maps are misaligned: all values to try."""
         dtypes, activations = numerics.DTYPES, numerics.ACTIVATIONS
+        both = ("bias", "shortcut")
         if self.small:
-            yield from itertools.product(SMALL_SHAPES, ("bfloat16", "float32"), ("relu", "elu"), [(False,)])
+            shapes = itertools.product(SMALL_SHAPES, ("bfloat16", "float32"), ("relu", "elu"))
+            yield from ((*case, addends, (False,)) for case in shapes for addends in ((), both))
             return
-        yield from itertools.product(ODD_SHAPES, dtypes, activations, [(False, True)])
+        turns = itertools.cycle([("bias",), ("shortcut",), both])
+        for case in itertools.product(ODD_SHAPES, dtypes, activations):
+            # In turn, so that every activation and every type meets each.
+            yield from ((*case, addends, (False, True)) for addends in ((), next(turns)))
         # Two samples of the largest: how a sample is laid out does not depend on how many there are.
         large = sorted({(2, *shape[1:]) for shape in LARGE_SHAPES})
-        yield from itertools.product((*bench_shapes.SHAPES, *large), dtypes, ("relu",), [(False,)])
+        for case in itertools.product((*bench_shapes.SHAPES, *large), dtypes, ("relu",)):
+            yield from ((*case, addends, (False,)) for addends in ((), both))
 
     def huge(self, report: Report) -> None:
         """More than 2^31 elements: the same sample again and again, of which the last comes out as the first."""
@@ -137,11 +145,15 @@ class Check:
             if time.monotonic() > self.deadline:
                 report.note(f"left out for want of time, from {shape} {layout} {dtype} on")
                 return
-            calls = self.calls(shape, layout, dtype)
-            copy_ms = self._copy_ms(calls)
-            for passes, traffic in _TRAFFIC.items():
-                ms, spread = self.driver.time_graph([getattr(call, passes) for call in calls])
-                report.row(Row("bandwidth", shape, layout, dtype, passes, "tf_agc", ms, spread, copy_ms * traffic / 2))
+            for junction in (False, True) if shape in LARGE_SHAPES else (False,):
+                candidate, passes = ("tf_agc, junction", _JUNCTION_TRAFFIC) if junction else ("tf_agc", _TRAFFIC)
+                calls = self.calls(shape, layout, dtype, junction)
+                copy_ms = self._copy_ms(calls)
+                for name, traffic in passes.items():
+                    ms, spread = self.driver.time_graph([getattr(call, name) for call in calls])
+                    row = Row("bandwidth", shape, layout, dtype, name, candidate, ms, spread, copy_ms * traffic / 2)
+                    report.row(row)
+                del calls  # before there are others
 
     def _copy_ms(self, calls: list[Call]) -> float:
         """Of one copy of a map tensor: the faster one of copies in a graph and on a stream."""
@@ -150,10 +162,10 @@ class Check:
         on_stream, _ = self.driver.time(lambda: [copy() for copy in copies], len(copies), self.driver.stream)
         return min(in_graph, on_stream)
 
-    def calls(self, shape: tuple[int, int, int, int], layout: str, dtype: str) -> list[Call]:
+    def calls(self, shape: tuple[int, int, int, int], layout: str, dtype: str, junction: bool = False) -> list[Call]:
         """Calls of one shape, with memory of their own, that together go through more than the L2 cache holds."""
         n, h, w, c = shape
-        case = numerics.make_timing_case(n, h * w, c, dtype, "relu")
+        case = numerics.make_timing_case(n, h * w, c, dtype, "relu", junction)
         first = Call(self.driver, self.launchers, case, layout)
         others = range(1, self.sets(shape, dtype))
         return [first, *(Call(self.driver, self.launchers, case, layout, like=first) for _ in others)]
@@ -178,7 +190,7 @@ class Check:
                 report.note(f"{dtype} {passes}: {ms / empty_ms:.1f} x an empty kernel")
 
     def pytorch(self, report: Report) -> None:
-        """A training step, forward and backward, of ours and of PyTorch's layers with ReLU."""
+        """A training step, forward and backward, of ours and of PyTorch's layers with ReLU, and of a junction."""
         try:
             from gpu import gpu_peers
         except ImportError as error:

@@ -267,7 +267,10 @@ _COMMON = [
 
 
 class ForwardArgs(ctypes.Structure):
-    _fields_ = [*_COMMON, *[(name, ctypes.c_void_p) for name in ("x", "gain", "mean_scale", "y", "mean")]]
+    _fields_ = [
+        *_COMMON,
+        *[(name, ctypes.c_void_p) for name in ("x", "gain", "mean_scale", "y", "mean", "bias", "shortcut")],
+    ]
 
 
 class BackwardArgs(ctypes.Structure):
@@ -277,6 +280,7 @@ class BackwardArgs(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("dy", "dmean", "kept", "mean", "gain", "mean_scale", "dx", "dgain", "dmean_scale")
         ],
+        *[(name, ctypes.c_void_p) for name in ("bias", "shortcut", "dbias", "dshortcut")],
     ]
 
 

@@ -34,22 +34,50 @@ def compare(check, report, large_shapes: tuple) -> None:
             report.note(f"left out for want of time, from {shape} {dtype} on")
             return
 
-        def row(candidate, times, shape=shape, dtype=dtype):
-            report.row(Row("pytorch", shape, "channels_last", dtype, "forward + backward", candidate, *times))
-            return times[0]
-
         # Or it has compiled the same code for so many shapes that it runs the next ones as they are.
         torch.compiler.reset()
-        calls = check.calls(shape, "channels_last", dtype)
-        ours = row("tf_agc", check.driver.time_graph([call.both for call in calls]))
-        del calls
-        for name, module in _peers(shape[3], getattr(torch, dtype)):
-            try:
-                suffix, times = _time(check.driver, module, shape, dtype, check.sets(shape, dtype))
-                theirs = row(name + suffix, times)
-                report.note(f"{name}: {theirs / ours:.2f} x the time of tf_agc")
-            except RuntimeError as error:  # cuDNN has no plan for it, memory is short
-                report.note(f"{name} does not run at {shape} {dtype}: {str(error).splitlines()[0]}")
+        _compare_at(check, report, shape, dtype, junction=False)
+        if shape in large_shapes:
+            _compare_at(check, report, shape, dtype, junction=True)
+
+
+def _compare_at(check, report, shape: tuple[int, int, int, int], dtype: str, junction: bool) -> None:
+    """Times ours and the peers at one shape: the layer with ReLU, or the end of a residual block."""
+    our_name = "tf_agc, junction" if junction else "tf_agc"
+    peers = _junctions(shape[3]) if junction else _peers(shape[3], getattr(torch, dtype))
+
+    def row(candidate, times):
+        report.row(Row("pytorch", shape, "channels_last", dtype, "forward + backward", candidate, *times))
+        return times[0]
+
+    calls = check.calls(shape, "channels_last", dtype, junction)
+    ours = row(our_name, check.driver.time_graph([call.both for call in calls]))
+    del calls
+    for name, module in peers:
+        try:
+            suffix, times = _time(
+                check.driver, module, shape, dtype, check.sets(shape, dtype), inputs=2 if junction else 1
+            )
+            theirs = row(name + suffix, times)
+            report.note(f"{name}: {theirs / ours:.2f} x the time of {our_name}")
+        except RuntimeError as error:  # cuDNN has no plan for it, memory is short
+            report.note(f"{name} does not run at {shape} {dtype}: {str(error).splitlines()[0]}")
+
+
+class _Junction(torch.nn.Module):
+    """The end of a residual block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.norm(x) + shortcut)
+
+
+def _junctions(channels: int) -> Iterator[tuple[str, torch.nn.Module]]:
+    yield "BatchNorm2d + add + ReLU, eager", _Junction(channels).cuda()
+    yield "BatchNorm2d + add + ReLU, compiled", torch.compile(_Junction(channels).cuda(), dynamic=False)
 
 
 def _peers(channels: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -63,14 +91,17 @@ def _peers(channels: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.nn.Mo
     yield "InstanceNorm2d + ReLU, eager", with_relu(torch.nn.InstanceNorm2d(channels, affine=True))
 
 
-def _time(driver: gpu_driver.Driver, module, shape, dtype: str, sets: int) -> tuple[str, tuple[float, float]]:
+def _time(
+    driver: gpu_driver.Driver, module, shape, dtype: str, sets: int, inputs: int
+) -> tuple[str, tuple[float, float]]:
     """What to add to the name, and median and spread in milliseconds of one training step."""
     n, h, w, c = shape
-    maps = [
-        torch.randn(n, c, h, w, device="cuda", dtype=getattr(torch, dtype)).to(memory_format=torch.channels_last)
-        for _ in range(2 * sets)
-    ]
-    steps = [_step(module, x.requires_grad_(), dy) for x, dy in zip(maps[:sets], maps[sets:], strict=True)]
+
+    def maps() -> torch.Tensor:
+        values = torch.randn(n, c, h, w, device="cuda", dtype=getattr(torch, dtype))
+        return values.to(memory_format=torch.channels_last)
+
+    steps = [_step(module, [maps().requires_grad_() for _ in range(inputs)], maps()) for _ in range(sets)]
 
     # As PyTorch's documentation has it: a capture wants a stream on which all has run before.
     stream = torch.cuda.Stream()
@@ -92,6 +123,6 @@ def _time(driver: gpu_driver.Driver, module, shape, dtype: str, sets: int) -> tu
     return "", driver.time(graph.replay, sets, current)
 
 
-def _step(module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
+def _step(module, inputs: list[torch.Tensor], dy: torch.Tensor) -> Callable[[], None]:
     parameters = list(module.parameters())
-    return lambda: torch.autograd.grad(module(x), [x, *parameters], dy) and None
+    return lambda: torch.autograd.grad(module(*inputs), [*inputs, *parameters], dy) and None

@@ -58,7 +58,7 @@ def _runs_on_the_gpu(report: Report) -> None:
     try:
         for dtype in ("float16", "bfloat16", "float32", "float64"):
             with tf.device("/GPU:0"):
-                y = tf_agc.agc(tf.ones([2, 3, 3, 8], dtype), 1.0, 0.5, activation="relu")
+                y = tf_agc.agc(tf.ones([2, 3, 3, 8], dtype), 1.0, 0.5, "relu")
             if "GPU" not in y.device or not np.allclose(tf.cast(y, tf.float32), 0.5):
                 report.fail(f"{dtype}: {y.device} gives {y.numpy().ravel()[:3]} instead of 0.5")
     finally:

@@ -24,8 +24,9 @@ int64_t TfAgcCudaBackwardWorkspaceBytes(const tf_agc::core::BackwardArgs* args);
 // aligned to 8 bytes and may be used again once the stream has passed this call; what it holds before is ignored. They
 // return a cudaError_t: 0 for success, else the first error.
 //
-// y, mean and dx are equal to the last bit from run to run, whatever other samples are in the batch; dgain and
-// dmean_scale from run to run. They may differ between kinds of device, and from the CPU's in the last places.
+// y, mean, dx and dshortcut are equal to the last bit from run to run, whatever other samples are in the batch; dgain,
+// dmean_scale and dbias from run to run. They may differ between kinds of device, and from the CPU's in the last
+// places.
 int TfAgcCudaForward(const tf_agc::core::ForwardArgs* args, void* workspace, void* stream);
 int TfAgcCudaBackward(const tf_agc::core::BackwardArgs* args, void* workspace, void* stream);
 

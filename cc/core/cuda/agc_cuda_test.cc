@@ -32,8 +32,8 @@ constexpr Device kHopper = {90, 132, 227 << 10, 228 << 10, 50 << 20};
 struct CudaTensors : Tensors {
   using Tensors::Tensors;
 
-  int RunForward(const Case& c, bool in_place, const Device& device) {
-    const ForwardArgs args = PrepareForward(c, in_place);
+  int RunForward(const Case& c, int over, const Device& device) {
+    const ForwardArgs args = PrepareForward(c, over);
     std::vector<double> workspace = Workspace(WorkspaceBytes(args, device));
     return Forward(args, device, workspace.empty() ? nullptr : workspace.data(), nullptr);
   }
@@ -51,38 +51,72 @@ struct CudaTensors : Tensors {
 
 void SetSeed(uint32_t seed) { emulation::SetSchedule({seed, -1}); }
 
+// Without and with a bias and a shortcut.
+struct Addends {
+  bool bias;
+  bool shortcut;
+};
+constexpr Addends kAbsent = {false, false}, kBoth = {true, true};
+constexpr Addends kSomeAddends[] = {{true, false}, {false, true}, kBoth};
+
+void ExpectSameForward(const Tensors& a, const Tensors& b) {
+  EXPECT_TRUE(a.y == b.y);
+  EXPECT_TRUE(a.mean == b.mean);
+}
+void ExpectSameBackward(const Tensors& a, const Tensors& b) {
+  EXPECT_TRUE(a.dx == b.dx);
+  EXPECT_TRUE(a.dgain == b.dgain);
+  EXPECT_TRUE(a.dmean_scale == b.dmean_scale);
+  EXPECT_TRUE(a.dbias == b.dbias);
+  EXPECT_TRUE(a.dshortcut == b.dshortcut);
+}
+
 class EverySize : public testing::TestWithParam<std::tuple<int, int, int>> {};
+
+// Fresh outputs against plain loops, outputs over inputs against fresh ones. `turn` chooses among the ways to do it.
+void CheckCall(const Case& c, const Device& device, uint32_t turn) {
+  SCOPED_TRACE(c.Name());
+  const bool aligned = turn % 2 == 0;
+  SetSeed(turn);
+  CudaTensors t(c, aligned);
+  ASSERT_EQ(t.RunForward(c, /*over=*/0, device), 0);
+  CheckForward(c, t);
+  ASSERT_EQ(t.RunBackward(c, /*over=*/0, device), 0);
+  CheckBackward(c, t);
+  if (testing::Test::HasFatalFailure()) return;
+
+  CudaTensors in_place(c, aligned);
+  SetSeed(turn + 1);
+  const int forward = 1 + static_cast<int>(turn / 2 % (c.shortcut ? 2 : 1));
+  const int backward = 1 + static_cast<int>(turn / 2 % (c.BackwardShortcut() ? 4 : 2));
+  SCOPED_TRACE("over " + std::to_string(forward) + ", " + std::to_string(backward));
+  ASSERT_EQ(in_place.RunForward(c, forward, device), 0);
+  ExpectSameForward(in_place, t);
+  ASSERT_EQ(in_place.RunBackward(c, backward, device), 0);
+  ExpectSameBackward(in_place, t);
+  for (const Array* a : {&t.y, &t.mean, &t.dx, &t.dgain, &t.dmean_scale, &t.dbias, &t.dshortcut, &in_place.y,
+                         &in_place.dx, &in_place.dshortcut}) {
+    EXPECT_TRUE(a->BordersIntact());
+  }
+}
 
 TEST_P(EverySize, EqualsPlainLoops) {
   const auto [batch, positions, channels] = GetParam();
-  uint32_t turn = 0;  // Odd steps in all loops, so that everything meets both alignments.
+  // Odd steps in all loops and a start of its own for each size, so that everything meets both alignments, each kind of
+  // addends and each place of outputs.
+  uint32_t turn = static_cast<uint32_t>(batch + positions + channels);
   for (const Device& device : kDevices) {
     ++turn;
     for (Layout layout : kLayouts) {
       ++turn;
       for (DataType type : kTypes) {
         for (Activation activation : kActivations) {
-          const bool aligned = ++turn % 2 == 0;
-          SetSeed(turn);
-          const Case c{{batch, positions, channels, layout}, type, activation, AlphaOf(activation)};
-          CudaTensors t(c, aligned);
-          ASSERT_EQ(t.RunForward(c, /*in_place=*/false, device), 0);
-          CheckForward(c, t);
-          ASSERT_EQ(t.RunBackward(c, /*over=*/0, device), 0);
-          CheckBackward(c, t);
-          if (HasFatalFailure()) return;
-
-          CudaTensors in_place(c, aligned);
-          SetSeed(turn + 1);
-          ASSERT_EQ(in_place.RunForward(c, /*in_place=*/true, device), 0);
-          ASSERT_TRUE(in_place.y == t.y && in_place.mean == t.mean) << c.Name();
-          const int over = 1 + static_cast<int>(turn / 2 % 2);
-          ASSERT_EQ(in_place.RunBackward(c, over, device), 0);
-          ASSERT_TRUE(in_place.dx == t.dx) << c.Name() << " over " << over;
-          ASSERT_TRUE(in_place.dgain == t.dgain && in_place.dmean_scale == t.dmean_scale) << c.Name();
-          for (const Array* a : {&t.y, &t.mean, &t.dx, &t.dgain, &t.dmean_scale, &in_place.y, &in_place.dx}) {
-            ASSERT_TRUE(a->BordersIntact()) << c.Name();
-          }
+          Case c{{batch, positions, channels, layout}, type, activation, AlphaOf(activation)};
+          CheckCall(c, device, ++turn);
+          c.bias = kSomeAddends[turn % 3].bias;
+          c.shortcut = kSomeAddends[turn % 3].shortcut;
+          CheckCall(c, device, turn);
+          if (HasFailure()) return;
         }
       }
     }
@@ -109,7 +143,7 @@ TEST(OnChip, HoldsFloatsOfHalf) {
     const Walk walk = PlanOf(t.PrepareBackward(c, 0), kHopper).walk;
     ASSERT_EQ(walk.columns, 2);
     ASSERT_EQ(walk.vector, 8);
-    ASSERT_EQ(t.RunForward(c, false, kHopper), 0);
+    ASSERT_EQ(t.RunForward(c, 0, kHopper), 0);
     CheckForward(c, t);
     ASSERT_EQ(t.RunBackward(c, 0, kHopper), 0);
     CheckBackward(c, t);
@@ -127,7 +161,9 @@ struct Way {
   int forward_launches;
   int backward_launches;
 
-  Case WithRelu() const { return {shape, DataType::kFloat, Activation::kRelu, 0}; }
+  Case WithRelu(const Addends& addends) const {
+    return {shape, DataType::kFloat, Activation::kRelu, 0, addends.bias, addends.shortcut};
+  }
 };
 const Way kWays[] = {
     {"block", kDevices[0], {3, 128, 3, Layout::kChannelsLast}, false, true, 1, 1, 2},
@@ -152,50 +188,69 @@ const Way kWays[] = {
 
 TEST(Ways, AreTaken) {
   for (const Way& way : kWays) {
-    SCOPED_TRACE(way.name);
-    SetSeed(1);
-    const Case c = way.WithRelu();
-    CudaTensors t(c, way.aligned);
-    const Plan plan = PlanOf(t.PrepareForward(c, false), way.device);
-    EXPECT_EQ(plan.on_chip, way.on_chip);
-    EXPECT_EQ(plan.walk.blocks, way.blocks);
-    EXPECT_EQ(plan.walk.vector, way.aligned ? 4 : 1);
-    EXPECT_EQ(PlanOf(t.PrepareBackward(c, 0), way.device).on_chip, way.on_chip);
-    emulation::TakeStatistics();
-    ASSERT_EQ(t.RunForward(c, false, way.device), 0);
-    EXPECT_EQ(emulation::TakeStatistics().launches, way.forward_launches);
-    ASSERT_EQ(t.RunBackward(c, 0, way.device), 0);
-    EXPECT_EQ(emulation::TakeStatistics().launches, way.backward_launches);
-    CheckForward(c, t);
-    CheckBackward(c, t);
+    for (const Addends& addends : {kAbsent, kBoth}) {
+      SCOPED_TRACE(way.name);
+      SetSeed(1);
+      const Case c = way.WithRelu(addends);
+      CudaTensors t(c, way.aligned);
+      const Plan plan = PlanOf(t.PrepareForward(c, 0), way.device);
+      EXPECT_EQ(plan.on_chip, way.on_chip);
+      EXPECT_EQ(plan.walk.blocks, way.blocks);
+      EXPECT_EQ(plan.walk.vector, way.aligned ? 4 : 1);
+      EXPECT_EQ(PlanOf(t.PrepareBackward(c, 0), way.device).on_chip, way.on_chip);
+      emulation::TakeStatistics();
+      ASSERT_EQ(t.RunForward(c, 0, way.device), 0);
+      EXPECT_EQ(emulation::TakeStatistics().launches, way.forward_launches);
+      ASSERT_EQ(t.RunBackward(c, 0, way.device), 0);
+      // With a bias, one sample's terms are added up as those of several are.
+      const int more = addends.bias && way.shape.batch == 1 ? 1 : 0;
+      EXPECT_EQ(emulation::TakeStatistics().launches, way.backward_launches + more);
+      CheckForward(c, t);
+      CheckBackward(c, t);
+    }
   }
 }
 
-void ExpectSameForward(const Tensors& a, const Tensors& b) {
-  EXPECT_TRUE(a.y == b.y);
-  EXPECT_TRUE(a.mean == b.mean);
-}
-void ExpectSameBackward(const Tensors& a, const Tensors& b) {
-  EXPECT_TRUE(a.dx == b.dx);
-  EXPECT_TRUE(a.dgain == b.dgain);
-  EXPECT_TRUE(a.dmean_scale == b.dmean_scale);
+TEST(Ways, OneMisalignedMapMeansSingleElements) {
+  const Way& way = kWays[3];
+  const Case c = way.WithRelu(kBoth);
+  CudaTensors t(c, /*aligned=*/true);
+  const ForwardArgs forward = t.PrepareForward(c, 0);
+  const BackwardArgs backward = t.PrepareBackward(c, 0);
+  auto vector_without = [&](auto args, auto map) {
+    const auto* aligned = static_cast<const char*>(args.*map);
+    args.*map = const_cast<char*>(aligned + sizeof(float));
+    return PlanOf(args, way.device).walk.vector;
+  };
+  EXPECT_EQ(PlanOf(forward, way.device).walk.vector, 4);
+  EXPECT_EQ(PlanOf(backward, way.device).walk.vector, 4);
+  for (auto map : {&ForwardArgs::x, &ForwardArgs::shortcut}) EXPECT_EQ(vector_without(forward, map), 1);
+  EXPECT_EQ(vector_without(forward, &ForwardArgs::y), 1);
+  for (auto map : {&BackwardArgs::dy, &BackwardArgs::kept, &BackwardArgs::shortcut}) {
+    EXPECT_EQ(vector_without(backward, map), 1);
+  }
+  for (auto map : {&BackwardArgs::dx, &BackwardArgs::dshortcut}) EXPECT_EQ(vector_without(backward, map), 1);
 }
 
 TEST(Ways, AnyOrderGivesTheSameBits) {
   for (const Way& way : kWays) {
-    SCOPED_TRACE(way.name);
-    const Case c = way.WithRelu();
-    SetSeed(0);
-    CudaTensors first(c, way.aligned);
-    ASSERT_EQ(first.RunForward(c, false, way.device), 0);
-    ASSERT_EQ(first.RunBackward(c, 0, way.device), 0);
-    for (uint32_t seed : {0, 1, 2, 3}) {
-      SetSeed(seed);
-      CudaTensors again(c, way.aligned);
-      ASSERT_EQ(again.RunForward(c, true, way.device), 0);
-      ExpectSameForward(first, again);
-      ASSERT_EQ(again.RunBackward(c, 1, way.device), 0);
-      ExpectSameBackward(first, again);
+    for (const Addends& addends : {kAbsent, kBoth}) {
+      SCOPED_TRACE(way.name);
+      const Case c = way.WithRelu(addends);
+      SetSeed(0);
+      CudaTensors first(c, way.aligned);
+      ASSERT_EQ(first.RunForward(c, 0, way.device), 0);
+      ASSERT_EQ(first.RunBackward(c, 0, way.device), 0);
+      for (uint32_t seed : {0, 1, 2, 3}) {
+        // Outputs over inputs: an element that was overwritten too early would be another one.
+        const int over = static_cast<int>(seed);
+        SetSeed(seed);
+        CudaTensors again(c, way.aligned);
+        ASSERT_EQ(again.RunForward(c, 1 + over % (c.shortcut ? 2 : 1), way.device), 0);
+        ExpectSameForward(first, again);
+        ASSERT_EQ(again.RunBackward(c, 1 + over % (c.shortcut ? 4 : 2), way.device), 0);
+        ExpectSameBackward(first, again);
+      }
     }
   }
 }
@@ -203,25 +258,28 @@ TEST(Ways, AnyOrderGivesTheSameBits) {
 TEST(Ways, SampleDoesNotDependOnItsNeighbours) {
   for (const Way& way : kWays) {
     SCOPED_TRACE(way.name);
-    Case one = way.WithRelu(), many = one;
+    Case one = way.WithRelu(kBoth), many = one;
     one.shape.batch = 1;
     many.shape.batch = 5;
     CudaTensors all(many, way.aligned), single(one, way.aligned);
     const size_t sample = single.x.size(), channels = single.gain.size();
     for (size_t i = 0; i < sample; ++i) {
       single.x.Set(i, all.x.Get(i + 3 * sample));
+      single.shortcut.Set(i, all.shortcut.Get(i + 3 * sample));
       single.dy.Set(i, all.dy.Get(i + 3 * sample));
     }
     for (size_t i = 0; i < channels; ++i) single.dmean.Set(i, all.dmean.Get(i + 3 * channels));
     single.gain = all.gain;
     single.mean_scale = all.mean_scale;
-    ASSERT_EQ(all.RunForward(many, false, way.device), 0);
-    ASSERT_EQ(single.RunForward(one, false, way.device), 0);
+    single.bias = all.bias;
+    ASSERT_EQ(all.RunForward(many, 0, way.device), 0);
+    ASSERT_EQ(single.RunForward(one, 0, way.device), 0);
     ASSERT_EQ(all.RunBackward(many, 0, way.device), 0);
     ASSERT_EQ(single.RunBackward(one, 0, way.device), 0);
     for (size_t i = 0; i < sample; ++i) {
       ASSERT_EQ(single.y.Get(i), all.y.Get(i + 3 * sample));
       ASSERT_EQ(single.dx.Get(i), all.dx.Get(i + 3 * sample));
+      ASSERT_EQ(single.dshortcut.Get(i), all.dshortcut.Get(i + 3 * sample));
     }
   }
 }
@@ -236,7 +294,7 @@ TEST(Forward, MeanOfManyLargeValues) {
       t.x.Set(i, 1000 + t.x.Get(i));
       sum += t.x.Get(i);
     }
-    ASSERT_EQ(t.RunForward(c, false, kHopper), 0);
+    ASSERT_EQ(t.RunForward(c, 0, kHopper), 0);
     EXPECT_NEAR(t.mean.Get(0), sum / 1e6, 1000 * 2 * 0x1p-23);
   }
 }
@@ -245,7 +303,7 @@ TEST(Forward, HalfSumsDoNotOverflow) {
   const Case c{{1, 1000, 3, Layout::kChannelsLast}, DataType::kHalf, Activation::kLinear, 0};
   CudaTensors t(c);
   for (size_t i = 0; i < t.x.size(); ++i) t.x.Set(i, 60000);
-  ASSERT_EQ(t.RunForward(c, false, kDevices[1]), 0);
+  ASSERT_EQ(t.RunForward(c, 0, kDevices[1]), 0);
   EXPECT_EQ(t.mean.Get(1), HalfToDouble(0x7b53));  // The half nearest to 60000.
 }
 
@@ -267,33 +325,46 @@ TEST(AsOnTheCpu, NanAndInfinity) {
   for (const Device& device : kDevices) {
     for (DataType type : kTypes) {
       for (Activation activation : kActivations) {
-        const Case c{{3, 37, 19, Layout::kChannelsLast}, type, activation, AlphaOf(activation)};
-        SCOPED_TRACE(c.Name());
-        CudaTensors t(c);
-        t.x.Set(c.Index(0, 11, 3), -inf);
-        t.x.Set(c.Index(1, 12, 4), inf);
-        t.gain.Set(6, 0);
-        t.gain.Set(7, 0x1p-149);
-        t.gain.Set(8, std::nan(""));
-        t.mean_scale.Set(9, std::nan(""));
-        t.mean_scale.Set(10, inf);
-        t.dmean.Set(19 + 11, inf);
-        t.dy.Set(c.Index(0, 20, 12), -inf);
-        t.dy.Set(c.Index(1, 21, 13), inf);
-        if (type == DataType::kFloat || type == DataType::kDouble) {  // Array has no NaN of 16 bits.
-          t.x.Set(c.Index(2, 13, 5), std::nan(""));
-          t.dy.Set(c.Index(2, 22, 14), std::nan(""));
+        for (const Addends& addends : {kAbsent, kBoth}) {
+          const Case c{{3, 37, 19, Layout::kChannelsLast},
+                       type,
+                       activation,
+                       AlphaOf(activation),
+                       addends.bias,
+                       addends.shortcut};
+          SCOPED_TRACE(c.Name());
+          CudaTensors t(c);
+          t.x.Set(c.Index(0, 11, 3), -inf);
+          t.x.Set(c.Index(1, 12, 4), inf);
+          t.gain.Set(6, 0);
+          t.gain.Set(7, 0x1p-149);
+          t.gain.Set(8, std::nan(""));
+          t.mean_scale.Set(9, std::nan(""));
+          t.mean_scale.Set(10, inf);
+          t.dmean.Set(19 + 11, inf);
+          t.dy.Set(c.Index(0, 20, 12), -inf);
+          t.dy.Set(c.Index(1, 21, 13), inf);
+          t.bias.Set(15, -inf);
+          t.shortcut.Set(c.Index(1, 22, 16), -inf);  // Where the slope is 0, nothing is not finite for it.
+          t.shortcut.Set(c.Index(1, 23, 17), inf);
+          if (type == DataType::kFloat || type == DataType::kDouble) {  // Array has no NaN of 16 bits.
+            t.x.Set(c.Index(2, 13, 5), std::nan(""));
+            t.dy.Set(c.Index(2, 22, 14), std::nan(""));
+            t.shortcut.Set(c.Index(2, 24, 18), std::nan(""));
+          }
+          Tensors on_cpu = t;
+          ASSERT_EQ(t.RunForward(c, 0, device), 0);
+          ASSERT_EQ(t.RunBackward(c, 0, device), 0);
+          core::Forward(on_cpu.PrepareForward(c, 0), Serial());
+          core::Backward(on_cpu.PrepareBackward(c, 0), Serial());
+          ExpectSameKind(t.y, on_cpu.y);
+          ExpectSameKind(t.mean, on_cpu.mean);
+          ExpectSameKind(t.dx, on_cpu.dx);
+          ExpectSameKind(t.dgain, on_cpu.dgain);
+          ExpectSameKind(t.dmean_scale, on_cpu.dmean_scale);
+          if (c.bias) ExpectSameKind(t.dbias, on_cpu.dbias);
+          if (c.BackwardShortcut()) ExpectSameKind(t.dshortcut, on_cpu.dshortcut);
         }
-        Tensors on_cpu = t;
-        ASSERT_EQ(t.RunForward(c, false, device), 0);
-        ASSERT_EQ(t.RunBackward(c, 0, device), 0);
-        core::Forward(on_cpu.PrepareForward(c, false), Serial());
-        core::Backward(on_cpu.PrepareBackward(c, 0), Serial());
-        ExpectSameKind(t.y, on_cpu.y);
-        ExpectSameKind(t.mean, on_cpu.mean);
-        ExpectSameKind(t.dx, on_cpu.dx);
-        ExpectSameKind(t.dgain, on_cpu.dgain);
-        ExpectSameKind(t.dmean_scale, on_cpu.dmean_scale);
       }
     }
   }
@@ -304,7 +375,8 @@ TEST(AsOnTheCpu, NanAndInfinity) {
 TEST(AsOnTheCpu, SignsOfZerosAndRounding) {
   for (DataType type : kTypes) {
     for (Activation activation : {Activation::kLinear, Activation::kRelu, Activation::kRelu6, Activation::kLeakyRelu}) {
-      const Case c{{1, 1, 1024, Layout::kChannelsLast}, type, activation, 0.25};
+      const bool shortcut = activation == Activation::kLinear || activation == Activation::kRelu6;
+      const Case c{{1, 1, 1024, Layout::kChannelsLast}, type, activation, 0.25, /*bias=*/false, shortcut};
       SCOPED_TRACE(c.Name());
       CudaTensors t(c, /*aligned=*/true);
       std::mt19937 random(7);
@@ -314,6 +386,8 @@ TEST(AsOnTheCpu, SignsOfZerosAndRounding) {
         t.gain.Set(i, std::ldexp(mantissa(random), static_cast<int>(exponent(random))));
         t.mean_scale.Set(i, 0);
       }
+      // A shortcut alone is added as it is: -0 to -0.
+      for (size_t i = 0; i < t.shortcut.size(); ++i) t.shortcut.Set(i, -0.0);
       const double ties[] = {65519, 65520, 0x1.002p0, 0x1.006p0, 0x1.01p0, 0x1.03p0, 0x1.8p-24, 0x1p-25};
       for (size_t i = 0; i < 8; ++i) t.gain.Set(i, ties[i]);
       for (size_t i = 8; i < 16; ++i) {
@@ -321,10 +395,40 @@ TEST(AsOnTheCpu, SignsOfZerosAndRounding) {
         t.gain.Set(i, i % 4 < 2 ? -1 : 1);
       }
       Tensors on_cpu = t;
-      ASSERT_EQ(t.RunForward(c, false, kDevices[2]), 0);
-      core::Forward(on_cpu.PrepareForward(c, false), Serial());
+      ASSERT_EQ(t.RunForward(c, 0, kDevices[2]), 0);
+      core::Forward(on_cpu.PrepareForward(c, 0), Serial());
       EXPECT_TRUE(t.y == on_cpu.y);
       EXPECT_TRUE(t.mean == on_cpu.mean);
+    }
+  }
+}
+
+// -0 is what changes nothing when it is added; an absent bias is one where there is a shortcut.
+TEST(Addends, MinusZerosChangeNoBit) {
+  for (DataType type : kTypes) {
+    for (Activation activation : kActivations) {
+      const Case absent{{2, 37, 24, Layout::kChannelsLast}, type, activation, AlphaOf(activation)};
+      CudaTensors without(absent, /*aligned=*/true);
+      for (size_t i = 0; i < 24; ++i) without.x.Set(i, i % 2 ? 0.0 : -0.0);
+      without.mean_scale.Set(0, 0);
+      without.mean_scale.Set(1, 0);
+      CudaTensors with = without;
+      for (size_t i = 0; i < with.shortcut.size(); ++i) with.shortcut.Set(i, -0.0);
+      for (size_t i = 0; i < with.bias.size(); ++i) with.bias.Set(i, -0.0);
+      ASSERT_EQ(without.RunForward(absent, 0, kDevices[2]), 0);
+      ASSERT_EQ(without.RunBackward(absent, 0, kDevices[2]), 0);
+      for (const Addends& addends : kSomeAddends) {
+        Case c = absent;
+        c.bias = addends.bias;
+        c.shortcut = addends.shortcut;
+        SCOPED_TRACE(c.Name());
+        ASSERT_EQ(with.RunForward(c, 0, kDevices[2]), 0);
+        ASSERT_EQ(with.RunBackward(c, 0, kDevices[2]), 0);
+        ExpectSameForward(with, without);
+        EXPECT_TRUE(with.dx == without.dx);
+        EXPECT_TRUE(with.dgain == without.dgain);
+        EXPECT_TRUE(with.dmean_scale == without.dmean_scale);
+      }
     }
   }
 }
@@ -334,7 +438,7 @@ TEST(Backward, EluAtItsFloor) {
     const Case c{{1, 40, 2, Layout::kChannelsLast}, type, Activation::kElu, 0.3};
     CudaTensors t(c);
     for (size_t i = 0; i < t.x.size(); ++i) t.x.Set(i, i % 4 < 2 ? -200 : 200);
-    ASSERT_EQ(t.RunForward(c, false, kDevices[1]), 0);
+    ASSERT_EQ(t.RunForward(c, 0, kDevices[1]), 0);
     ASSERT_EQ(t.RunBackward(c, 0, kDevices[1]), 0);
     EXPECT_TRUE(std::isfinite(t.dgain.Get(0)) && std::isfinite(t.dgain.Get(1))) << c.Name();
   }
@@ -346,9 +450,9 @@ TEST(Alpha, ZeroActsAsRelu) {
     Case relu = with_alpha;
     relu.activation = Activation::kRelu;
     CudaTensors a(with_alpha), b(relu);
-    ASSERT_EQ(a.RunForward(with_alpha, false, kDevices[1]), 0);
+    ASSERT_EQ(a.RunForward(with_alpha, 0, kDevices[1]), 0);
     ASSERT_EQ(a.RunBackward(with_alpha, 0, kDevices[1]), 0);
-    ASSERT_EQ(b.RunForward(relu, false, kDevices[1]), 0);
+    ASSERT_EQ(b.RunForward(relu, 0, kDevices[1]), 0);
     ASSERT_EQ(b.RunBackward(relu, 0, kDevices[1]), 0);
     ExpectSameForward(a, b);
     ExpectSameBackward(a, b);
@@ -357,18 +461,20 @@ TEST(Alpha, ZeroActsAsRelu) {
 
 TEST(Empty, BatchAndChannels) {
   for (Layout layout : kLayouts) {
-    const Case no_samples{{0, 5, 3, layout}, DataType::kFloat, Activation::kRelu, 0};
+    const Case no_samples{{0, 5, 3, layout}, DataType::kFloat, Activation::kRelu, 0, /*bias=*/true, /*shortcut=*/true};
     CudaTensors t(no_samples);
-    ASSERT_EQ(t.RunForward(no_samples, false, kHopper), 0);
+    t.bias.Set(1, std::numeric_limits<double>::infinity());
+    ASSERT_EQ(t.RunForward(no_samples, 0, kHopper), 0);
     ASSERT_EQ(t.RunBackward(no_samples, 0, kHopper), 0);
     for (size_t i = 0; i < 3; ++i) {
       EXPECT_EQ(t.dgain.Get(i), 0);
       EXPECT_EQ(t.dmean_scale.Get(i), 0);
+      EXPECT_EQ(t.dbias.Get(i), 0);
     }
-    const Case no_channels{{2, 5, 0, layout}, DataType::kFloat, Activation::kRelu, 0};
+    const Case no_channels{{2, 5, 0, layout}, DataType::kFloat, Activation::kRelu, 0, /*bias=*/true, /*shortcut=*/true};
     CudaTensors none(no_channels);
     emulation::TakeStatistics();
-    ASSERT_EQ(none.RunForward(no_channels, false, kHopper), 0);
+    ASSERT_EQ(none.RunForward(no_channels, 0, kHopper), 0);
     ASSERT_EQ(none.RunBackward(no_channels, 0, kHopper), 0);
     EXPECT_EQ(emulation::TakeStatistics().launches, 0);
     EXPECT_TRUE(none.y.BordersIntact() && none.dgain.BordersIntact());
@@ -376,10 +482,23 @@ TEST(Empty, BatchAndChannels) {
 }
 
 TEST(Workspace, MissingIsAnError) {
-  const Case c = kWays[9].WithRelu();
+  const Case c = kWays[9].WithRelu(kBoth);
   CudaTensors t(c, true);
-  EXPECT_EQ(Forward(t.PrepareForward(c, false), kWays[9].device, nullptr, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(Forward(t.PrepareForward(c, 0), kWays[9].device, nullptr, nullptr), cudaErrorInvalidValue);
   EXPECT_EQ(Backward(t.PrepareBackward(c, 0), kWays[9].device, nullptr, nullptr), cudaErrorInvalidValue);
+}
+
+TEST(Workspace, GrowsForABiasAlone) {
+  for (const Way& way : kWays) {
+    SCOPED_TRACE(way.name);
+    CudaTensors t(way.WithRelu(kBoth), way.aligned);
+    auto bytes = [&](const Addends& addends) {
+      return WorkspaceBytes(t.PrepareBackward(way.WithRelu(addends), 0), way.device);
+    };
+    const int64_t map_sums = way.shape.batch * way.shape.channels * int64_t{sizeof(double)};
+    EXPECT_EQ(bytes({true, false}), bytes(kAbsent) + (way.shape.batch > 1 ? 1 : 3) * map_sums);
+    EXPECT_LE(bytes({false, true}), bytes(kAbsent));
+  }
 }
 
 // ---- That these tests would find what they look for ----
@@ -417,21 +536,20 @@ TEST(SharedMemory, IsNotReadAfterItsBlock) {
 // Each barrier is left out in turn.
 
 // Runs one pass of a way with a barrier missing, or with all (-1); the other pass only prepares.
-void RunWithout(int barrier, uint32_t seed, const Way& way, Pass pass, CudaTensors* t) {
-  const Case c = way.WithRelu();
+void RunWithout(int barrier, uint32_t seed, const Way& way, const Case& c, Pass pass, CudaTensors* t) {
   SetSeed(0);
   if (pass == Pass::kBackward) {
-    EXPECT_EQ(t->RunForward(c, false, way.device), 0);
+    EXPECT_EQ(t->RunForward(c, 0, way.device), 0);
   }
   emulation::TakeStatistics();
   emulation::SetSchedule({seed, barrier});
-  EXPECT_EQ(pass == Pass::kForward ? t->RunForward(c, false, way.device) : t->RunBackward(c, 0, way.device), 0);
+  EXPECT_EQ(pass == Pass::kForward ? t->RunForward(c, 0, way.device) : t->RunBackward(c, 0, way.device), 0);
   SetSeed(0);
 }
 
-int Barriers(const Way& way, Pass pass) {
-  CudaTensors t(way.WithRelu(), way.aligned);
-  RunWithout(-1, 0, way, pass, &t);
+int Barriers(const Way& way, const Case& c, Pass pass) {
+  CudaTensors t(c, way.aligned);
+  RunWithout(-1, 0, way, c, pass, &t);
   return emulation::TakeStatistics().barriers;
 }
 
@@ -448,14 +566,15 @@ TEST(MissingBarrier, IsARace) {
   testing::FLAGS_gtest_death_test_style = "threadsafe";
   for (int index : {0, 3, 9}) {  // A block, a cluster, two launches.
     const Way& way = kWays[index];
+    const Case c = way.WithRelu(index == 3 ? kBoth : kAbsent);
     for (Pass pass : {Pass::kForward, Pass::kBackward}) {
-      const int barriers = Barriers(way, pass);
+      const int barriers = Barriers(way, c, pass);
       EXPECT_GE(barriers, 1);
       for (int barrier = 0; barrier < barriers; ++barrier) {
         if (IsIdle(way, pass, barrier)) continue;
         auto run = [&] {
-          CudaTensors t(way.WithRelu(), way.aligned);
-          RunWithout(barrier, 0, way, pass, &t);
+          CudaTensors t(c, way.aligned);
+          RunWithout(barrier, 0, way, c, pass, &t);
           std::exit(0);
         };
         EXPECT_EXIT(run(), testing::ExitedWithCode(66), "ThreadSanitizer: data race")
@@ -469,22 +588,25 @@ TEST(MissingBarrier, IsARace) {
 
 TEST(MissingBarrier, ChangesResults) {
   for (const Way& way : kWays) {
-    for (Pass pass : {Pass::kForward, Pass::kBackward}) {
-      CudaTensors right(way.WithRelu(), way.aligned);
-      RunWithout(-1, 0, way, pass, &right);
-      const int barriers = Barriers(way, pass);
-      EXPECT_GE(barriers, 1);
-      for (int barrier = 0; barrier < barriers; ++barrier) {
-        int wrong = 0;
-        for (uint32_t seed = 0; seed < 8; ++seed) {
-          CudaTensors t(way.WithRelu(), way.aligned);
-          RunWithout(barrier, seed, way, pass, &t);
-          wrong += pass == Pass::kForward
-                       ? !(t.y == right.y && t.mean == right.mean)
-                       : !(t.dx == right.dx && t.dgain == right.dgain && t.dmean_scale == right.dmean_scale);
+    for (const Addends& addends : {kAbsent, kBoth}) {
+      const Case c = way.WithRelu(addends);
+      for (Pass pass : {Pass::kForward, Pass::kBackward}) {
+        CudaTensors right(c, way.aligned);
+        RunWithout(-1, 0, way, c, pass, &right);
+        const int barriers = Barriers(way, c, pass);
+        EXPECT_GE(barriers, 1);
+        for (int barrier = 0; barrier < barriers; ++barrier) {
+          int wrong = 0;
+          for (uint32_t seed = 0; seed < 8; ++seed) {
+            CudaTensors t(c, way.aligned);
+            RunWithout(barrier, seed, way, c, pass, &t);
+            wrong += pass == Pass::kForward
+                         ? !(t.y == right.y && t.mean == right.mean)
+                         : !(t.dx == right.dx && t.dgain == right.dgain && t.dmean_scale == right.dmean_scale);
+          }
+          EXPECT_EQ(wrong > 0, !IsIdle(way, pass, barrier))
+              << way.name << (pass == Pass::kForward ? ", forward" : ", backward") << ", barrier " << barrier;
         }
-        EXPECT_EQ(wrong > 0, !IsIdle(way, pass, barrier))
-            << way.name << (pass == Pass::kForward ? ", forward" : ", backward") << ", barrier " << barrier;
       }
     }
   }

@@ -13,9 +13,14 @@
 // - Sums are in float over at most 64 terms, then in double. From there on they are added as one binary tree over the
 //   lanes of a column, however the lanes lie in warps, then over blocks in order: no atomics, and the same bits
 //   whatever the batch.
-// - x and y (dy, kept and dx) may be the same memory: a block reads what it will write before it writes, no pointer is
-//   __restrict__, and nothing is loaded through the read-only cache.
+// - An output may be an input's memory (agc.h): each element belongs to one thread, which reads all that it needs of it
+//   before it writes, no pointer is __restrict__, and nothing is loaded through the read-only cache.
 // - The activation is a switch around a loop, not a template argument of a kernel: a fifth of the code to compile.
+// - What is added to z makes other kernels, whose registers those without it do not pay for: two forward and two
+//   backward, and not four. Forward, a bias rides along with a shortcut, and whether there is one is asked where all
+//   threads answer alike; backward, a bias has no work on elements, for its gradient sums dz, as the mean's does.
+// - Forward, shortcuts are read where y is written. Backward, they are read for the sums alone, and dshortcut is the dz
+//   that is held, or computed again, where dx is written.
 //
 // Not run on a GPU yet: the tests run this source on the CPU (emulation.h), and its speed is unknown.
 
@@ -81,8 +86,12 @@ struct Job {
   Walk walk;
   int64_t first_tile;
   double* block_sums;   // [tiles of the launch][blocks of a tile][sums][maps of a tile].
-  double* sample_sums;  // [2][batch][channels]: terms of dgain and of dmean_scale; null where there is one sample.
+  double* sample_sums;  // [ChannelGradients()][batch][channels]; null for one sample without a bias.
+  double* dz_sums;      // [batch][channels], the last of these; null without a bias.
 };
+
+// What stands for the elements of an input that a kernel does not have.
+struct Absent {};
 
 constexpr int kUnroll = 4;  // Steps whose loads a thread has in flight at once: 64 bytes of each tensor.
 
@@ -292,21 +301,25 @@ TF_AGC_DEVICE void WriteSteps(int count, const Load& load, const Write& write) {
 // What a pass sums and writes, apart from where its inputs and sums lie. `Finish` turns the totals of one map into its
 // parameters; with `first`, once for each map, it also writes what the map has for others.
 
-template <class T>
+// With kAddends there is a bias, a shortcut or both.
+template <class T, bool kAddends>
 struct ForwardPass {
   using Args = ForwardArgs;
   using Element = T;
   using S = Compute<T>;
   static constexpr int kSums = Sums(Pass::kForward);
-  static constexpr int kParameters = Parameters(Pass::kForward);
+  static constexpr int kParameters = Parameters(Pass::kForward, kAddends);
 
   struct OfMap {
     S gain;
     S mean_scale;
+    S bias;
   };
   static TF_AGC_DEVICE OfMap Read(const Job<Args>& job, int64_t map) {
     const int64_t channel = Remainder(map, job.walk.channels);
-    return {static_cast<const S*>(job.args.gain)[channel], static_cast<const S*>(job.args.mean_scale)[channel]};
+    // A shortcut alone: adding -0 changes nothing, not even the sign of a zero.
+    const S bias = kAddends && job.args.bias != nullptr ? static_cast<const S*>(job.args.bias)[channel] : S(-0.0);
+    return {static_cast<const S*>(job.args.gain)[channel], static_cast<const S*>(job.args.mean_scale)[channel], bias};
   }
 
   static TF_AGC_DEVICE void Finish(const Job<Args>& job, int64_t map, const OfMap& of_map, const double* totals,
@@ -315,6 +328,7 @@ struct ForwardPass {
     if (first) static_cast<S*>(job.args.mean)[map] = mean;
     parameters[0] = of_map.gain;
     parameters[1] = of_map.mean_scale * mean;
+    if constexpr (kAddends) parameters[2] = of_map.bias;
   }
 
   // Sums x on the way to shared memory.
@@ -369,19 +383,38 @@ struct ForwardPass {
   }
 
  private:
-  // y = act(gain * (x - offset)). The difference comes first: where the mean is large against the deviation,
-  // gain * x - gain * offset would lose the digits that the sum was careful to keep.
-  template <class ThreadType, class Load>
-  static TF_AGC_DEVICE void Write(const Job<Args>& job, const ThreadType& thread, const Load& load,
+  template <int kVector>
+  struct Inputs {
+    Vector<T, kVector> x;
+    std::conditional_t<kAddends, Vector<T, kVector>, Absent> shortcut;
+  };
+
+  // y = act(gain * (x - offset) + bias + shortcut). The difference comes first: where the mean is large against the
+  // deviation, gain * x - gain * offset would lose the digits that the sum was careful to keep.
+  template <class ThreadType, class LoadX>
+  static TF_AGC_DEVICE void Write(const Job<Args>& job, const ThreadType& thread, const LoadX& load_x,
                                   const S (&parameters)[kParameters][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector, kMaps = ThreadType::kMaps;
+    const T* shortcut = static_cast<const T*>(job.args.shortcut);
     T* y = static_cast<T*>(job.args.y);
+    auto load = [&](int step) {
+      Inputs<kVector> in{load_x(step), {}};
+      if constexpr (kAddends) {
+        if (shortcut != nullptr) in.shortcut = Load<kVector>(shortcut + thread.Element(step));
+      }
+      return in;
+    };
     WithActivation<S>(job.args.activation, job.args.alpha, [&](auto act) {
-      WriteSteps(thread.count, load, [&](int step, const Vector<T, kVector>& in) {
+      WriteSteps(thread.count, load, [&](int step, const Inputs<kVector>& in) {
         S out[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
-          out[i] = act.Forward((ToCompute(in.values[i]) - parameters[1][i % kMaps]) * parameters[0][i % kMaps]);
+          S z = (ToCompute(in.x.values[i]) - parameters[1][i % kMaps]) * parameters[0][i % kMaps];
+          if constexpr (kAddends) {
+            z += parameters[2][i % kMaps];
+            if (shortcut != nullptr) z += ToCompute(in.shortcut.values[i]);
+          }
+          out[i] = act.Forward(z);
         }
         Store(y + thread.Element(step), FromCompute<T>(out));
       });
@@ -390,12 +423,24 @@ struct ForwardPass {
 };
 
 template <class T>
+TF_AGC_DEVICE void WriteParameterGradients(const BackwardArgs& args, int64_t channel, double gain_sum,
+                                           double mean_scale_sum) {
+  using S = Compute<T>;
+  const double gain = static_cast<double>(static_cast<const S*>(args.gain)[channel]);
+  // But for kLinear, the sum is gain * dgain. At gain 0 what it came from is lost: 0, or NaN where something was not
+  // finite.
+  const double dgain = args.activation == Activation::kLinear ? gain_sum : gain == 0 ? gain_sum * 0 : gain_sum / gain;
+  static_cast<S*>(args.dgain)[channel] = static_cast<S>(dgain);
+  static_cast<S*>(args.dmean_scale)[channel] = static_cast<S>(-gain * mean_scale_sum);
+}
+
+template <class T, bool kShortcut>
 struct BackwardPass {
   using Args = BackwardArgs;
   using Element = T;
   using S = Compute<T>;
   static constexpr int kSums = Sums(Pass::kBackward);
-  static constexpr int kParameters = Parameters(Pass::kBackward);
+  static constexpr int kParameters = Parameters(Pass::kBackward, kShortcut);
 
   struct OfMap {
     S gain;
@@ -416,24 +461,15 @@ struct BackwardPass {
     parameters[1] = static_cast<S>(static_cast<double>(of_map.mean_scale) * totals[0] / positions);
     parameters[2] = static_cast<S>(static_cast<double>(of_map.dmean) / positions);
     if (!first) return;
+    if (job.dz_sums != nullptr) job.dz_sums[map] = totals[0];
     const double gain_term = totals[1];
     const double mean_scale_term = static_cast<double>(of_map.mean) * totals[0];
     if (job.sample_sums != nullptr) {
       job.sample_sums[map] = gain_term;
       job.sample_sums[job.walk.batch * job.walk.channels + map] = mean_scale_term;
     } else {
-      WriteParameterGradients(job.args, map, gain_term, mean_scale_term);  // Of one sample, a map is a channel.
+      WriteParameterGradients<T>(job.args, map, gain_term, mean_scale_term);  // Of one sample, a map is a channel.
     }
-  }
-
-  static TF_AGC_DEVICE void WriteParameterGradients(const Args& args, int64_t channel, double gain_sum,
-                                                    double mean_scale_sum) {
-    const double gain = static_cast<double>(static_cast<const S*>(args.gain)[channel]);
-    // But for kLinear, the sum is gain * dgain. At gain 0 what it came from is lost: 0, or NaN where something was not
-    // finite.
-    const double dgain = args.activation == Activation::kLinear ? gain_sum : gain == 0 ? gain_sum * 0 : gain_sum / gain;
-    static_cast<S*>(args.dgain)[channel] = static_cast<S>(dgain);
-    static_cast<S*>(args.dmean_scale)[channel] = static_cast<S>(-gain * mean_scale_sum);
   }
 
   template <class ThreadType>
@@ -475,45 +511,58 @@ struct BackwardPass {
   static TF_AGC_DEVICE void WriteAgain(const Job<Args>& job, const ThreadType& thread,
                                        const S (&parameters)[kParameters][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector;
-    WithActivation<S>(job.args.activation, job.args.alpha, [&](auto act) {
-      WriteSteps(thread.count, LoadInputs(job, thread), [&](int step, const Inputs<kVector>& in) {
+    WithActivationOf(job, [&](auto act) {
+      auto load = LoadInputs</*kForSums=*/false>(job, thread);
+      WriteSteps(thread.count, load, [&](int step, const Inputs<kVector, false>& in) {
         S dz[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) dz[i] = ToCompute(in.dy.values[i]) * act.Slope(ToCompute(in.kept.values[i]));
-        WriteDx(job, thread, step, dz, parameters);
+        WriteMaps(job, thread, step, dz, parameters);
       });
     });
   }
 
  private:
-  template <int kVector>
+  template <int kVector, bool kForSums>
   struct Inputs {
     Vector<T, kVector> dy;
     Vector<T, kVector> kept;
+    std::conditional_t<kForSums && kShortcut, Vector<T, kVector>, Absent> shortcut;
   };
 
   template <class Held, int kVector>
   struct InputsWithHeld {
-    Inputs<kVector> inputs;
+    Inputs<kVector, true> inputs;
     Vector<Held, kVector> dz;
   };
 
-  template <class ThreadType>
+  template <bool kForSums, class ThreadType>
   static TF_AGC_DEVICE auto LoadInputs(const Job<Args>& job, const ThreadType& thread) {
     constexpr int kVector = ThreadType::kVector;
     const T* dy = static_cast<const T*>(job.args.dy);
     const T* kept = static_cast<const T*>(job.args.kept);
+    const T* shortcut = static_cast<const T*>(job.args.shortcut);
     return [=, &thread](int step) {
       const int64_t element = thread.Element(step);
-      return Inputs<kVector>{Load<kVector>(dy + element), Load<kVector>(kept + element)};
+      Inputs<kVector, kForSums> in{Load<kVector>(dy + element), Load<kVector>(kept + element), {}};
+      if constexpr (kForSums && kShortcut) in.shortcut = Load<kVector>(shortcut + element);
+      return in;
     };
+  }
+
+  // WithActivation, but for kLinear where there is a shortcut: agc.h has no such call.
+  template <class Body>
+  static TF_AGC_DEVICE void WithActivationOf(const Job<Args>& job, const Body& body) {
+    WithActivation<S>(job.args.activation, job.args.alpha, [&](auto act) {
+      if constexpr (!(kShortcut && decltype(act)::kKeepsInput)) body(act);
+    });
   }
 
   // Calls body(load, terms, act).
   template <class ThreadType, class Body>
   static TF_AGC_DEVICE void WithTerms(const Job<Args>& job, const ThreadType& thread, const Body& body) {
     constexpr int kVector = ThreadType::kVector, kMaps = ThreadType::kMaps;
-    WithActivation<S>(job.args.activation, job.args.alpha, [&](auto act) {
+    WithActivationOf(job, [&](auto act) {
       using Act = decltype(act);
       S offset[kMaps];
 #pragma unroll
@@ -525,12 +574,14 @@ struct BackwardPass {
                       static_cast<const S*>(job.args.mean)[map];
         }
       }
-      auto terms = [&](const Inputs<kVector>& in, int i, S* out) {
+      auto terms = [&](const Inputs<kVector, true>& in, int i, S* out) {
         const S dy = ToCompute(in.dy.values[i]), kept = ToCompute(in.kept.values[i]);
+        S shortcut = S(0);
+        if constexpr (kShortcut) shortcut = ToCompute(in.shortcut.values[i]);
         out[0] = dy * act.Slope(kept);
-        out[1] = act.GainTerm(kept, dy, out[0], offset[i % kMaps]);
+        out[1] = act.template GainTerm<kShortcut>(kept, dy, out[0], offset[i % kMaps], shortcut);
       };
-      body(LoadInputs(job, thread), terms, act);
+      body(LoadInputs</*kForSums=*/true>(job, thread), terms, act);
     });
   }
 
@@ -545,15 +596,16 @@ struct BackwardPass {
       S dz[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) dz[i] = ToCompute(in.values[i]);
-      WriteDx(job, thread, step, dz, parameters);
+      WriteMaps(job, thread, step, dz, parameters);
     });
   }
 
-  // dx = gain * (dz - offset) + shift.
+  // dx = gain * (dz - offset) + shift, and dshortcut = dz.
   template <class ThreadType, int kVector>
-  static TF_AGC_DEVICE void WriteDx(const Job<Args>& job, const ThreadType& thread, int step, const S (&dz)[kVector],
-                                    const S (&parameters)[kParameters][ThreadType::kMaps]) {
+  static TF_AGC_DEVICE void WriteMaps(const Job<Args>& job, const ThreadType& thread, int step, const S (&dz)[kVector],
+                                      const S (&parameters)[kParameters][ThreadType::kMaps]) {
     constexpr int kMaps = ThreadType::kMaps;
+    if constexpr (kShortcut) Store(static_cast<T*>(job.args.dshortcut) + thread.Element(step), FromCompute<T>(dz));
     S out[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -686,36 +738,45 @@ __global__ void __launch_bounds__(kMaxThreads) WriteTiles(const __grid_constant_
   PassType::WriteAgain(job, thread, own);
 }
 
-// Adds the terms of all samples: for kGradientChannels channels in a block, the samples in kGradientLanes interleaved
-// runs, then the runs in order.
+// Adds the terms of all samples, and of one where there is a bias, so that the kernels above need not know of it: for
+// kGradientChannels channels in a block, the samples in kGradientLanes interleaved runs, then the runs in order.
 constexpr int kGradientChannels = 8;  // 64 bytes of doubles.
 constexpr int kGradientLanes = kMaxThreads / kGradientChannels;
 
-template <class T>
+template <class T, bool kBias>
 __global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant__ Job<BackwardArgs> job) {
-  double* lane_sums = reinterpret_cast<double*>(SharedMemory());  // [2][kGradientLanes][kGradientChannels]
+  constexpr int kGradients = ChannelGradients(kBias);
+  double* lane_sums = reinterpret_cast<double*>(SharedMemory());  // [kGradients][kGradientLanes][kGradientChannels]
   const Shape& shape = job.args.shape;
   const int in_block = static_cast<int>(threadIdx.x) % kGradientChannels;
   const int lane = static_cast<int>(threadIdx.x) / kGradientChannels;
   const int64_t channel = int64_t{blockIdx.x} * kGradientChannels + in_block;
   if (channel < shape.channels) {
-    double gain_sum = 0, mean_scale_sum = 0;
+    double sums[kGradients] = {};
 #pragma unroll 4
     for (int64_t n = lane; n < shape.batch; n += kGradientLanes) {
-      gain_sum += job.sample_sums[n * shape.channels + channel];
-      mean_scale_sum += job.sample_sums[(shape.batch + n) * shape.channels + channel];
+#pragma unroll
+      for (int g = 0; g < kGradients; ++g) sums[g] += job.sample_sums[(g * shape.batch + n) * shape.channels + channel];
     }
-    lane_sums[threadIdx.x] = gain_sum;
-    lane_sums[kMaxThreads + threadIdx.x] = mean_scale_sum;
+#pragma unroll
+    for (int g = 0; g < kGradients; ++g) lane_sums[g * kMaxThreads + threadIdx.x] = sums[g];
   }
   __syncthreads();
   if (lane != 0 || channel >= shape.channels) return;
-  double gain_sum = 0, mean_scale_sum = 0;
+  double sums[kGradients] = {};
   for (int l = 0; l < kGradientLanes; ++l) {
-    gain_sum += lane_sums[l * kGradientChannels + in_block];
-    mean_scale_sum += lane_sums[kMaxThreads + l * kGradientChannels + in_block];
+#pragma unroll
+    for (int g = 0; g < kGradients; ++g) sums[g] += lane_sums[g * kMaxThreads + l * kGradientChannels + in_block];
   }
-  BackwardPass<T>::WriteParameterGradients(job.args, channel, gain_sum, mean_scale_sum);
+  if constexpr (kBias) {
+    using S = Compute<T>;
+    static_cast<S*>(job.args.dbias)[channel] = static_cast<S>(sums[2]);
+    // What is kept of z has the bias in it, the same one all over the channel; kLinear keeps x.
+    if (job.args.activation != Activation::kLinear && shape.batch > 0) {
+      sums[0] -= static_cast<double>(static_cast<const S*>(job.args.bias)[channel]) * sums[2];
+    }
+  }
+  WriteParameterGradients<T>(job.args, channel, sums[0], sums[1]);
 }
 
 // ---- Launchers ----
@@ -723,8 +784,11 @@ __global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant_
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue.
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-bool Aligned(const ForwardArgs& args) { return Aligned(args.x) && Aligned(args.y); }
-bool Aligned(const BackwardArgs& args) { return Aligned(args.dy) && Aligned(args.kept) && Aligned(args.dx); }
+bool Aligned(const ForwardArgs& args) { return Aligned(args.x) && Aligned(args.y) && Aligned(args.shortcut); }
+bool Aligned(const BackwardArgs& args) {
+  return Aligned(args.dy) && Aligned(args.kept) && Aligned(args.dx) && Aligned(args.shortcut) &&
+         Aligned(args.dshortcut);
+}
 
 bool Empty(const Shape& shape) { return shape.batch == 0 || shape.channels == 0; }
 
@@ -764,11 +828,20 @@ int LaunchPass(const Plan& plan, const Device& device, const Job<typename PassTy
 }
 
 template <class Args>
+Call CallOf(Pass pass, const Args& args) {
+  return {pass,          args.shape,           args.data_type,          Effective(args.activation, args.alpha),
+          Aligned(args), args.bias != nullptr, args.shortcut != nullptr};
+}
+
+template <class Args>
 Job<Args> MakeJob(const Args& args, const Plan& plan, void* workspace) {
-  Job<Args> job{args, plan.walk, 0, nullptr, nullptr};
+  Job<Args> job{args, plan.walk, 0, nullptr, nullptr, nullptr};
   job.args.activation = Effective(args.activation, args.alpha);
   double* doubles = static_cast<double*>(workspace);
   if (plan.sample_sums > 0) job.sample_sums = doubles;
+  if (plan.sample_sums > 0 && args.bias != nullptr) {
+    job.dz_sums = doubles + ChannelGradients(false) * plan.walk.batch * plan.walk.channels;
+  }
   if (plan.block_sums > 0) job.block_sums = doubles + plan.sample_sums;
   return job;
 }
@@ -779,7 +852,10 @@ template <class T>
 int RunForward(const ForwardArgs& args, const Device& device, void* workspace, void* stream) {
   const Plan plan = PlanOf(args, device);
   if (workspace == nullptr && Bytes(plan) > 0) return kInvalidValue;
-  return LaunchPass<ForwardPass<T>>(plan, device, MakeJob(args, plan, workspace), stream);
+  const Job<ForwardArgs> job = MakeJob(args, plan, workspace);
+  const bool addends = args.bias != nullptr || args.shortcut != nullptr;
+  return addends ? LaunchPass<ForwardPass<T, true>>(plan, device, job, stream)
+                 : LaunchPass<ForwardPass<T, false>>(plan, device, job, stream);
 }
 
 template <class T>
@@ -788,24 +864,21 @@ int RunBackward(const BackwardArgs& args, const Device& device, void* workspace,
   if (args.shape.batch > 0) {
     plan = PlanOf(args, device);
     if (workspace == nullptr && Bytes(plan) > 0) return kInvalidValue;
-    const int error = LaunchPass<BackwardPass<T>>(plan, device, MakeJob(args, plan, workspace), stream);
-    if (error != 0 || args.shape.batch == 1) return error;
+    const Job<BackwardArgs> job = MakeJob(args, plan, workspace);
+    const int error = args.shortcut != nullptr ? LaunchPass<BackwardPass<T, true>>(plan, device, job, stream)
+                                               : LaunchPass<BackwardPass<T, false>>(plan, device, job, stream);
+    if (error != 0 || plan.sample_sums == 0) return error;
   }
-  return Launch(&AddSamples<T>, CeilDiv(args.shape.channels, kGradientChannels), kMaxThreads, 1,
-                2 * kMaxThreads * int64_t{sizeof(double)}, device.shared_bytes_per_block, stream,
-                MakeJob(args, plan, workspace));
+  const bool bias = args.bias != nullptr;
+  return Launch(bias ? &AddSamples<T, true> : &AddSamples<T, false>, CeilDiv(args.shape.channels, kGradientChannels),
+                kMaxThreads, 1, ChannelGradients(bias) * kMaxThreads * int64_t{sizeof(double)},
+                device.shared_bytes_per_block, stream, MakeJob(args, plan, workspace));
 }
 
 }  // namespace
 
-Plan PlanOf(const ForwardArgs& args, const Device& device) {
-  return MakePlan(Pass::kForward, args.shape, args.data_type, Effective(args.activation, args.alpha), Aligned(args),
-                  device);
-}
-Plan PlanOf(const BackwardArgs& args, const Device& device) {
-  return MakePlan(Pass::kBackward, args.shape, args.data_type, Effective(args.activation, args.alpha), Aligned(args),
-                  device);
-}
+Plan PlanOf(const ForwardArgs& args, const Device& device) { return MakePlan(CallOf(Pass::kForward, args), device); }
+Plan PlanOf(const BackwardArgs& args, const Device& device) { return MakePlan(CallOf(Pass::kBackward, args), device); }
 
 int64_t WorkspaceBytes(const ForwardArgs& args, const Device& device) {
   return Empty(args.shape) ? 0 : Bytes(PlanOf(args, device));

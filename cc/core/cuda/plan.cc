@@ -47,9 +47,10 @@ int64_t PowerOfTwoAbove(int64_t x) {  // The smallest that is not below x.
 
 class Planner {
  public:
-  Planner(Pass pass, const Shape& shape, DataType data_type, Activation activation, bool aligned, const Device& device)
-      : pass_(pass), device_(device), element_bytes_(ElementBytes(data_type)) {
-    const bool exact = pass == Pass::kForward || HoldsDzInT(activation);
+  Planner(const Call& call, const Device& device)
+      : call_(call), device_(device), element_bytes_(ElementBytes(call.data_type)) {
+    const Shape& shape = call.shape;
+    const bool exact = call.pass == Pass::kForward || HoldsDzInT(call.activation);
     held_bytes_ = exact ? element_bytes_ : std::max<int64_t>(element_bytes_, 4);
     walk_ = Walk{};
     walk_.layout = shape.positions == 1  ? Layout::kChannelsLast
@@ -60,7 +61,7 @@ class Planner {
     walk_.channels = shape.channels;
     const int64_t wide = kAccessBytes / element_bytes_;
     const int64_t row = ChannelsLast() ? shape.channels : shape.positions;
-    walk_.vector = static_cast<int>(aligned && row % wide == 0 ? wide : 1);
+    walk_.vector = static_cast<int>(call.aligned && row % wide == 0 ? wide : 1);
     walk_.steps = ChannelsLast() ? shape.positions : shape.positions / walk_.vector;
     most_columns_ = ChannelsLast() ? PowerOfTwoAbove(shape.channels / walk_.vector) : kMaxThreads;
   }
@@ -73,13 +74,15 @@ class Planner {
     plan.walk = walk_;
     plan.tiles_per_launch = std::min(walk_.tiles, kMaxGridBlocks / walk_.blocks);
     if (!plan.on_chip) {
-      const int64_t inputs = pass_ == Pass::kForward ? 1 : 2;
+      const int64_t inputs = call_.pass == Pass::kForward ? 1 : call_.has_shortcut ? 3 : 2;
       const int64_t tile_bytes = inputs * TileMaps(walk_) * walk_.positions * element_bytes_;
       plan.tiles_per_launch = std::clamp<int64_t>(device_.l2_bytes / 2 / tile_bytes, 1, plan.tiles_per_launch);
-      plan.block_sums = plan.tiles_per_launch * walk_.blocks * Sums(pass_) * TileMaps(walk_);
+      plan.block_sums = plan.tiles_per_launch * walk_.blocks * Sums(call_.pass) * TileMaps(walk_);
     }
     plan.shared_bytes = SharedBytes(plan.on_chip);
-    if (pass_ == Pass::kBackward && walk_.batch > 1) plan.sample_sums = 2 * walk_.batch * walk_.channels;
+    if (call_.pass == Pass::kBackward && (walk_.batch > 1 || call_.has_bias)) {
+      plan.sample_sums = ChannelGradients(call_.has_bias) * walk_.batch * walk_.channels;
+    }
     return plan;
   }
 
@@ -88,7 +91,8 @@ class Planner {
   int64_t SegmentBytes() const { return walk_.columns * walk_.vector * element_bytes_; }
   int64_t Rounds() const { return CeilDiv(walk_.block_steps, walk_.lanes); }
   int64_t SharedBytes(bool holds) const {
-    const SharedLayout layout = MakeSharedLayout(walk_, Sums(pass_), Parameters(pass_), static_cast<int>(held_bytes_));
+    const int parameters = Parameters(call_.pass, call_.has_bias || call_.has_shortcut);
+    const SharedLayout layout = MakeSharedLayout(walk_, Sums(call_.pass), parameters, static_cast<int>(held_bytes_));
     return holds ? layout.bytes : layout.held;
   }
   int64_t Blocks() const { return walk_.tiles * walk_.blocks; }
@@ -172,7 +176,7 @@ class Planner {
     walk_.blocks = static_cast<int>(CeilDiv(walk_.steps, walk_.block_steps));
   }
 
-  const Pass pass_;
+  const Call call_;
   const Device& device_;
   const int64_t element_bytes_;
   int64_t held_bytes_;
@@ -190,10 +194,7 @@ int CapabilityOfCode(const std::vector<int>& compiled, int device) {
   return newest;
 }
 
-Plan MakePlan(Pass pass, const Shape& shape, DataType data_type, Activation activation, bool aligned,
-              const Device& device) {
-  return Planner(pass, shape, data_type, activation, aligned, device).Make();
-}
+Plan MakePlan(const Call& call, const Device& device) { return Planner(call, device).Make(); }
 
 }  // namespace cuda
 }  // namespace core

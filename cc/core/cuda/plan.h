@@ -34,8 +34,20 @@ int CapabilityOfCode(const std::vector<int>& compiled, int device);
 
 enum class Pass { kForward, kBackward };
 
+// What a plan asks of a call.
+struct Call {
+  Pass pass;
+  Shape shape;  // batch and channels are at least 1.
+  DataType data_type;
+  Activation activation;  // Effective() (scheduling.h).
+  bool aligned;           // Every map tensor starts at a multiple of 16 bytes.
+  bool has_bias;
+  bool has_shortcut;
+};
+
 // In a block. Of on-chip kernels nvcc 13.0 gives forward 64 registers for sm_90, which leaves room for four blocks on a
-// multiprocessor, and backward up to 116 (16 bits, eight at a time), which leaves room for two.
+// multiprocessor; forward with a bias or a shortcut up to 98, and backward up to 126 (16 bits, eight at a time), which
+// leaves room for two.
 constexpr int kMaxThreads = 256;
 
 // A thread adds at most this many terms in float before it goes on in double, which keeps the error of a mean at a few
@@ -73,15 +85,12 @@ struct Plan {
   bool on_chip;
   int64_t tiles_per_launch;  // Of one launch, or of one pair.
   int64_t shared_bytes;      // Of each block.
-  // The workspace, in doubles: sums of the blocks of tiles_per_launch tiles, then dgain's and dmean_scale's terms of
-  // each sample where there are several.
+  // The workspace, in doubles: sums of the blocks of tiles_per_launch tiles, then the terms of each sample for dgain,
+  // dmean_scale and, with a bias, dbias; without a bias, only where there are several samples.
   int64_t block_sums;
   int64_t sample_sums;
 };
 
-// `aligned`: every map tensor starts at a multiple of 16 bytes. `activation` is Effective() (scheduling.h). batch and
-// channels are at least 1.
-//
 // The rule, in order:
 // 1. One channel is walked as channels_first and one position as channels_last: the layouts are the same there, and
 //    these are the fuller rows.
@@ -89,9 +98,8 @@ struct Plan {
 // 3. On chip if the tile fits. Of all cluster sizes that let three blocks share a multiprocessor (one loads while
 //    another stores), the smallest; else those for two blocks; else for one. Clusters need compute capability 9.0. A
 //    channels_last tile is at least 64 bytes wide, or 32 (the unit of DRAM and caches) where only that fits.
-// 4. Otherwise two launches, of as many tiles as half the L2 cache holds.
-Plan MakePlan(Pass pass, const Shape& shape, DataType data_type, Activation activation, bool aligned,
-              const Device& device);
+// 4. Otherwise two launches, of as many tiles as half the L2 cache holds of what the first one reads.
+Plan MakePlan(const Call& call, const Device& device);
 
 // The backward pass holds dz between its two steps: in T where that is exact (dz is then dy, 0 or NaN), else in float.
 TF_AGC_HOST_DEVICE constexpr bool HoldsDzInT(Activation activation) {
@@ -157,9 +165,12 @@ TF_AGC_HOST_DEVICE SharedLayout MakeSharedLayout(const Walk& walk, int sums, int
   return layout;
 }
 
-// One sum forward (x) and two backward (dz and the gain's term); gain and offset forward, and a shift backward.
+// One sum forward (x) and two backward (dz and the gain's term), whatever is added to z: dbias sums dz, too.
 constexpr int Sums(Pass pass) { return pass == Pass::kForward ? 1 : 2; }
-constexpr int Parameters(Pass pass) { return pass == Pass::kForward ? 2 : 3; }
+// Gain and offset; forward the bias too where anything is added to z, and backward a shift.
+constexpr int Parameters(Pass pass, bool has_addends) { return pass == Pass::kForward && !has_addends ? 2 : 3; }
+// Gradients that are summed over samples: of gain and mean_scale, and of the bias.
+TF_AGC_HOST_DEVICE constexpr int ChannelGradients(bool has_bias) { return has_bias ? 3 : 2; }
 
 }  // namespace cuda
 }  // namespace core

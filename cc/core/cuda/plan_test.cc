@@ -27,21 +27,17 @@ constexpr Device kDevices[] = {
     {90, 2, 4 << 10, 9 << 10, 16 << 10},          // Nothing fits.
 };
 
-struct Call {
-  Pass pass;
-  Shape shape;
-  DataType type;
-  Activation activation;
-  bool aligned;
+struct CallOnDevice : Call {
   Device device;
 
-  Plan MakePlan() const { return cuda::MakePlan(pass, shape, type, activation, aligned, device); }
+  Plan MakePlan() const { return cuda::MakePlan(*this, device); }
   std::string Name() const {
     return std::string(pass == Pass::kForward ? "forward" : "backward") + " N=" + std::to_string(shape.batch) +
            " P=" + std::to_string(shape.positions) + " C=" + std::to_string(shape.channels) +
            (shape.layout == Layout::kChannelsLast ? " channels_last" : " channels_first") +
-           " type=" + std::to_string(static_cast<int>(type)) +
-           " activation=" + std::to_string(static_cast<int>(activation)) + (aligned ? " aligned" : "") + " sm_" +
+           " type=" + std::to_string(static_cast<int>(data_type)) +
+           " activation=" + std::to_string(static_cast<int>(activation)) + (aligned ? " aligned" : "") +
+           (has_bias ? " bias" : "") + (has_shortcut ? " shortcut" : "") + " sm_" +
            std::to_string(device.compute_capability) + " shared=" + std::to_string(device.shared_bytes_per_block);
   }
 };
@@ -51,8 +47,8 @@ class Calls {
  public:
   explicit Calls(int64_t most) : most_(static_cast<double>(most)) {}
 
-  Call Next() {
-    Call call;
+  CallOnDevice Next() {
+    CallOnDevice call;
     call.pass = Pick({Pass::kForward, Pass::kBackward});
     call.shape.layout = Pick({Layout::kChannelsLast, Layout::kChannelsFirst});
     double left = most_;
@@ -61,9 +57,11 @@ class Calls {
       if (random_() % 2) *size = std::max<int64_t>(*size / 8 * 8, 1);
       left /= static_cast<double>(*size);
     }
-    call.type = Pick({DataType::kHalf, DataType::kBfloat16, DataType::kFloat, DataType::kDouble});
+    call.data_type = Pick({DataType::kHalf, DataType::kBfloat16, DataType::kFloat, DataType::kDouble});
     call.activation = Pick({Activation::kLinear, Activation::kRelu, Activation::kElu});
     call.aligned = random_() % 2 == 0;
+    call.has_bias = random_() % 2 == 0;
+    call.has_shortcut = random_() % 2 == 0;
     call.device = kDevices[random_() % (sizeof(kDevices) / sizeof(kDevices[0]))];
     return call;
   }
@@ -85,7 +83,7 @@ class Calls {
 
 bool IsPowerOfTwo(int64_t x) { return x > 0 && (x & (x - 1)) == 0; }
 
-void CheckPlan(const Call& call, const Plan& plan) {
+void CheckPlan(const CallOnDevice& call, const Plan& plan) {
   const Walk& walk = plan.walk;
   const int threads = walk.columns * walk.lanes;
   EXPECT_TRUE(IsPowerOfTwo(walk.columns) && IsPowerOfTwo(walk.lanes));
@@ -121,17 +119,43 @@ void CheckPlan(const Call& call, const Plan& plan) {
   } else {
     EXPECT_EQ(plan.block_sums, plan.tiles_per_launch * walk.blocks * Sums(call.pass) * TileMaps(walk));
   }
-  const bool several = call.pass == Pass::kBackward && call.shape.batch > 1;
-  EXPECT_EQ(plan.sample_sums, several ? 2 * maps : 0);
+  const bool of_samples = call.pass == Pass::kBackward && (call.shape.batch > 1 || call.has_bias);
+  EXPECT_EQ(plan.sample_sums, of_samples ? (call.has_bias ? 3 : 2) * maps : 0);
 }
 
 TEST(Plan, KeepsItsPromises) {
   for (int64_t most : {int64_t{1} << 10, int64_t{1} << 20, int64_t{1} << 37}) {
     Calls calls(most);
     for (int i = 0; i < 20000 && !testing::Test::HasFailure(); ++i) {
-      const Call call = calls.Next();
+      const CallOnDevice call = calls.Next();
       SCOPED_TRACE(call.Name());
       CheckPlan(call, call.MakePlan());
+    }
+  }
+}
+
+// What is absent takes no memory, and what is there takes no more than it needs.
+TEST(Plan, BiasAndShortcutTakeTheirOwnMemoryAlone) {
+  Calls calls(int64_t{1} << 24);
+  for (int i = 0; i < 20000 && !testing::Test::HasFailure(); ++i) {
+    CallOnDevice call = calls.Next();
+    SCOPED_TRACE(call.Name());
+    const Plan with = call.MakePlan();
+    const bool forward = call.pass == Pass::kForward, addends = call.has_bias || call.has_shortcut;
+    const bool dbias = !forward && call.has_bias;
+    call.has_bias = call.has_shortcut = false;
+    const Plan without = call.MakePlan();
+    const int64_t maps = call.shape.batch * call.shape.channels;
+    EXPECT_EQ(with.sample_sums, dbias ? 3 * maps : without.sample_sums);
+    if (!forward) {
+      // Bias and shortcut are in none of the shared memory, and the order of sums is the same.
+      EXPECT_EQ(with.on_chip, without.on_chip);
+      EXPECT_EQ(with.shared_bytes, without.shared_bytes);
+      EXPECT_EQ(with.walk.lanes, without.walk.lanes);
+      EXPECT_EQ(with.walk.block_steps, without.walk.block_steps);
+      EXPECT_LE(with.block_sums, without.block_sums);  // A shortcut leaves less of the cache to the other maps.
+    } else if (with.walk.columns == without.walk.columns && with.walk.blocks == without.walk.blocks) {
+      EXPECT_EQ(with.shared_bytes > without.shared_bytes, addends);
     }
   }
 }
@@ -139,7 +163,7 @@ TEST(Plan, KeepsItsPromises) {
 TEST(Plan, OrderOfSumsDoesNotDependOnTheBatch) {
   Calls calls(int64_t{1} << 24);
   for (int i = 0; i < 20000 && !testing::Test::HasFailure(); ++i) {
-    Call call = calls.Next();
+    CallOnDevice call = calls.Next();
     SCOPED_TRACE(call.Name());
     const Plan many = call.MakePlan();
     call.shape.batch = 1;
@@ -156,7 +180,7 @@ TEST(Plan, OrderOfSumsDoesNotDependOnTheBatch) {
 TEST(Walk, TakesEveryElementOnce) {
   Calls calls(2000);
   for (int i = 0; i < 2000 && !testing::Test::HasFailure(); ++i) {
-    const Call call = calls.Next();
+    const CallOnDevice call = calls.Next();
     SCOPED_TRACE(call.Name());
     const Walk walk = call.MakePlan().walk;
     const int maps_of_step = walk.layout == Layout::kChannelsLast ? walk.vector : 1;
@@ -192,7 +216,7 @@ TEST(Walk, ReachesTheLastElementOfHugeTensors) {
   for (const Shape& shape : shapes) {
     for (Pass pass : {Pass::kForward, Pass::kBackward}) {
       for (const Device& device : kDevices) {
-        const Call call{pass, shape, DataType::kBfloat16, Activation::kRelu, true, device};
+        const CallOnDevice call{{pass, shape, DataType::kBfloat16, Activation::kRelu, true, true, true}, device};
         SCOPED_TRACE(call.Name());
         const Plan plan = call.MakePlan();
         CheckPlan(call, plan);
@@ -221,7 +245,7 @@ TEST(CapabilityOfCode, IsTheNewestThatTheDeviceRuns) {
 constexpr Device kHopper = kDevices[3];
 
 Plan Bfloat16Forward(const Shape& shape, const Device& device, bool aligned = true) {
-  return MakePlan(Pass::kForward, shape, DataType::kBfloat16, Activation::kRelu, aligned, device);
+  return MakePlan({Pass::kForward, shape, DataType::kBfloat16, Activation::kRelu, aligned, false, false}, device);
 }
 
 TEST(Rule, SixteenBytesWhereTheyDivideEveryRow) {
