@@ -1,4 +1,4 @@
-"""`tf_agc.calibrate`: sets the initial gains of a model from one batch.
+"""`tf_agc.calibrate`: sets the initial gains and biases of a model from one batch.
 
 Only what is done with the layers' inputs lives here; the pass that shows them is `tf_agc.forward_pass`'s, and the map
 means are the reference's.
@@ -28,8 +28,10 @@ class CalibratedLayer:
         calls: how often the forward pass called it; 0 where it was never reached.
         std_before: the pre-activation standard deviation before, one value a channel; shape [C].
         gain: the gain now; shape [C].
-        kept: indices of the channels that were constant on the batch and keep their gain.
-        constrained: indices of the channels whose new gain was changed by the layer's `gain_constraint`.
+        kept: indices of the channels that were constant on the batch and keep their gain and bias.
+        constrained: indices of the channels whose new gain was changed by the layer's `gain_constraint`, or whose new
+            bias by its `bias_constraint`.
+        bias: the bias now, which centres each channel on the batch; shape [C], or [0] where the layer has none.
     """
 
     layer: str
@@ -38,15 +40,19 @@ class CalibratedLayer:
     gain: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     kept: list[int] = dataclasses.field(default_factory=list)
     constrained: list[int] = dataclasses.field(default_factory=list)
+    bias: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def _cells(self) -> list[str]:
         if not self.calls:
             return [self.layer, "-", "-", "-", "not reached: nothing changed"]
         notes = []
+        if self.bias.size:
+            notes.append(f"centred, bias {self.bias.min():.3g} .. {self.bias.max():.3g}")
         if self.kept:
             notes.append(f"{len(self.kept)} constant, gain kept: {_first(self.kept)}")
         if self.constrained:
-            notes.append(f"{len(self.constrained)} changed by gain_constraint: {_first(self.constrained)}")
+            constraints = "gain_constraint or bias_constraint" if self.bias.size else "gain_constraint"
+            notes.append(f"{len(self.constrained)} changed by {constraints}: {_first(self.constrained)}")
         if self.calls > 1:
             notes.append(f"called {self.calls} times, calibrated on the first")
         return [
@@ -62,6 +68,10 @@ def _first(indices: list[int]) -> str:
     return ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
 
 
+def _float64(variable: keras.Variable) -> np.ndarray:
+    return variable.numpy().astype(np.float64)
+
+
 class CalibrationTable(list[CalibratedLayer]):
     """One row for each layer, in the order of execution; `print` shows it as a table."""
 
@@ -70,20 +80,22 @@ class CalibrationTable(list[CalibratedLayer]):
 
 
 def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> CalibrationTable:
-    """Sets every AutomaticGainControl layer's gain from one batch, in one eager forward pass.
+    """Sets every AutomaticGainControl layer's gain, and bias, from one batch, in one eager forward pass.
 
     Each layer is calibrated when the pass reaches it, so later layers see calibrated earlier ones:
     its gain becomes, channel by channel and with the sign that it had (0 becomes positive), the one
     that gives the pre-activation output `gain * (x - mean_scale * mean(x))` a standard deviation of
     `target_std` over the samples and positions of the batch. Without it a deep plain network may
-    diverge.
+    diverge. The bias of a layer with `use_bias` becomes minus the mean of that output, so that every
+    channel is centred; what a `shortcut` adds counts for neither.
 
-    The model runs as in inference (`training=False`). Nothing but the gains changes: other
+    The model runs as in inference (`training=False`). Nothing but gains and biases changes: other
     non-trainable state (moving averages, states of recurrent layers, seeds) is put back, unless it
     is hidden from Keras, as in a layer's own `tf.Variable`. A layer that the pass calls several
     times (shared, or inside TimeDistributed) is calibrated on its first call. Channels that are
-    constant on the batch (dead, or maps of one value) keep their gain. A layer's `gain_constraint`
-    has the last word, as in training. On an error nothing changes.
+    constant on the batch (dead, or maps of one value) keep their gain and bias. A layer's
+    `gain_constraint` and `bias_constraint` have the last word, as in training. On an error nothing
+    changes.
 
     Args:
         model: a built model, compiled or not, of any kind. Its layers may be nested anywhere.
@@ -132,7 +144,7 @@ class _Calibration:
     def __init__(self, target_std: float) -> None:
         self._target_std = target_std
         self._rows: dict[int, CalibratedLayer] = {}
-        self._gains: list[tuple[keras.Variable, np.ndarray]] = []
+        self._changed: list[tuple[keras.Variable, np.ndarray]] = []
         self._traced: dict[int, agc_layer.AutomaticGainControl] = {}
 
     def observe(self, layer: agc_layer.AutomaticGainControl, x: tf.Tensor) -> None:
@@ -154,7 +166,8 @@ class _Calibration:
 
         channels = functional.channel_axis(layer.data_format) % x.shape.rank
         others = [axis for axis in range(x.shape.rank) if axis != channels]
-        std_u = tf.math.reduce_std(u, axis=others).numpy()
+        mean_u, variance_u = (moment.numpy() for moment in tf.nn.moments(u, others))
+        std_u = np.sqrt(variance_u)
         largest = tf.reduce_max(tf.abs(x64), axis=others).numpy()
 
         # What differs from a constant by rounding alone is a constant: a gain of 1 / rounding noise
@@ -162,21 +175,32 @@ class _Calibration:
         epsilon = max(float(ml_dtypes.finfo(x.dtype.as_numpy_dtype).eps), 1e-6)
         constant = std_u <= epsilon * largest
 
-        before = layer.gain.numpy()
+        before = _float64(layer.gain)
         sign = np.where(before < 0, -1.0, 1.0)
         gain = np.where(constant, before, sign * self._target_std / np.where(constant, 1, std_u))
-        self._gains.append((layer.gain, before))
-        layer.gain.assign(gain)
-        calibrated = layer.gain.numpy()
-        if layer.gain_constraint is not None:
-            layer.gain.assign(layer.gain_constraint(layer.gain))
+        changed = self._assign(layer.gain, gain, layer.gain_constraint)
+        bias = np.zeros(0)
+        if layer.bias is not None:
+            centring = np.where(constant, _float64(layer.bias), -_float64(layer.gain) * mean_u)
+            changed |= self._assign(layer.bias, centring, layer.bias_constraint)
+            bias = _float64(layer.bias)
         return CalibratedLayer(
             layer=name,
             std_before=np.abs(before) * std_u,
-            gain=layer.gain.numpy(),
+            gain=_float64(layer.gain),
             kept=np.flatnonzero(constant).tolist(),
-            constrained=np.flatnonzero(layer.gain.numpy() != calibrated).tolist(),
+            constrained=np.flatnonzero(changed).tolist(),
+            bias=bias,
         )
+
+    def _assign(self, variable: keras.Variable, value: np.ndarray, constraint: Any) -> np.ndarray:
+        """Returns for each channel whether the constraint changed the value."""
+        self._changed.append((variable, variable.numpy()))
+        variable.assign(value)
+        unconstrained = variable.numpy()
+        if constraint is not None:
+            variable.assign(constraint(variable))
+        return variable.numpy() != unconstrained
 
     def check_all_eager(self) -> None:
         for key, layer in self._traced.items():
@@ -187,8 +211,8 @@ class _Calibration:
                 )
 
     def undo(self) -> None:
-        for gain, before in self._gains:
-            gain.assign(before)
+        for variable, before in self._changed:
+            variable.assign(before)
 
     def table(self, layers: list[agc_layer.AutomaticGainControl]) -> CalibrationTable:
         missed = [CalibratedLayer(layer.path or layer.name) for layer in layers if id(layer) not in self._rows]

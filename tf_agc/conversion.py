@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import inspect
-import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from typing import Any
 import keras
 
 from tf_agc import calibration
-from tf_agc.layer import FUSED, AutomaticGainControl
+from tf_agc.activations import find_fused
+from tf_agc.layer import AutomaticGainControl
 from tf_agc.table import format_table
 
 
@@ -241,7 +241,8 @@ class _Survey:
                 several = len(model.outputs) > 1 and not model_outputs.isdisjoint(map(id, reader.outputs))
                 # Losses and metrics may be given by the name of an output.
                 if not several and _is_computed_alike(norm.layer, reader.operation):
-                    norm.calls[-1].activation = _fusible(reader.operation)
+                    fused = find_fused(reader.operation)
+                    norm.calls[-1].activation = None if fused == ("linear", None) else fused
                     norm.calls[-1].activation_layer = reader.operation.name
 
     def _visit_call(self, operation: Any, arguments: list[Any], prefix: str) -> None:
@@ -353,33 +354,6 @@ class _Copier:
         if norm.activation:
             self._activated[id(outputs)] = outputs
         return outputs
-
-
-def _fusible(operation: Any) -> tuple[str, float | None] | None:
-    """Name and alpha of the activation that AGC can compute in place of a layer or an operation."""
-    if not type(operation).__module__.startswith("keras.") or getattr(operation, "activity_regularizer", None):
-        return None
-    name, alpha = "linear", None
-    # By name, as Keras exports no classes of its operations. ReLU is a layer and an operation.
-    match type(operation).__name__:
-        case "Activation":
-            name = next((name for function, name in FUSED.items() if function is operation.activation), "linear")
-        case "Relu":
-            name = "relu"
-        case "Relu6":
-            name = "relu6"
-        case "ReLU" if operation.threshold == 0:
-            if operation.max_value is None:
-                name, alpha = ("leaky_relu", operation.negative_slope) if operation.negative_slope else ("relu", None)
-            elif operation.max_value == 6 and not operation.negative_slope:
-                name = "relu6"
-        case "LeakyReLU" | "LeakyRelu":
-            name, alpha = "leaky_relu", operation.negative_slope
-        case "ELU" | "Elu":
-            name, alpha = "elu", operation.alpha
-    if name == "linear" or (alpha is not None and not 0 <= alpha < math.inf):
-        return None
-    return name, None if alpha is None else float(alpha)
 
 
 def _check_model(model: Any) -> None:

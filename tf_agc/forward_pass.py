@@ -4,10 +4,12 @@ Layers report through the context variables of `tf_agc.layer`; what becomes of a
 """
 
 import contextvars
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import ml_dtypes  # a dependency of TensorFlow and Keras; NumPy's finfo knows no bfloat16
 import numpy as np
 import tensorflow as tf
 
@@ -56,13 +58,14 @@ def run(model: keras.Model, batch: Any, observer: contextvars.ContextVar[Observe
     """Calls the model on a batch, as in inference, while `observer` is `observe`.
 
     The model's state (moving averages, states of recurrent layers, seeds) is put back, also after an error. The weights
-    of AutomaticGainControl layers are not state: what `observe` assigns to them stays.
+    of AutomaticGainControl layers are not state: what `observe` assigns to them stays. A warning tells where the
+    outputs do not depend on the batch.
     """
     state = [(variable, variable.numpy()) for variable in _state(model)]
     inside = _inside.set(True)
     token = observer.set(observe)
     try:
-        model(batch, training=False)
+        outputs = model(batch, training=False)
     finally:
         observer.reset(token)
         _inside.reset(inside)
@@ -70,6 +73,31 @@ def run(model: keras.Model, batch: Any, observer: contextvars.ContextVar[Observe
             # What did not change is left alone: an assignment under a strategy would make all replicas' states one.
             if not np.array_equal(variable.numpy(), value):
                 variable.assign(value)
+    if _ignores_inputs(batch, outputs):
+        warnings.warn(
+            f"the outputs of model '{model.name}' do not depend on its inputs: they are the same for all samples of "
+            "the batch, but for roundings. Where a pooling or a mean over the map reads a linear AutomaticGainControl, "
+            "that layer needs mean_scale_initializer='zeros'; a last layer whose weights are all 0 shows the same",
+            stacklevel=3,
+        )
+
+
+def _ignores_inputs(batch: Any, outputs: Any) -> bool:
+    """Whether the samples of a batch differ, and what a model gives for them does not."""
+    inputs = [x for x in keras.tree.flatten(batch) if isinstance(x, tf.Tensor) and x.shape.rank]
+    if not any(bool(tf.reduce_any(tf.not_equal(x, x[:1]))) for x in inputs):
+        return False
+    samples = max(len(x) for x in inputs)
+    values = [y for y in keras.tree.flatten(outputs) if isinstance(y, tf.Tensor) and y.dtype.is_floating]
+    values = [y for y in values if y.shape.rank and len(y) == samples]
+    return bool(values) and all(map(_is_constant, values))
+
+
+def _is_constant(y: tf.Tensor) -> bool:
+    """Whether all samples are the same, but for roundings: their own, or those of values of about 1 that cancelled."""
+    spread = float(tf.reduce_max(tf.reduce_max(y, axis=0) - tf.reduce_min(y, axis=0)))
+    largest = float(tf.reduce_max(tf.abs(y)))
+    return spread <= max(1e-6, float(ml_dtypes.finfo(y.dtype.as_numpy_dtype).eps) * largest)
 
 
 # Whether this thread (or whatever else has a context of its own) is in `run`.

@@ -9,7 +9,8 @@ import keras
 
 from tf_agc.layer import AutomaticGainControl
 
-# Makes the layers for "normalization, followed by this activation (None: no activation)".
+# Makes the layers for "normalization, followed by this activation (None: no activation)". The last one is the
+# activation, or an AutomaticGainControl that computes it: a residual junction adds the shortcut there.
 Normalization = Callable[[str | None], Sequence[keras.layers.Layer]]
 
 
@@ -59,7 +60,8 @@ def residual_cnn(
         input_shape: height, width and channels of an image; pixel values are 0 to 255.
         classes: number of logits.
         normalization: a name in `NORMALIZATIONS`, or a callable that takes the activation and
-            returns the layers for the normalization followed by that activation.
+            returns the layers for the normalization followed by that activation, the last of
+            which is the activation itself or an AutomaticGainControl with it.
         filters: channels of each stage; the first stage keeps the image's size, each further
             one halves it.
         blocks: residual blocks in each stage.
@@ -120,8 +122,8 @@ def resnet(
 ) -> keras.Model:
     """Returns the original residual network, activation after addition (He et al., arXiv 1512.03385).
 
-    The defaults make ResNet-20. The last normalization of a branch has no activation of its own, and a
-    shortcut that changes the size is normalized too.
+    The defaults make ResNet-20. A block ends with normalization, addition of the shortcut and relu, which AGC
+    computes in one; a shortcut that changes the size is normalized too.
 
     Args:
         input_shape, classes, normalization, filters: as in `residual_cnn`.
@@ -150,10 +152,9 @@ def resnet(
             else:
                 y = net.normalize(net.conv(x, channels, strides=strides), "relu")
                 y = net.conv(y, outputs)
-            y = net.normalize(y, None)
             if strides > 1 or x.shape[-1] != outputs:
                 x = net.normalize(net.conv(x, outputs, kernel_size=1, strides=strides), None)
-            x = keras.layers.ReLU()(keras.layers.Add()([x, y]))
+            x = net.join(y, shortcut=x)
     return net.finish(inputs, x, classes, "resnet")
 
 
@@ -182,6 +183,15 @@ class _Parts:
         for layer in self._normalization(activation):
             x = layer(x)
         return x
+
+    def join(self, x: keras.KerasTensor, shortcut: keras.KerasTensor) -> keras.KerasTensor:
+        """The end of a branch: normalization, addition of the shortcut, relu."""
+        *layers, last = self._normalization("relu")
+        for layer in layers:
+            x = layer(x)
+        if isinstance(last, AutomaticGainControl):
+            return last(x, shortcut)
+        return last(keras.layers.Add()([shortcut, x]))
 
     def finish(self, inputs: keras.KerasTensor, x: keras.KerasTensor, classes: int, name: str) -> keras.Model:
         x = keras.layers.GlobalAveragePooling2D()(x)

@@ -7,6 +7,7 @@ The CSV file's format lives here, with everything that writes and reads it. The 
 import csv
 import io
 import itertools
+import math
 import os
 import pathlib
 import warnings
@@ -28,6 +29,7 @@ _QUANTITIES = {
     "mean_scale": "mean scale",
     "output_std": "output standard deviation",
     "sparsity": "sparsity: fraction of zeros",
+    "bias": "bias",
 }
 _OVER_CHANNELS: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
 _COUNTS = ["epoch", "step", "iterations"]
@@ -37,20 +39,20 @@ _COLUMNS = [*_COUNTS, "layer", *(f"{name}_{over}" for name in _QUANTITIES for ov
 class GainMonitor(keras.callbacks.Callback):
     """Records what every AutomaticGainControl layer does in training, as CSV and for TensorBoard.
 
-    Before the first step and after every epoch, four quantities of each layer:
+    Before the first step and after every epoch, these quantities of each layer:
 
-    - gain and mean scale;
+    - gain and mean scale, and bias where it has one;
     - output standard deviation: of the layer's output (behind its activation), over samples and positions;
     - sparsity: the fraction of the output's values that are exactly 0.
 
     Each has one value a channel. `gains.csv` has one row for each record and layer, with their mean, minimum and
     maximum over the channels: `epoch`, `step`, `iterations`, `layer`, `gain_mean`, `gain_min`, `gain_max`,
-    `mean_scale_mean`, ..., `output_std_mean`, ..., `sparsity_mean`, .... `epoch` counts from 0 as in Keras's logs,
-    `step` is the number of batches trained so far; the last execution of an epoch counts as a whole one where it cannot
-    be seen how long it was (with `steps_per_execution`, data of unknown length, and loss scaling or an optimizer that
-    is not called once for each batch). `iterations` is the optimizer's own count. TensorBoard shows the means as
-    scalars and the channels as histograms over `step`, where the package `tensorboard` is installed
-    (`pip install "tf-agc[plot]"`); otherwise a warning says that only the CSV file is written.
+    `mean_scale_mean`, ..., `output_std_mean`, ..., `sparsity_mean`, ..., `bias_mean`, .... `epoch` counts from 0 as in
+    Keras's logs, `step` is the number of batches trained so far; the last execution of an epoch counts as a whole one
+    where it cannot be seen how long it was (with `steps_per_execution`, data of unknown length, and loss scaling or an
+    optimizer that is not called once for each batch). `iterations` is the optimizer's own count. TensorBoard shows the
+    means as scalars and the channels as histograms over `step`, where the package `tensorboard` is installed (`pip
+    install "tf-agc[plot]"`); otherwise a warning says that only the CSV file is written.
 
     Outputs are those of one fixed batch, in an eager forward pass as in inference (`training=False`) that leaves the
     model's state as it was, unless it is hidden from Keras, as in a layer's own `tf.Variable`: records can be compared
@@ -77,7 +79,7 @@ class GainMonitor(keras.callbacks.Callback):
         TypeError: batch is a data set, or nothing that becomes tensors; log_dir is no path.
         ValueError: batch is empty or not finite; another update_freq; log_dir is empty or not local. Before the first
             step: the model has no such layer, or is another one than in the monitor's first training, or the
-            `gains.csv` to continue was not written by GainMonitor, or not to its end.
+            `gains.csv` to continue was not written by GainMonitor, or by an earlier one, or not to its end.
         FileExistsError: before the first step, where `gains.csv` exists and append is False.
     """
 
@@ -241,8 +243,8 @@ def layer_statistics(model: keras.Model, batch: Any) -> dict[str, dict[str, np.n
         batch: as in `GainMonitor`, its leaves tensors.
 
     Returns:
-        For each layer, by its path and in the order of execution, "gain", "mean_scale" and, where the pass reached the
-        layer, "output_std" and "sparsity", each of shape [C].
+        For each layer, by its path and in the order of execution, "gain", "mean_scale", "bias" where it has one and,
+        where the pass reached the layer, "output_std" and "sparsity", each of shape [C].
 
     Raises:
         ValueError: the model has no such layer.
@@ -283,15 +285,21 @@ class _Outputs:
 
     def values(self, layer: agc_layer.AutomaticGainControl) -> dict[str, np.ndarray]:
         """The quantities of a layer that are known, each of shape [C]."""
-        known = {"gain": layer.gain.numpy(), "mean_scale": layer.mean_scale.numpy()}
+        weights = {"gain": layer.gain, "mean_scale": layer.mean_scale, "bias": layer.bias}
+        known = {name: _wide(weight.numpy()) for name, weight in weights.items() if weight is not None}
         if layer in self._calls:
-            weights, means, variances, zeros = map(np.array, zip(*self._calls[layer], strict=True))
-            mean = np.average(means, axis=0, weights=weights)
+            sizes, means, variances, zeros = map(np.array, zip(*self._calls[layer], strict=True))
+            mean = np.average(means, axis=0, weights=sizes)
             with np.errstate(invalid="ignore"):  # infinite outputs have the variance NaN
-                variance = np.average(variances + (means - mean) ** 2, axis=0, weights=weights)
+                variance = np.average(variances + (means - mean) ** 2, axis=0, weights=sizes)
             known["output_std"] = np.sqrt(variance)
-            known["sparsity"] = np.average(zeros, axis=0, weights=weights)
+            known["sparsity"] = np.average(zeros, axis=0, weights=sizes)
         return known
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    """Half types, in which a sum over channels would be rounded at each step, as float32."""
+    return values if values.dtype == np.float64 else values.astype(np.float32)
 
 
 def _counts(model: keras.Model) -> list[int]:
@@ -431,16 +439,21 @@ def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None 
     def values(record: dict[str, dict[str, Any]], column: str) -> list[float]:
         return [record[layer][column] if layer in record else np.nan for layer in layers]
 
-    figure = Figure(figsize=(14, 2 + 0.22 * max(len(layers), 8)), layout="constrained")
-    panels = figure.subplots(1, len(_QUANTITIES), sharey=True)
+    quantities = dict(_QUANTITIES)
+    if all(math.isnan(row["bias_mean"]) for row in rows):
+        del quantities["bias"]
+    figure = Figure(figsize=(3.5 * len(quantities), 2 + 0.22 * max(len(layers), 8)), layout="constrained")
+    panels = figure.subplots(1, len(quantities), sharey=True)
     light_to_dark = colormaps["viridis_r"]
     norm = colors.Normalize(min(records), max(max(records), min(records) + 1))
-    for axes, (name, title) in zip(panels, _QUANTITIES.items(), strict=True):
+    for axes, (name, title) in zip(panels, quantities.items(), strict=True):
         axes.hlines(depth, values(last, f"{name}_min"), values(last, f"{name}_max"), color="0.88", linewidth=7)
         for step, record in records.items():
             color = light_to_dark(norm(step))
             axes.plot(values(record, f"{name}_mean"), depth, "o-", color=color, linewidth=1, markersize=4)
         axes.set_xlabel(title)
+        if name == "sparsity":
+            axes.set_xlim(-0.02, 1.02)
         # Few and small: mean scales are near 1, and their labels long.
         axes.locator_params(axis="x", nbins=5)
         axes.tick_params(axis="x", labelsize=8)
@@ -448,7 +461,6 @@ def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None 
     panels[0].set_yticks(depth, [layer if len(layer) <= 40 else "..." + layer[-37:] for layer in layers], fontsize=8)
     panels[0].set_ylabel("layer, in the order of execution")
     panels[0].set_ylim(len(layers) - 0.5, -0.5)
-    panels[-1].set_xlim(-0.02, 1.02)
     figure.colorbar(
         ScalarMappable(norm, light_to_dark), ax=panels, label="training step", ticks=list(records), pad=0.01
     )

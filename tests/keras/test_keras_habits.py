@@ -98,6 +98,40 @@ def test_exponential_moving_average():
     assert not np.allclose(averaged[1], weights[-1][1], atol=1e-4)
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"clipnorm": 1.0},
+        {"clipvalue": 0.1},
+        {"global_clipnorm": 1.0},
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 1},
+        {"gradient_accumulation_steps": 2},
+        {"weight_decay": 0.1},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_every_option_of_optimizers_under_every_policy(policy, option):
+    keras.config.set_dtype_policy(policy)
+    try:
+        inputs = keras.Input((6, 7, 3))
+        x = shortcut = keras.layers.Conv2D(4, 1, use_bias=False)(inputs)
+        norm = AutomaticGainControl("relu", use_bias=True, mean_scale_initializer=keras.initializers.Constant(0.5))
+        outputs = keras.layers.Dense(1)(keras.layers.GlobalMaxPooling2D()(norm(x, shortcut)))
+        model = keras.Model(inputs, outputs)
+        # Steps that 16 bits hold, and no loss scaling, which would leave out the first ones.
+        model.compile(keras.optimizers.SGD(0.1, **option), "mse", jit_compile=False, auto_scale_loss=False)
+        before = model.get_weights()
+        for _ in range(3):  # after two, clipped steps to and fro may have ended where they began
+            model.train_on_batch((_X + 1) / 3, np.ones_like(_Y))  # maps with a mean, for the mean scale
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert {weight.name for weight in norm.trainable_weights} == {"gain", "mean_scale", "bias"}
+    for weight, old in zip(model.weights, before, strict=True):
+        value = weight.numpy().astype("float64")
+        assert np.isfinite(value).all() and not np.array_equal(value, old), weight.path
+
+
 def test_masks_reach_the_layers_behind():
     inputs = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(10, 4, mask_zero=True)(inputs)

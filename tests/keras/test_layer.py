@@ -52,14 +52,31 @@ class KerasChecklistTest(TestCase):
                 "gain_constraint": keras.constraints.MaxNorm(3.0),
                 "mean_scale_constraint": "non_neg",
                 "train_mean_scale": False,
+                "use_bias": True,
+                "bias_initializer": "random_normal",
+                "bias_regularizer": "l2",
+                "bias_constraint": keras.constraints.MaxNorm(1.0),
             },
             input_shape=(2, 3, 7),
             expected_output_shape=(2, 3, 7),
-            expected_num_trainable_weights=1,
+            expected_num_trainable_weights=2,
             expected_num_non_trainable_weights=1,
-            expected_num_losses=1,  # of the trainable weight
+            expected_num_losses=2,  # of the trainable weights
             supports_masking=True,
         )
+
+    def test_shortcut(self):
+        for activation in (None, "elu", "tanh"):
+            self.run_layer_test(
+                AutomaticGainControl,
+                {"activation": activation, "use_bias": True, "train_gain": False},
+                input_shape={"inputs_shape": (2, 4, 5, 3), "shortcut_shape": (2, 4, 5, 3)},
+                expected_output_shape=(2, 4, 5, 3),
+                expected_num_trainable_weights=2,
+                expected_num_non_trainable_weights=1,
+                supports_masking=True,
+                run_training_check=False,  # it hands over all inputs as one argument
+            )
 
     def test_volumes(self):
         self.run_layer_test(
@@ -83,17 +100,37 @@ class KerasChecklistTest(TestCase):
         (keras.activations.relu6, None, "relu6"),
         (keras.activations.leaky_relu, None, "leaky_relu"),
         (keras.activations.elu, None, "elu"),
+        (keras.ops.relu6, None, "relu6"),
+        (tf.nn.relu, None, "relu"),
+        (tf.nn.relu6, None, "relu6"),
+        (tf.nn.leaky_relu, None, "leaky_relu"),
+        (tf.nn.leaky_relu, 0.05, "leaky_relu"),
+        (tf.nn.elu, None, "elu"),
+        (keras.layers.Activation("relu"), None, "relu"),
+        (keras.layers.ReLU(), None, "relu"),
+        (keras.layers.ReLU(max_value=6), None, "relu6"),
+        (keras.layers.ReLU(negative_slope=0.2), None, "leaky_relu"),
+        (keras.layers.LeakyReLU(), None, "leaky_relu"),
+        (keras.layers.ELU(), None, "elu"),
+        (keras.layers.ELU(0.3), None, "elu"),
     ],
 )
 def test_fused_activations(activation, alpha, used, counters):
     layer = AutomaticGainControl(activation, alpha=alpha, mean_scale_initializer="zeros")
     got = layer(_X)
+    if isinstance(activation, (keras.layers.LeakyReLU, keras.layers.ELU)):
+        alpha = activation.negative_slope if used == "leaky_relu" else activation.alpha
     alpha = ALPHA[used] if alpha is None else alpha
     want, _ = reference.agc(tf.constant(_X), tf.ones([3]), tf.zeros([3]), used, alpha, "channels_last")
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
     if alpha == ALPHA[used]:  # what Keras gives, with its own defaults
         plain = keras.activations.get(activation)(tf.constant(_X))
         np.testing.assert_allclose(got, plain, rtol=1e-6, atol=1e-6)
+    config = layer.get_config()
+    assert config["activation"] == used  # no layer within a layer, and no function of another library
+    revived = AutomaticGainControl.from_config(config)
+    revived.build(_X.shape)
+    np.testing.assert_array_equal(revived(_X), got)
     graph = tf.function(layer).get_concrete_function(tf.TensorSpec(_X.shape)).graph
     (op,) = [op for op in graph.get_operations() if op.type == "TfAgc>Agc"]
     assert op.get_attr("activation") == used.encode()
@@ -113,12 +150,13 @@ class _Unhashable:
         "softmax",
         tf.nn.silu,
         functools.partial(keras.activations.relu, negative_slope=0.5),
-        keras.layers.LeakyReLU(0.3),
+        keras.layers.ReLU(threshold=0.5),
+        keras.layers.PReLU(shared_axes=[1, 2]),
         lambda x: x**2,
         _Unhashable(),
     ],
     # No addresses: every process of pytest-xdist must find the same names.
-    ids=["tanh", "softmax", "function", "partial", "layer", "lambda", "unhashable"],
+    ids=["tanh", "softmax", "function", "partial", "layer", "layer with weights", "lambda", "unhashable"],
 )
 def test_other_activations(activation):
     linear, layer = AutomaticGainControl(), AutomaticGainControl(activation)
@@ -134,11 +172,221 @@ def test_names_order_and_paths_of_weights():
     np.testing.assert_array_equal(layer.get_weights(), np.ones((2, 3)))
 
 
-def test_train_mean_scale():
-    layer = AutomaticGainControl(train_mean_scale=False)
-    layer.build((None, 4, 5, 3))
-    assert layer.trainable_weights == [layer.gain]
-    assert layer.non_trainable_weights == [layer.mean_scale]
+@pytest.mark.parametrize("name", ["gain", "mean_scale"])
+def test_fixed_weights(name, tmp_path):
+    arguments = {f"train_{name}": False, "use_bias": True}
+    layer = AutomaticGainControl("relu", mean_scale_initializer="random_normal", **arguments)
+    inputs = keras.Input((4, 5, 3))
+    model = keras.Model(inputs, layer(inputs))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for one in (layer, loaded.layers[-1], keras.models.clone_model(model).layers[-1]):
+        one.trainable = False
+        one.trainable = True
+        assert [weight.name for weight in one.non_trainable_weights] == [name]
+        assert len(one.trainable_weights) == 2
+    loaded.compile(keras.optimizers.SGD(0.1), "mse")
+    loaded.fit(_X, _X, verbose=0)
+    for weight, old in zip(loaded.layers[-1].weights, model.layers[-1].weights, strict=True):
+        assert np.array_equal(weight, old) == (weight.name == name)
+
+
+def test_a_fixed_gain_may_be_zero():
+    layer = AutomaticGainControl("relu", gain_initializer="zeros", gain_constraint="non_neg", train_gain=False)
+    np.testing.assert_array_equal(layer(_X, _X), np.maximum(_X, 0))
+
+
+def test_weights_are_loaded_by_name(tmp_path):
+    def model(**arguments):
+        layers = [keras.Input((4, 5, 3)), AutomaticGainControl(use_bias=True, name="norm", **arguments)]
+        return keras.Sequential(layers)
+
+    saved = model()
+    saved.layers[0].set_weights([np.full(3, value, np.float32) for value in (2, 3, 4)])
+    saved.save_weights(tmp_path / "model.weights.h5")
+    # Keras's own numbers would hand the mean scale to the gain: trained weights come first.
+    other = model(train_gain=False)
+    other.load_weights(tmp_path / "model.weights.h5")
+    layer = other.layers[0]
+    np.testing.assert_array_equal([layer.gain, layer.mean_scale, layer.bias], [[2] * 3, [3] * 3, [4] * 3])
+
+
+def test_weights_of_another_kind_of_layer_are_refused(tmp_path):
+    class Block(keras.layers.Layer):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm  # under this name in the file, whatever it is
+
+        def build(self, input_shape):
+            self.norm.build(input_shape)
+
+        def call(self, x):
+            return self.norm(x)
+
+    def model(norm):
+        return keras.Sequential([keras.Input((4, 5, 3)), Block(norm)])
+
+    norm = keras.layers.BatchNormalization(center=False, scale=False)  # two weights of shape [C], too
+    model(norm).save_weights(tmp_path / "model.weights.h5")
+    model(AutomaticGainControl(name="norm")).save_weights(tmp_path / "agc.weights.h5")
+    for layer, file, message in (
+        (AutomaticGainControl(name="norm"), "model", "gain, mean_scale. Received: 0, 1"),
+        (AutomaticGainControl(use_bias=True, name="norm"), "agc", "gain, mean_scale, bias. Received: gain, mean_scale"),
+    ):
+        message = f"Layer 'norm' must load the weights of an AutomaticGainControl with the same arguments: {message}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model(layer).load_weights(tmp_path / f"{file}.weights.h5")
+
+
+def _expected(activation, x, weights, shortcut):
+    gain, mean_scale, *bias = (tf.convert_to_tensor(weight) for weight in weights)
+    bias = bias[0] if bias else None
+    y, _ = reference.agc(x, gain, mean_scale, activation, ALPHA[activation], "channels_last", bias=bias,
+                         shortcut=shortcut)  # fmt: skip
+    return y
+
+
+@pytest.mark.parametrize("activation", ["linear", "relu", "relu6", "leaky_relu", "elu", "tanh"])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_bias_and_shortcut(activation, use_bias, tmp_path):
+    class Subclassed(keras.Model):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def call(self, inputs):
+            x, shortcut = inputs
+            return self.layer(x, shortcut=shortcut)
+
+    random = keras.initializers.RandomNormal(stddev=1.0)
+    layer = AutomaticGainControl(
+        activation, gain_initializer=random, use_bias=use_bias, bias_initializer=random, mean_scale_initializer=random
+    )
+    shortcut = np.random.default_rng(1).standard_normal(_X.shape).astype(np.float32)
+    inputs = [keras.Input((None, 5, 3)), keras.Input((None, 5, 3))]
+    assert layer(*inputs).shape == (None, None, 5, 3)
+    want = _expected("linear" if activation == "tanh" else activation, tf.constant(_X), layer.weights, shortcut)
+    want = tf.nn.tanh(want) if activation == "tanh" else want
+    functional = keras.Model(inputs, layer(inputs[0], shortcut=inputs[1]))
+    functional.save(tmp_path / "model.keras")
+    clone = keras.models.clone_model(functional)
+    clone.set_weights(functional.get_weights())
+    got = {
+        "eager": layer(_X, shortcut),
+        "keyword": layer(inputs=_X, shortcut=shortcut),
+        "function": tf.function(layer)(_X, shortcut),
+        "functional": functional([_X, shortcut]),
+        "predict": functional.predict([_X, shortcut], verbose=0),
+        "subclassed": Subclassed(layer).predict([_X, shortcut], verbose=0),
+        "loaded": keras.saving.load_model(tmp_path / "model.keras")([_X, shortcut]),
+        "cloned": clone([_X, shortcut]),
+    }
+    for name, y in got.items():
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6, err_msg=name)
+    # None is no shortcut, and a Sequential model has none.
+    alone = layer(_X)
+    assert not np.allclose(alone, want, atol=0.1)
+    np.testing.assert_array_equal(layer(_X, None), alone)
+    np.testing.assert_array_equal(keras.Sequential([layer])(_X), alone)
+
+
+def test_training_with_bias_and_shortcut():
+    inputs = [keras.Input((4, 5, 3)), keras.Input((4, 5, 3))]
+    layer = AutomaticGainControl("relu", use_bias=True)
+    model = keras.Model(inputs, layer(*inputs))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    losses = model.fit([_X, 0 * _X], np.ones_like(_X), epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert not np.allclose(layer.bias, 0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 1), (2, 1, 1, 3), (1, 4, 5, 3), (4, 5, 3)])
+def test_a_shortcut_of_another_shape(shape):
+    message = (
+        "Argument `shortcut` must be one tensor with the shape of the inputs to AutomaticGainControl, as it is not "
+        "broadcast. Received: inputs.shape=(2, 4, 5, 3), shortcut.shape={}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message.format(shape))):
+        AutomaticGainControl()(_X, np.ones(shape, np.float32))
+    with pytest.raises(ValueError, match=re.escape(message.format(shape))):
+        AutomaticGainControl()(keras.Input(batch_shape=_X.shape), keras.Input(batch_shape=shape))
+    with pytest.raises(ValueError, match=re.escape(message.format(shape))):
+        AutomaticGainControl().compute_output_shape(_X.shape, shape)
+    if len(shape) == 4:  # what only shows when it runs
+        unknown = tf.function(AutomaticGainControl(), input_signature=[tf.TensorSpec([None, None, None, 3]),
+                                                                       tf.TensorSpec([None] * 4)])  # fmt: skip
+        with pytest.raises(tf.errors.InvalidArgumentError, match="shortcut must have the shape of x"):
+            unknown(_X, np.ones(shape, np.float32))
+    several = [keras.Input(batch_shape=_X.shape)] * 2
+    with pytest.raises(ValueError, match=re.escape(f"shortcut.shape=[{_X.shape}, {_X.shape}]")):
+        AutomaticGainControl()(several[0], several)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int32", "bool"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float64"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_other_dtypes_are_cast_to_the_compute_dtype(dtype, policy, autocast):
+    layer = AutomaticGainControl("relu", dtype=policy, autocast=autocast)
+    x, shortcut = _X.astype(dtype), (3 * _X[::-1]).astype(dtype)
+    symbolic = layer(*[keras.Input(_X.shape[1:], dtype=dtype)] * 2)
+    y = layer(x, shortcut)
+    assert y.dtype == symbolic.dtype == layer.compute_dtype
+    cast = [tf.cast(value, layer.compute_dtype) for value in (x, shortcut)]
+    want = tf_agc.agc(cast[0], 1.0, 1.0, shortcut=cast[1], activation="relu")
+    np.testing.assert_array_equal(tf.cast(y, "float64"), tf.cast(want, "float64"))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu"])
+@pytest.mark.parametrize("constraint", ["non_neg", lambda gain: tf.clip_by_value(gain, 0, 2)], ids=["non_neg", "clip"])
+def test_constraints_that_can_give_a_gain_of_zero(activation, constraint):
+    message = (
+        "The gain_constraint of AutomaticGainControl can make gains exactly 0, and with the activation "
+        f"'{activation}' they stay 0 for good"
+    )
+    with pytest.warns(UserWarning, match=message):
+        AutomaticGainControl(activation, gain_constraint=constraint)(_X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutomaticGainControl(None, gain_constraint=constraint)(_X)
+        AutomaticGainControl("tanh", gain_constraint=constraint)(_X)
+        AutomaticGainControl(activation, gain_constraint=keras.constraints.MinMaxNorm(0.1, 3.0))(_X)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu"])
+def test_a_gain_of_zero_recovers_where_the_activation_is_a_layer_behind(activation):
+    gradients = []
+    for layers in (
+        [AutomaticGainControl(activation, use_bias=True)],
+        [AutomaticGainControl(use_bias=True), keras.layers.Activation(activation)],
+    ):
+        model = keras.Sequential([keras.Input(_X.shape[1:]), *layers])
+        gain, bias = layers[0].gain, layers[0].bias
+        gain.assign([0, 0, 0])
+        bias.assign([1, 1, 1])
+        with tf.GradientTape() as tape, tf_agc.implementation("native"):
+            loss = tf.reduce_sum(model(_X) * _X)
+        gradients.append(tape.gradient(loss, gain.value).numpy())
+    fused, behind = gradients
+    np.testing.assert_array_equal(fused, [0, 0, 0])
+    assert np.all(behind != 0)
+
+
+def test_an_activation_that_changes_the_shape():
+    message = re.escape(
+        "Argument `activation` must keep the shape of what it is applied to. Received: activation=glu, which makes "
+        "(None, 4, 5, 2) of (None, 4, 5, 4)"
+    )
+    with pytest.raises(ValueError, match=message):
+        AutomaticGainControl("glu")(keras.Input((4, 5, 4)))
+    with pytest.raises(ValueError, match="activation=glu, which makes"):
+        AutomaticGainControl("glu")(np.ones((2, 4, 5, 4), np.float32))
+    with pytest.raises(ValueError, match=re.escape("activation=<lambda>, which makes (None, 4, 5) of")):
+        AutomaticGainControl(lambda z: tf.reduce_max(z, -1))(keras.Input((4, 5, 4)))
+
+
+def test_names_of_other_layers_stay_theirs():
+    AutomaticGainControl("tanh")(_X)
+    assert keras.layers.Lambda(tf.nn.relu).name == "lambda"
 
 
 @pytest.mark.parametrize(
@@ -147,8 +395,8 @@ def test_train_mean_scale():
         ("float32", "float32"),
         ("mixed_float16", "float32"),
         ("mixed_bfloat16", "float32"),
-        ("float16", "float32"),
-        ("bfloat16", "float32"),
+        ("float16", "float16"),
+        ("bfloat16", "bfloat16"),
         ("float64", "float64"),
     ],
 )
@@ -159,8 +407,9 @@ def test_dtype_policies(policy, weights, counters):
     assert layer(inputs).dtype == compute_dtype
     y = layer(_X)
     assert y.dtype == compute_dtype
-    assert layer.gain.dtype == layer.mean_scale.dtype == weights == parameter_dtype(compute_dtype)
-    want = tf_agc.agc(tf.cast(_X, compute_dtype), layer.gain, layer.mean_scale, activation="relu")
+    assert layer.gain.dtype == layer.mean_scale.dtype == weights
+    gain, mean_scale = (tf.cast(weight, parameter_dtype(compute_dtype)) for weight in layer.weights)
+    want = tf_agc.agc(tf.cast(_X, compute_dtype), gain, mean_scale, activation="relu")
     np.testing.assert_array_equal(tf.cast(y, tf.float64), tf.cast(want, tf.float64))
     assert counters.read()["forward"] == 2
 
@@ -288,6 +537,9 @@ def test_config():
         ({"activation": "tanh", "alpha": 0.1},
          "Argument `alpha` is only valid for the activations 'leaky_relu' and 'elu'. "
          "Received: activation=tanh, alpha=0.1"),
+        ({"activation": keras.layers.ELU(0.5), "alpha": 0.1},
+         "Argument `alpha` must be None where the activation is a layer, which has one of its own. "
+         "Received: activation=<ELU"),
         ({"activation": "elu", "alpha": -1}, "alpha must be finite and >= 0, got -1"),
         ({"activation": "elu", "gain_initializer": "zeros"},
          "Argument `gain_initializer` must not be zeros with the activation 'elu'"),
@@ -372,9 +624,9 @@ def test_one_position(data_format):
     shape = (None, 1, 1, 3) if data_format == "channels_last" else (None, 3, 1, 1)
     message = re.escape(f"Received: input_shape={shape}, train_mean_scale=")
     fixed = AutomaticGainControl(data_format=data_format, train_mean_scale=False)
-    with pytest.raises(ValueError, match="outputs are always 0.*" + message):
+    with pytest.raises(ValueError, match="at a mean_scale of 1 nothing is left of them.*" + message):
         fixed.build(shape)
-    with pytest.warns(UserWarning, match="outputs are at first 0.*" + message):
+    with pytest.warns(UserWarning, match="at a mean_scale of 1 at first nothing is left.*" + message):
         AutomaticGainControl(data_format=data_format).build(shape)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

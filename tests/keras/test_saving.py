@@ -16,10 +16,13 @@ pytestmark = pytest.mark.usefixtures("fresh_keras")
 
 def _model(gain_initializer="random_normal"):
     inputs = keras.Input((None, None, 3))
-    x = inputs
+    x, shortcut = inputs, None
     for activation, alpha in [("relu", None), ("leaky_relu", 0.3), ("tanh", None), (None, None)]:
         x = keras.layers.Conv2D(4, 3, padding="same", use_bias=False)(x)
-        x = AutomaticGainControl(activation, alpha=alpha, gain_initializer=gain_initializer)(x)
+        norm = AutomaticGainControl(
+            activation, alpha=alpha, gain_initializer=gain_initializer, use_bias=True, bias_initializer="random_normal"
+        )
+        x = shortcut = norm(x, shortcut)
     return keras.Model(inputs, keras.layers.GlobalMaxPooling2D()(x))
 
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 import tf_agc
 from tf_agc import AutomaticGainControl, calibrate
 from tf_agc import layer as agc_layer
+from tf_agc.calibration import CalibrationTable
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
 
@@ -119,6 +120,53 @@ def test_models(kind):
     for row, before in zip(again, table, strict=True):
         np.testing.assert_allclose(row.std_before, np.ones(5), rtol=1e-4)
         np.testing.assert_allclose(row.gain, before.gain, rtol=1e-4)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "bfloat16", "float16"])
+def test_a_bias_centres_every_channel_before_the_shortcut_is_added(data_format, policy):
+    half = keras.initializers.Constant(0.5)  # of the mean is left, so that there is something to centre
+    layer = AutomaticGainControl(
+        "relu", data_format, mean_scale_initializer=half, use_bias=True, bias_initializer="ones", dtype=policy
+    )
+    x = _X + np.array([1.0, -2.0, 30.0], np.float32)
+    x = x if data_format == "channels_last" else np.moveaxis(x, -1, 1)
+    inputs = [keras.Input(x.shape[1:]), keras.Input(x.shape[1:])]
+    model = keras.Model(inputs, layer(*inputs))
+    (row,) = calibrate(model, [x, x], target_std=0.5)
+    weights = [tf.cast(weight, tf.float32) for weight in (layer.gain, layer.mean_scale, layer.bias)]
+    z = tf_agc.agc(tf.cast(tf.cast(x, layer.compute_dtype), tf.float32), *weights, data_format=data_format).numpy()
+    others = (0, 1, 2) if data_format == "channels_last" else (0, 2, 3)
+    # Of a weight in 16 bits, its rounding is left.
+    tolerance = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(policy, 1e-5)
+    np.testing.assert_allclose(z.std(others), np.full(3, 0.5), rtol=2 * tolerance)
+    np.testing.assert_allclose(z.mean(others), np.zeros(3), atol=2 * tolerance * np.abs(row.bias).max())
+    np.testing.assert_array_equal(row.bias, weights[2])
+    assert f"centred, bias {row.bias.min():.3g} .. {row.bias.max():.3g}" in str(CalibrationTable([row]))
+
+
+def test_constant_channels_keep_their_bias_and_constraints_have_the_last_word():
+    layer = AutomaticGainControl(
+        mean_scale_initializer="zeros", use_bias=True, bias_initializer="ones", bias_constraint="non_neg"
+    )
+    x = np.array(_X)
+    x[..., 0] = 3.0
+    x[..., 1] += 2.0
+    x[..., 2] -= 2.0
+    (row,) = calibrate(keras.Sequential([keras.Input(x.shape[1:]), layer]), x)
+    assert (row.kept, row.constrained) == ([0], [1])
+    assert row.bias[0] == 1 and row.bias[1] == 0 and row.bias[2] > 1
+    text = str(CalibrationTable([row]))
+    assert "1 constant, gain kept: 0" in text and "1 changed by gain_constraint or bias_constraint: 1" in text
+
+
+def test_an_error_puts_biases_back_too():
+    inputs = keras.Input((9, 10, 3))
+    first = AutomaticGainControl(use_bias=True, mean_scale_initializer="zeros")
+    model = keras.Model(inputs, AutomaticGainControl(name="last")(first(inputs) / 0.0))
+    with pytest.raises(ValueError, match="the input of layer 'last' is not finite"):
+        calibrate(model, _X + 1)
+    np.testing.assert_array_equal(first.get_weights(), [[1] * 3, [0] * 3, [0] * 3])
 
 
 def test_target_std():

@@ -44,6 +44,17 @@ def _functional(dtype=None):
     return keras.Model(inputs, outputs)
 
 
+def _junctions(dtype=None):
+    """Two residual blocks: with a bias and a shortcut, and with a shortcut alone."""
+    inputs = keras.Input(X.shape[1:], name="image")
+    x = keras.layers.Conv2D(4, 3, padding="same", dtype=dtype)(inputs)
+    random = keras.initializers.RandomNormal(0.5, 0.5)
+    junction = AutomaticGainControl("relu", use_bias=True, bias_initializer=random, dtype=dtype)
+    x = junction(x, inputs)
+    x = AutomaticGainControl("leaky_relu", alpha=0.1, gain_initializer=random, dtype=dtype)(x * x, shortcut=x)
+    return keras.Model(inputs, keras.layers.GlobalMaxPooling2D(dtype=dtype)(x))
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
@@ -138,6 +149,8 @@ MODELS = {
     "traced_for_xla": lambda: _with(Jit()),
     "time_distributed": _time_distributed,
     "free_size": _free_size,
+    "junctions": _junctions,
+    "mixed_bfloat16 junctions": lambda: _junctions("mixed_bfloat16"),
     "mixed_float16": lambda: _functional("mixed_float16"),
     "mixed_bfloat16": lambda: _functional("mixed_bfloat16"),
     "float64": lambda: _functional("float64"),
@@ -184,6 +197,7 @@ def test_a_portable_model_answers_without_tf_agc(answered, name):
     _, want, got = answered[name]
     want = want if isinstance(want, dict) else {f"output_{i}": y for i, y in enumerate(tf.nest.flatten(want))}
     assert set(got) == set(want)
+    name = name.partition(" ")[0]
     epsilon = EPSILON[name.removeprefix("mixed_") if name.startswith("mixed") or name == "float64" else "float32"]
     for key, value in want.items():
         value = tf.cast(value, tf.float64).numpy()
@@ -224,8 +238,9 @@ def test_the_model_is_left_as_it_was(tmp_path, counters):
     assert counters.read()["forward"] == 3
 
 
-def test_native_keeps_the_op_and_every_bit(tmp_path, capsys, native_required):
-    model = _functional()
+@pytest.mark.parametrize("make", [_functional, _junctions])
+def test_native_keeps_the_op_and_every_bit(tmp_path, capsys, native_required, make):
+    model = make()
     version = tf_agc.export_saved_model(model, tmp_path / "net", portable=False)
     assert _ops(version).count("TfAgc>Agc") == 2
     assert capsys.readouterr().out == (
@@ -1029,12 +1044,12 @@ def test_native_without_the_library(tmp_path, monkeypatch):
 def test_an_old_saved_model_answers_as_ever(native_required):
     assert sum(file.stat().st_size for file in FIXTURE.rglob("*") if file.is_file()) < 200_000
     ops = _ops(FIXTURE / "model")
-    assert ops.count("TfAgc>Agc") == 23 and ops.count("TfAgc>AgcGrad") == 10
+    assert ops.count("TfAgc>Agc") == 54 and ops.count("TfAgc>AgcGrad") == 24
     loaded, answers = tf.saved_model.load(str(FIXTURE / "model")), np.load(FIXTURE / "answers.npz")
     got = {}
     for name in ("serving_default", "gradients"):
-        got |= loaded.signatures[name](x=answers["x"])
-    assert set(got) == set(answers) - {"x"}
+        got |= loaded.signatures[name](x=answers["x"], shortcut=answers["shortcut"])
+    assert set(got) == set(answers) - {"x", "shortcut"}
     for name, value in got.items():
         # Any machine: a few roundings of the largest entry; answers are those of the reference in float64.
         tolerance = 32 * EPSILON[value.dtype.name] * np.abs(answers[name]).max()
@@ -1046,11 +1061,11 @@ def test_an_old_saved_model_becomes_portable(tmp_path, native_required):
     shutil.copytree(FIXTURE / "model", tmp_path / "model")
     saved_graph.replace_native_ops(tmp_path / "model")
     ops = _ops(tmp_path / "model")
-    assert ops.count("TfAgc>Agc") == 0 and ops.count("TfAgc>AgcGrad") == 10
+    assert ops.count("TfAgc>Agc") == 0 and ops.count("TfAgc>AgcGrad") == 24
     answers = np.load(FIXTURE / "answers.npz")
     signatures = tf.saved_model.load(str(tmp_path / "model")).signatures
     for signature in ("serving_default", "gradients"):
-        for name, value in signatures[signature](x=answers["x"]).items():
+        for name, value in signatures[signature](x=answers["x"], shortcut=answers["shortcut"]).items():
             tolerance = 32 * EPSILON[value.dtype.name] * np.abs(answers[name]).max()
             np.testing.assert_allclose(tf.cast(value, tf.float64), answers[name], rtol=0, atol=tolerance, err_msg=name)
     fingerprint = tf.saved_model.experimental.read_fingerprint(str(tmp_path / "model"))

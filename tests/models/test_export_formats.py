@@ -19,9 +19,10 @@ X = np.random.default_rng(0).normal(1, 2, (3, 8, 9, 3)).astype(np.float32)
 
 
 def _model():
-    """Every activation, gains of both signs, and outputs of the order of 1 that differ."""
+    """Every activation, with bias and shortcut from the second on; outputs of the order of 1 that differ."""
     outputs = inputs = keras.Input(X.shape[1:], name="image")
     for seed, activation in enumerate(ACTIVATIONS):
+        shortcut = outputs if seed else None
         outputs = keras.layers.Conv2D(4, 3, padding="same", kernel_initializer=keras.initializers.HeNormal(seed))(
             outputs
         )
@@ -29,7 +30,9 @@ def _model():
             activation,
             gain_initializer=keras.initializers.RandomNormal(1, 1, seed=seed),
             mean_scale_initializer=keras.initializers.RandomUniform(0.5, 1, seed=seed),
-        )(outputs)
+            use_bias=seed > 0,
+            bias_initializer=keras.initializers.RandomNormal(0, 1, seed=seed),
+        )(outputs, shortcut)
     outputs = keras.layers.GlobalMaxPooling2D()(outputs)
     return keras.Model(inputs, keras.layers.Dense(5, kernel_initializer=keras.initializers.HeNormal(9))(outputs))
 

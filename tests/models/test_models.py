@@ -81,11 +81,33 @@ def test_networks_have_the_depth_of_their_name(model, convolutions):
     assert sum(isinstance(layer, keras.layers.Conv2D) for layer in model.layers) == convolutions
 
 
-def test_post_activation_branches_end_without_an_activation():
+def test_post_activation_junctions_are_one_layer():
     model = models.resnet((8, 8, 1), 3, "agc", FILTERS, blocks=(1, 1))
     layers = [layer for layer in model.layers if isinstance(layer, tf_agc.AutomaticGainControl)]
+    joined = [layer for layer in layers if isinstance(layer.input, list)]
     linear = [layer for layer in layers if layer.activation is keras.activations.linear]
-    assert (len(layers), len(linear)) == (1 + 2 + 3, 1 + 2)  # of the branches, and of one shortcut
+    assert (len(layers), len(joined), len(linear)) == (1 + 2 * 2 + 1, 2, 1)  # linear on the projected shortcut
+    assert {layer.activation for layer in joined} == {keras.activations.relu}
+    assert not [layer for layer in model.layers if isinstance(layer, (keras.layers.Add, keras.layers.Activation))]
+
+
+@pytest.mark.parametrize("normalization", ["agc", "batch_norm"])
+def test_a_junction_computes_what_three_layers_do(fresh_keras, normalization):
+    model = models.resnet((8, 8, 1), 3, normalization, FILTERS, blocks=(1, 1))
+    joined = [layer for layer in model.layers if isinstance(layer, (tf_agc.AutomaticGainControl, keras.layers.Add))]
+    last = [layer for layer in joined if isinstance(layer.input, list)][-1]
+    outputs = last.output
+    if normalization == "agc":
+        linear = tf_agc.AutomaticGainControl()
+        branch, shortcut = last.input
+        parts = [linear(branch), shortcut]
+    else:
+        parts = last.input
+        outputs = next(layer for layer in model.layers if last.output in [layer.input]).output
+    want = keras.layers.ReLU()(keras.layers.Add()(parts))
+    y, want = keras.Model(model.input, [outputs, want])(IMAGES)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    assert np.any(y == 0) and np.any(y > 0)
 
 
 def test_a_callable_makes_the_normalization():

@@ -53,6 +53,10 @@ def _check(row, layer, outputs):
         "output_std": flat.std(axis=0),
         "sparsity": (flat == 0).mean(axis=0),
     }
+    if layer.bias is None:
+        assert row["bias_mean"] == row["bias_min"] == row["bias_max"] == ""
+    else:
+        expected["bias"] = layer.bias.numpy()
     for name, channels in expected.items():
         for over in ("mean", "min", "max"):
             assert float(row[f"{name}_{over}"]) == pytest.approx(getattr(np, over)(channels), rel=1e-4, abs=1e-6)
@@ -69,6 +73,33 @@ def test_values(tmp_path):
     for row, name in zip(rows[-3:], ("agc_relu", "agc_tanh", "agc_None"), strict=True):
         layer = model.get_layer(name)
         _check(row, layer, keras.Model(model.inputs, layer.output).predict(_X[:3], verbose=0))
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "float16", "float64"])
+def test_bias_shortcut_and_weights_of_every_dtype(tmp_path, policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        inputs = keras.Input((6, 7, 3))
+        x = AutomaticGainControl("relu", name="first")(_conv()(inputs))
+        random = keras.initializers.RandomNormal(1.0, 0.1)
+        last = AutomaticGainControl("relu", use_bias=True, bias_initializer=random, gain_initializer=random)
+        model = keras.Model(inputs, last(_conv()(x), x))
+        _fit(model, GainMonitor(tmp_path, _X))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    rows = _rows(tmp_path)
+    outputs = model(_X)
+    assert {row["layer"].split("/")[-1] for row in rows} == {"first", last.name}
+    tolerance = 2e-2 if "float16" in policy else 1e-4
+    for over in ("mean", "min", "max"):
+        for name in ("gain", "bias"):
+            want = getattr(np, over)(getattr(last, name).numpy().astype("float64"))
+            assert float(rows[-1][f"{name}_{over}"]) == pytest.approx(want, rel=1e-3)
+        got = float(rows[-1][f"output_std_{over}"])
+        assert got == pytest.approx(getattr(np, over)(np.std(tf.cast(outputs, "float64"), (0, 1, 2))), rel=tolerance)
+    assert rows[-2]["bias_mean"] == ""
+    assert any(np.any(np.asarray(variable) != 1) for variable in (last.gain, last.mean_scale))
+    assert plot_gains(tmp_path).read_bytes().startswith(PNG)
 
 
 # No leading underscores: TensorFlow refuses the name scopes that Keras makes of them.
@@ -416,17 +447,19 @@ class Sum(keras.layers.Layer):
     ("change", "message"),
     [
         (lambda text: "a,b\n1,2\n", "was not written by GainMonitor: its first line must be epoch,step,iterations,"),
+        # A log from before there were columns for the bias.
+        (lambda text: text.replace(",bias_mean,bias_min,bias_max", ""), "was not written by GainMonitor: its first"),
         (lambda text: "\udcff\udcfe", "was not written by GainMonitor: its first line must be epoch,step,iterations,"),
         (lambda text: text[:-1], "ends within a record: remove its last line"),
         (lambda text: text[:-30], "ends within a record: remove its last line"),
         (lambda text: text[: text.index("\n") + 1], "ends within a record"),
         (
             lambda text: text + "1,8,8,agc,1\n",
-            "line 8 must have epoch, step, iterations, layer and 12 numbers, got ['1', '8', '8', 'agc', '1']: remove",
+            "line 8 must have epoch, step, iterations, layer and 15 numbers, got ['1', '8', '8', 'agc', '1']: remove",
         ),
         (
             lambda text: text.replace("\n0,4", "\n0,x"),
-            "line 5 must have epoch, step, iterations, layer and 12 numbers, got ['0', ",
+            "line 5 must have epoch, step, iterations, layer and 15 numbers, got ['0', ",
         ),
     ],
 )  # fmt: skip
@@ -495,10 +528,10 @@ class _Events:
 
 
 def test_tensorboard(tmp_path):
-    model = _sequential()
+    model = _sequential(use_bias=True)
     _fit(model, GainMonitor(tmp_path, _X), epochs=2)
     rows, events = _rows(tmp_path), _events(tmp_path)
-    for name in ("gain", "mean_scale", "output_std", "sparsity"):
+    for name in ("gain", "mean_scale", "output_std", "sparsity", "bias"):
         for row in rows[:3]:
             layer = row["layer"]
             want = [(int(r["step"]), float(r[f"{name}_mean"])) for r in rows if r["layer"] == layer]
@@ -557,11 +590,12 @@ def test_plot(tmp_path):
 
 @pytest.mark.parametrize("spread", [1e-5, 3e-4, 2e-3, 0.07, 0.5, 30, 4e5])
 def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch, spread):
+    quantities = ("gain", "mean_scale", "output_std", "sparsity", "bias")
     header = "epoch,step,iterations,layer," + ",".join(
-        f"{name}_{over}" for name in ("gain", "mean_scale", "output_std", "sparsity") for over in ("mean", "min", "max")
+        f"{name}_{over}" for name in quantities for over in ("mean", "min", "max")
     )
     values = [f"{1 + spread * factor:.6g}" for factor in (0.1, -0.6, 1.0)]
-    rows = [f"0,{step},{step},agc_{layer}," + ",".join(4 * values) for step in (0, 391) for layer in range(3)]
+    rows = [f"0,{step},{step},agc_{layer}," + ",".join(5 * values) for step in (0, 391) for layer in range(3)]
     (tmp_path / "gains.csv").write_text("\n".join([header, *rows]) + "\n")
     figures = []
     save = Figure.savefig
@@ -570,7 +604,7 @@ def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch, spread):
     )
     plot_gains(tmp_path)
     (figure,) = figures
-    for axes in figure.axes[:4]:
+    for axes in figure.axes[:5]:
         left, right = axes.get_xlim()
         ticks = [tick for tick in axes.xaxis.get_major_ticks() if left <= tick.get_loc() <= right]
         boxes = sorted((tick.label1.get_window_extent() for tick in ticks), key=lambda box: box.x0)

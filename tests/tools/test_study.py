@@ -427,9 +427,9 @@ def test_the_largest_batch(base, expected):
     assert expected * 0.98 <= row.largest_batch <= expected
     assert expected == 0 or row.peak_mib == base + 2 * row.largest_batch
     other = dataclasses.replace(row, normalization="batch_norm", largest_batch=10)
-    assert f"| some | 1000 | {row.largest_batch} | 10 | {row.largest_batch / 10:.2f} |" in study_memory.table(
-        [row, other]
-    )
+    line = f"| some | 1000 | {row.largest_batch} | 10 | {row.largest_batch / 10:.2f} |"
+    half_done = dataclasses.replace(row, network="interrupted")
+    assert study_memory.table([row, other, half_done]).splitlines()[2:] == [line]
 
 
 def test_a_batch_that_kills_its_process_is_too_large(monkeypatch):
@@ -467,10 +467,12 @@ def test_memory_goes_on(trainer, call, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study_memory, "largest_batch", largest_batch)
     with pytest.raises(SystemExit, match="130"):
         call("memory")
+    call("memory", "--network", "plain")
+    assert measured[-1] == "interrupted"  # the plain network was finished
     call("memory")
     measured.remove("interrupted")
     assert len(measured) == len(set(measured)) == len(study_memory.NETWORKS) * len(study_memory.NORMALIZATIONS)
-    assert f"| {study_memory.NETWORKS[0]} | 2048 | 10 | 20 | 0.50 |" in capsys.readouterr().out
+    assert f"| {study_memory.NETWORKS['plain']} | 2048 | 10 | 20 | 0.50 |" in capsys.readouterr().out
     expected = ".*memory.csv was made with another limit_mib: remove it, or pass another --results_dir$"
     assert_one_sentence(call, "memory", "--limit_mib", 1024, match=expected)
 
