@@ -1,0 +1,396 @@
+"""What becomes of each BatchNormalization of a model: the decisions of `tf_agc.convert`, and the table that tells them.
+
+They are taken from the model's graph, before anything is copied. Nothing here makes a model, or computes anything.
+"""
+
+import collections
+import dataclasses
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from tf_agc import model_graph
+from tf_agc.activations import find_fused
+from tf_agc.layer import AutomaticGainControl
+from tf_agc.model_graph import Call, is_of_keras
+from tf_agc.table import format_table
+
+# Layers that are linear in their input: what has a mean of 0 in each map has so behind them too, but for the borders.
+_LINEAR = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+    keras.layers.Dense,
+)
+
+# Layers and operations that average positions.
+_AVERAGES = (
+    *(f"{kind}AveragePooling{rank}D" for kind in ("Global", "", "Adaptive") for rank in (1, 2, 3)),
+    *("AveragePool", "AdaptiveAveragePool"),
+)
+
+
+@dataclasses.dataclass
+class ConvertedLayer:
+    """What `convert` makes of one BatchNormalization layer, or of a model that loses its class.
+
+    Attributes:
+        layer: the layer's name, after those of the nested models that it is in ("encoder/bn1").
+        activation: the activation that AGC computes, "linear" for none; empty where there is no AGC.
+        fused: names of the Add and activation layers that disappear, because AGC computes them.
+        averaged_by: name of what averages the maps behind the AGC, for which its mean scale is 0 at first; or empty.
+        reason: why there is no AGC, or what a model loses; empty for a layer that is replaced.
+    """
+
+    layer: str
+    activation: str = ""
+    fused: list[str] = dataclasses.field(default_factory=list)
+    averaged_by: str = ""
+    reason: str = ""
+
+    def _cells(self) -> list[str]:
+        notes = [f"with {', '.join(self.fused)}"] if self.fused else []
+        if self.averaged_by:
+            notes.append(f"mean scale 0 at first, as {self.averaged_by} averages the map")
+        return [self.layer, self.activation and f"AGC, {self.activation}", "; ".join(notes) or self.reason]
+
+
+class ConversionTable(list[ConvertedLayer]):
+    """One row for each BatchNormalization layer, in the order of execution; `print` shows it as a table."""
+
+    def __str__(self) -> str:
+        return format_table([["layer", "becomes", ""], *(row._cells() for row in self)])
+
+
+def summary(rows: Iterable[ConvertedLayer]) -> str:
+    """The reasons in some rows, each once, as lines of a message; a model may have hundreds of layers."""
+    by_kind: dict[str, list[ConvertedLayer]] = {}
+    for row in rows:
+        if row.reason:
+            by_kind.setdefault(row.reason.partition(": ")[0], []).append(row)
+    lines = ""
+    for kind, (first, *others) in by_kind.items():
+        listed = ", ".join(row.layer for row in [first, *others[:7]]) + (", ..." if len(others) > 7 else "")
+        lines += f"\n  {kind} ({len(others) + 1} layers): {listed}" if others else f"\n  {first.layer}: {first.reason}"
+    return lines
+
+
+@dataclasses.dataclass
+class _NormCall:
+    """One call of a BatchNormalization, and what AGC computes with it."""
+
+    call: Call
+    add: Call | None = None
+    activation: Call | None = None  # what reads its output, or the sum, if that is the only reader
+
+
+@dataclasses.dataclass
+class _Norm:
+    """A BatchNormalization layer with all its calls."""
+
+    layer: keras.layers.BatchNormalization
+    path: str
+    calls: list[_NormCall] = dataclasses.field(default_factory=list)
+    obstacle: str = ""
+    causal: str = ""  # the name of something causal before or behind it
+    averaged_by: str = ""
+
+    @property
+    def activation(self) -> tuple[str, float | None] | None:
+        """What AGC computes too, name and alpha: one and the same activation behind every call."""
+        first, *others = {_find_activation(each.activation) for each in self.calls}
+        return None if others else first
+
+    @property
+    def _data_format(self) -> str:
+        rank = len(self._shapes[0])
+        return "channels_last" if self.layer.axis % rank == rank - 1 else "channels_first"
+
+    @property
+    def _shapes(self) -> list[tuple[int | None, ...]]:
+        return [each.call.inputs[0].shape for each in self.calls]
+
+    def reason(self) -> str:
+        """Why the layer is left alone; empty where it is replaced. What is behind ": " is of this layer alone."""
+        if self.obstacle:
+            return f"left alone, {self.obstacle}"
+        axis, rank = self.layer.axis, len(self._shapes[0])
+        if not 3 <= rank <= 8:
+            return f"left alone, AGC takes 1 to 6 spatial axes: input shape {self._shapes[0]}"
+        if axis % rank not in (1, rank - 1):
+            return f"left alone, its axis={axis} is neither the first nor the last one of a sample"
+        for shape in self._shapes:
+            if set(shape[1:-1] if self._data_format == "channels_last" else shape[2:]) == {1}:
+                return f"left alone, a map of one position is its own mean: input shape {shape}"
+        if self.causal:
+            return (
+                "left alone, AGC averages over later steps too and the network is causal (replace_causal=True "
+                f"replaces it): {self.causal} is causal"
+            )
+        return ""
+
+    def replacement(self) -> AutomaticGainControl:
+        activation, alpha = self.activation or (None, None)
+        return AutomaticGainControl(
+            activation,
+            data_format=self._data_format,
+            alpha=alpha,
+            mean_scale_initializer="zeros" if self.averaged_by else "ones",
+            activity_regularizer=self.layer.activity_regularizer,
+            name=self.layer.name,
+            dtype=self.layer.dtype_policy,
+        )
+
+    def row(self) -> ConvertedLayer:
+        reason = self.reason()
+        if reason:
+            return ConvertedLayer(self.path, reason=reason)
+        adds = [each.add.operation.name for each in self.calls if each.add]
+        activations = [each.activation.operation.name for each in self.calls if each.activation and self.activation]
+        fused = list(dict.fromkeys(adds + activations))
+        return ConvertedLayer(self.path, (self.activation or ("linear",))[0], fused, self.averaged_by)
+
+
+class Plan:
+    """Finds every BatchNormalization of a model and decides what becomes of it, and of what is behind it.
+
+    Args:
+        model: as in `convert`.
+        replace_causal: as in `convert`.
+
+    Attributes:
+        norms: the BatchNormalization layers, by identity.
+    """
+
+    def __init__(self, model: keras.Model, replace_causal: bool) -> None:
+        _check_model(model)
+        self._graph = model_graph.CallGraph(model)
+        self.norms: dict[int, _Norm] = {}
+        for call in self._graph.calls:
+            self._find_norms(call)
+        if not replace_causal:
+            self._mark_causal()
+        self._lost_classes: dict[int, ConvertedLayer] = {}  # by the model's identity
+        for path, nested in self._graph.models:
+            if not can_be_constructed(type(nested)):
+                reason = f"copied without its class {type(nested).__name__}, which has a constructor of its own"
+                self._lost_classes.setdefault(id(nested), ConvertedLayer(path, reason=reason))
+        replaced = [norm for norm in self.norms.values() if not norm.reason()]
+        self._choose_adds(replaced)
+        for norm in replaced:
+            for each in norm.calls:
+                each.activation = self._activation_behind(norm.layer, each.add or each.call)
+            norm.averaged_by = next(filter(None, (self._averaged_by(each.call) for each in norm.calls)), "")
+
+        self._replaced = {id(norm.layer): norm for norm in replaced}
+        # By the identity of Keras's nodes, as the copy is made from them.
+        self._junctions: dict[int, tuple[keras.layers.BatchNormalization, int]] = {}
+        self._vanishing: set[int] = set()
+        for norm in replaced:
+            for each in norm.calls:
+                if each.add:
+                    (output,) = each.call.node.outputs
+                    position = [x is output for x in each.add.node.input_tensors].index(True)
+                    self._junctions[id(each.add.node)] = norm.layer, position
+                    self._vanishing.add(id(each.call.node))
+                if each.activation and norm.activation:
+                    self._vanishing.add(id(each.activation.node))
+
+    def replacement(self, operation: Any) -> AutomaticGainControl | None:
+        """What replaces a layer, made anew; None where it is copied."""
+        return self._replaced[id(operation)].replacement() if self.is_replaced(operation) else None
+
+    def is_replaced(self, operation: Any) -> bool:
+        """Whether an AGC takes the place of a layer."""
+        return id(operation) in self._replaced
+
+    def junction(self, node: Any) -> tuple[keras.layers.BatchNormalization, int] | None:
+        """For the call of an Add that an AGC computes: the BatchNormalization before it, and at which of the inputs."""
+        return self._junctions.get(id(node))
+
+    def vanishes(self, node: Any) -> bool:
+        """Whether the copy hands the input of this call on, because an AGC behind or before it computes it."""
+        return id(node) in self._vanishing
+
+    def table(self) -> ConversionTable:
+        return ConversionTable([*(norm.row() for norm in self.norms.values()), *self._lost_classes.values()])
+
+    def _find_norms(self, call: Call) -> None:
+        operation = call.operation
+        if isinstance(operation, keras.layers.BatchNormalization):
+            norm = self._norm(operation, call.path)
+            norm.calls.append(_NormCall(call))
+            if not model_graph.keras_defines_call(operation):
+                norm.obstacle = f"its class {type(operation).__name__} has a call() of its own"
+            elif len(call.inputs) > 1:
+                norm.obstacle = "it is called with a mask, and AGC averages over all positions"
+        elif isinstance(operation, keras.Layer) and not _hands_in(operation):
+            for layer in model_graph.sublayers(operation):
+                if isinstance(layer, keras.layers.BatchNormalization):
+                    norm = self._norm(layer, f"{call.path}/{layer.name}")
+                    norm.obstacle = f"it is inside a {type(operation).__name__}, whose code convert does not rewrite"
+
+    def _norm(self, layer: keras.layers.BatchNormalization, path: str) -> _Norm:
+        return self.norms.setdefault(id(layer), _Norm(layer, path))
+
+    def _mark_causal(self) -> None:
+        calls = self._graph.calls
+        for ordered, sources, targets in ((calls, "inputs", "outputs"), (calls[::-1], "outputs", "inputs")):
+            reached: dict[int, str] = {}  # by the identity of a tensor: what is causal before it, or behind it
+            for call in ordered:
+                names = (reached.get(id(x), "") for x in getattr(call, sources))
+                name = call.path if _is_causal(call) else next(filter(None, names), "")
+                if name:
+                    reached.update((id(x), name) for x in getattr(call, targets))
+                    norm = self.norms.get(id(call.operation))
+                    if norm and not norm.causal:
+                        norm.causal = name
+
+    def _only_reader(self, norm: keras.layers.BatchNormalization, call: Call) -> Call | None:
+        """What reads the output of a call, if it is in the same graph, and one layer can stand for both."""
+        (output,) = call.outputs
+        readers = self._graph.readers(output)
+        if len(readers) != 1 or readers[0].scope is not call.scope or call.node is None or call.gives_output_of_model():
+            return None
+        (reader,) = readers
+        # Losses and metrics may be given by the name of an output.
+        if len(call.scope.model.outputs) > 1 and reader.gives_output_of_model():
+            return None
+        # Nothing may regularize what is between them. An operation is no layer, and computes in its input's dtype.
+        if norm.activity_regularizer:
+            return None
+        alike = not isinstance(reader.operation, keras.Layer) or reader.operation.compute_dtype == norm.compute_dtype
+        return reader if alike else None
+
+    def _choose_adds(self, replaced: list[_Norm]) -> None:
+        """Finds each Add that an AGC computes: the one at the end of the longer way, where there are two."""
+        candidates: dict[int, list[_NormCall]] = collections.defaultdict(list)
+        for norm in replaced:
+            for each in norm.calls:
+                reader = self._only_reader(norm.layer, each.call)
+                if reader and _adds_two_maps(reader):
+                    candidates[id(reader)].append(each)
+                    each.add = reader
+        for alternatives in candidates.values():
+            chosen = max(alternatives, key=lambda each: each.call.depth)
+            for each in alternatives:
+                each.add = each.add if each is chosen else None
+        # The graph of a shared model is one, whatever the sizes that it is called with.
+        calls = [each for norm in replaced for each in norm.calls]
+        apart = {id(each.call.node) for each in calls if not each.add}
+        for each in calls:
+            each.add = None if id(each.call.node) in apart else each.add
+
+    def _activation_behind(self, norm: keras.layers.BatchNormalization, call: Call) -> Call | None:
+        reader = self._only_reader(norm, call)
+        return reader if _find_activation(reader) else None
+
+    def _averaged_by(self, call: Call) -> str:
+        """The name of what averages over the maps that come of a call, without another normalization between."""
+        (output,) = call.outputs
+        todo, seen = [output], set()
+        while todo:
+            tensor = todo.pop()
+            for reader in self._graph.readers(tensor):
+                if _averages_maps(reader):
+                    return reader.path
+                # A sum counts for what is directly before it alone: the last sum of a residual stream has all of it.
+                if id(reader) not in seen and (_hands_maps_on(reader) or (tensor is output and _adds(reader))):
+                    seen.add(id(reader))
+                    todo.extend(reader.outputs)
+        return ""
+
+
+def _find_activation(call: Call | None) -> tuple[str, float | None] | None:
+    fused = find_fused(call.operation) if call else None
+    return None if fused == ("linear", None) else fused
+
+
+def _adds(call: Call) -> bool:
+    return is_of_keras(call.operation, "Add") and not getattr(call.operation, "activity_regularizer", None)
+
+
+def _adds_two_maps(call: Call) -> bool:
+    """Whether AGC can compute this sum: of two tensors of one shape and dtype."""
+    if not _adds(call) or len(call.inputs) != 2:
+        return False
+    a, b = call.inputs
+    return a is not b and a.shape == b.shape and a.dtype == b.dtype
+
+
+def _hands_in(operation: Any) -> bool:
+    """Whether the graph has the calls inside this one too."""
+    return model_graph.is_graph(operation) or type(operation) is keras.layers.TimeDistributed
+
+
+def _hands_maps_on(call: Call) -> bool:
+    """Whether the mean of each map stays what it is, or becomes one of these means with others of them."""
+    operation = call.operation
+    if _hands_in(operation) or isinstance(operation, _LINEAR) or is_of_keras(operation, "Concatenate"):
+        return True
+    # Activations, dropout and what else works on each value by itself.
+    has_weights = isinstance(operation, keras.Layer) and operation.weights and not is_of_keras(operation, "PReLU")
+    return len(call.inputs) == 1 and call.outputs[0].shape == call.inputs[0].shape and not has_weights
+
+
+def _averages_maps(call: Call) -> bool:
+    """Whether one number comes of each map: the mean of its positions, or their sum."""
+    if not call.inputs:
+        return False
+    operation, shape = call.operation, call.inputs[0].shape
+    if is_of_keras(operation, "Mean", "Sum"):
+        rank = len(shape)
+        axes = set(range(rank)) if operation.axis is None else {axis % rank for axis in operation.axis}
+        return rank > 2 and (axes >= set(range(1, rank - 1)) or axes >= set(range(2, rank)))
+    pooled = call.outputs[0].shape
+    of_whole_maps = len(pooled) < len(shape) or {1} in (set(pooled[1:-1]), set(pooled[2:]))
+    return is_of_keras(operation, *_AVERAGES) and of_whole_maps
+
+
+def _is_causal(call: Call) -> bool:
+    """Whether a call keeps later steps of a sequence out of earlier ones."""
+    operation = call.operation
+    if is_of_keras(operation, "ZeroPadding1D"):
+        before, after = operation.padding
+        return before > after == 0
+    kwargs = call.node.arguments.kwargs if call.node else {}
+    return getattr(operation, "padding", None) == "causal" or bool(kwargs.get("use_causal_mask"))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a functional or Sequential keras.Model, got {type(model).__name__}")
+    is_sequential = isinstance(model, keras.Sequential) and model_graph.keras_defines_call(model)
+    if is_sequential and not model_graph.is_graph(model):
+        raise ValueError(
+            f"model '{model.name}' is not built: call it on a batch, or call its build() with an input shape, "
+            "before converting it"
+        )
+    if not model_graph.is_graph(model):
+        raise TypeError(
+            f"model must be a functional or Sequential keras.Model, got the subclassed model '{model.name}' "
+            f"({type(model).__name__}): replace BatchNormalization in its code"
+        )
+
+
+def can_be_constructed(kind: type[keras.Model]) -> bool:
+    """Whether a model of this class can be made as Keras makes its own: from inputs, outputs and a name."""
+    for one in kind.__mro__:
+        if "__init__" not in vars(one):
+            continue
+        if one.__module__.startswith("keras."):
+            return True
+        arguments = inspect.getfullargspec(vars(one)["__init__"])
+        if arguments.args[1:] == ["inputs", "outputs", "name"]:
+            return True
+        needed = arguments.args[1:] or set(arguments.kwonlyargs) - set(arguments.kwonlydefaults or ())
+        if needed or not (arguments.varargs and arguments.varkw):
+            return False
+        # (*args, **kwargs) is handed on to the next class that has a constructor.
+    return False

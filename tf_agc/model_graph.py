@@ -1,0 +1,166 @@
+"""Reads the graph of a functional or Sequential model: which operation is called where, on what, and who reads that.
+
+Keras's private names for graphs are used here alone. Models are only read; what `convert` looks for is not known here.
+"""
+
+import collections
+import copy
+import dataclasses
+from typing import Any
+
+import keras
+
+
+def is_graph(layer: Any) -> bool:
+    """Whether this is a model that its graph describes: no code of its own runs when it is called."""
+    if isinstance(layer, keras.Sequential):
+        return hasattr(layer, "inputs") and keras_defines_call(layer)
+    return isinstance(layer, keras.Model) and isinstance(layer, keras.Function) and keras_defines_call(layer)
+
+
+def keras_defines_call(layer: keras.Layer) -> bool:
+    return type(layer).call.__module__.startswith("keras.")
+
+
+def is_of_keras(operation: Any, *names: str) -> bool:
+    """Whether a layer or an operation is of a class of Keras's own with one of these names.
+
+    By name, as Keras exports no classes of its operations. A layer and an operation may have one name, as Add.
+    """
+    return type(operation).__module__.startswith("keras.") and type(operation).__name__ in names
+
+
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layer itself and all layers in it; private, as Keras has no public way to list them."""
+    return layer._flatten_layers()
+
+
+def nodes(model: keras.Model) -> list[Any]:
+    """The nodes of a model's graph, in the order of execution: `operation`, `arguments`, `input_tensors`, `outputs`.
+
+    Private, as Keras has no public way to see who reads a tensor, but for configurations, which exist only for layers
+    that can be saved.
+    """
+    if isinstance(model, keras.Sequential):
+        model = keras.Model(model.inputs, model.outputs, name=model.name)
+    depths = sorted(model._nodes_by_depth.items(), reverse=True)
+    return [node for _, nodes in depths for node in nodes if not node.is_input]
+
+
+@dataclasses.dataclass(eq=False)
+class Scope:
+    """One call of a model, or of TimeDistributed around a layer, which has no model."""
+
+    model: Any = None
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of an operation while the outermost model is called once.
+
+    A nested model and TimeDistributed have calls too, which hand tensors in (and out, of TimeDistributed); what is
+    called inside stands between them.
+
+    Attributes:
+        operation: the layer or operation.
+        path: its name, after those of the nested models that it is in ("encoder/conv").
+        node: Keras's node, in the graph of scope.model; None inside TimeDistributed around one layer.
+        scope: the call of the model that this call is in.
+        inputs: the tensors that it is called with, their sizes as far as anything tells them.
+        outputs: its tensors, which are no other call's.
+        depth: the number of calls on the longest way from the inputs of the outermost model to here.
+    """
+
+    operation: Any
+    path: str
+    node: Any
+    scope: Scope
+    inputs: list[keras.KerasTensor]
+    outputs: list[keras.KerasTensor]
+    depth: int
+
+    def gives_output_of_model(self) -> bool:
+        """Whether an output of the call is one of the model that it is in."""
+        return not set(map(id, self.scope.model.outputs)).isdisjoint(map(id, self.node.outputs))
+
+
+class CallGraph:
+    """All calls of a model, in the order of execution, those in nested models and in TimeDistributed among them.
+
+    Attributes:
+        calls: the calls; a model that is called several times has the calls in it as often.
+        models: the model itself and the nested ones, with their paths, once for each call.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.calls: list[Call] = []
+        self.models: list[tuple[str, keras.Model]] = []
+        self._readers: dict[int, list[Call]] = collections.defaultdict(list)
+        self._depths: dict[int, int] = {}
+        self._walk(model, list(map(copy.copy, model.inputs)), model.name, "")
+
+    def readers(self, tensor: keras.KerasTensor) -> list[Call]:
+        """The calls that have this tensor among their inputs."""
+        return self._readers[id(tensor)]
+
+    def _walk(
+        self, model: keras.Model, inputs: list[keras.KerasTensor], path: str, prefix: str
+    ) -> list[keras.KerasTensor]:
+        """Records the calls in a model that is called with these inputs, and returns its outputs."""
+        self.models.append((path, model))
+        scope = Scope(model)
+        tensors = dict(zip(map(id, model.inputs), inputs, strict=True))
+        as_in_graph = all(x.shape == own.shape for x, own in zip(inputs, model.inputs, strict=True))
+        for node in nodes(model):
+            args, kwargs = node.arguments.fill_in(tensors)
+            spec = node.outputs
+            if not as_in_graph and not is_graph(node.operation):
+                # As Keras infers it for the model's outputs.
+                spec = keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
+            arguments = keras.tree.flatten((args, kwargs))  # keywords by name: `inputs` stands first
+            outputs = self._call(node.operation, arguments, spec, prefix, scope, node)
+            tensors.update(zip(map(id, node.outputs), outputs, strict=True))
+        return [tensors[id(x)] for x in model.outputs]
+
+    def _call(
+        self, operation: Any, arguments: list[Any], spec: list[keras.KerasTensor], prefix: str, scope: Scope, node: Any
+    ) -> list[keras.KerasTensor]:
+        """Records one call and those inside it; spec has the shapes of its outputs, but for a model's."""
+        path = prefix + operation.name
+        place = (operation, path, node, scope)
+        if is_graph(operation):
+            inputs: list[keras.KerasTensor] = []
+            for own, given in zip(operation.inputs, arguments[: len(operation.inputs)], strict=True):
+                inputs += self._record(place, [given], [_with_known_sizes(own, given)])
+            return self._walk(operation, inputs, path, f"{path}/")
+        if type(operation) is keras.layers.TimeDistributed:
+            step = self._record(place, arguments[:1], [_step(arguments[0])])
+            steps = self._call(operation.layer, step, list(map(_step, spec)), f"{path}/", Scope(), None)
+            return self._record(place, steps, spec)
+        return self._record(place, arguments, spec)
+
+    def _record(
+        self, place: tuple[Any, str, Any, Scope], arguments: list[Any], spec: list[keras.KerasTensor]
+    ) -> list[keras.KerasTensor]:
+        inputs = [x for x in arguments if isinstance(x, keras.KerasTensor)]
+        outputs = list(map(copy.copy, spec))
+        depth = 1 + max((self._depths.get(id(x), 0) for x in inputs), default=0)
+        call = Call(*place, inputs, outputs, depth)
+        self.calls.append(call)
+        for tensor in set(map(id, inputs)):
+            self._readers[tensor].append(call)
+        self._depths.update((id(x), depth) for x in outputs)
+        return outputs
+
+
+def _with_known_sizes(own: keras.KerasTensor, given: Any) -> keras.KerasTensor:
+    """An input of a model in one call, with the sizes that the model knows or the call."""
+    if not isinstance(given, keras.KerasTensor) or len(given.shape) != len(own.shape):
+        return own
+    shape = tuple(a if b is None else b for a, b in zip(own.shape, given.shape, strict=True))
+    return own if shape == own.shape else keras.KerasTensor(shape, own.dtype, sparse=own.sparse)
+
+
+def _step(tensor: keras.KerasTensor) -> keras.KerasTensor:
+    """What TimeDistributed calls its layer with, or gets from it, for each of the steps in a tensor."""
+    return keras.KerasTensor(tensor.shape[:1] + tensor.shape[2:], tensor.dtype)
