@@ -29,8 +29,12 @@ def parse_options() -> argparse.Namespace:
     cpu = commands.add_parser("cpu", help="the op against its peers and against a copy of the same bytes")
     cpu.add_argument("--quick", action="store_true", help="three shapes, three repetitions")
     cpu.add_argument("--shapes", type=_shapes, help="N,H,W,C, several separated by blanks, in quotes")
-    cpu.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: all three)")
-    cpu.add_argument("--csv", type=pathlib.Path, help="write the results here")
+    cpu.add_argument("--dtype", choices=bench_shapes.DTYPES, help="(default: all three)")
+    cpu.add_argument(
+        "--only", choices=["op", "junctions"], help="(default: the op by itself, and junctions at the large shapes)"
+    )
+    cpu.add_argument("--csv", type=pathlib.Path, help="write the results here, after each shape")
+    cpu.add_argument("--resume", action="store_true", help="keep what the file of --csv has, and time the rest")
     cpu.add_argument("--json", type=pathlib.Path, help="write the results here")
     cpu.add_argument(
         "--instructions", action="store_true", help="count instructions under callgrind instead of timing anything"
@@ -39,7 +43,8 @@ def parse_options() -> argparse.Namespace:
 
     model = commands.add_parser("model", help="training steps of whole networks, kept activations, peak memory")
     model.add_argument("--quick", action="store_true", help="four timed steps")
-    model.add_argument("--csv", type=pathlib.Path, help="write the results here")
+    model.add_argument("--csv", type=pathlib.Path, help="write the results here, after each network")
+    model.add_argument("--resume", action="store_true", help="keep what the file of --csv has, and measure the rest")
     model.set_defaults(run=run_model)
 
     monitor = commands.add_parser("monitor", help="what GainMonitor costs in training")
@@ -90,21 +95,10 @@ def run_cpu(options: argparse.Namespace) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     copy = bench_cpu.Copy(CHECKOUT / "bazel-bin/cc/core/libcopy_limit.so", threads)
 
-    dtypes = [options.dtype] if options.dtype else bench_shapes.DTYPES
-    shapes = options.shapes or (bench_shapes.QUICK_SHAPES if options.quick else bench_shapes.SHAPES)
-    jobs = [(shape, "channels_last", dtype, True) for dtype in dtypes for shape in shapes]
-    jobs += [
-        (shape, "channels_first", dtype, True)
-        for dtype in dtypes
-        for shape in shapes
-        if shape in bench_shapes.CHANNELS_FIRST_SHAPES
-    ]
-    if not options.shapes and not options.quick and "float32" in dtypes:
-        jobs += [(shape, "channels_last", "float32", False) for shape in bench_cpu.SERIES]
-
     meta = machine.describe() | {"threads": str(threads)}
     console = _console()
-    rows = []
+    rows = _earlier_rows(options, meta)
+    jobs = [job for job in cpu_jobs(options) if not any(job.made(row) for row in rows)]
     with rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -115,19 +109,59 @@ def run_cpu(options: argparse.Namespace) -> None:
     ) as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:
-            progress.update(task, description=f"{','.join(map(str, job[0]))} {job[1]} {job[2]}")
-            for row in bench_cpu.measure(copy, *job, quick=options.quick):
-                if isinstance(row, str):
-                    console.print(row)
-                else:
-                    rows.append(row)
+            progress.update(task, description=str(job))
+            measured = list(bench_cpu.measure(copy, job, quick=options.quick))
+            for sentence in (row for row in measured if isinstance(row, str)):
+                console.print(sentence)
+            rows += [row for row in measured if not isinstance(row, str)]
+            if options.csv:
+                result_files.write_csv(options.csv, rows, meta)
             progress.advance(task)
-    if options.csv:
-        result_files.write_csv(options.csv, rows, meta)
     if options.json:
         content = {"machine": meta, "rows": [dataclasses.asdict(row) for row in rows]}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(cpu_table(rows, meta))
+
+
+def cpu_jobs(options: argparse.Namespace) -> list:
+    """What `cpu` times; a shape or a dtype that is asked for is timed in all its forms."""
+    from benchmarks import bench_cpu
+
+    def of_shapes(shapes, dtypes, junction) -> list[bench_cpu.Job]:
+        return [
+            bench_cpu.Job(shape, data_format, dtype, junction)
+            for data_format in ("channels_last", "channels_first")
+            for dtype in ([options.dtype] if options.dtype else dtypes)
+            for shape in options.shapes or shapes
+            if data_format == "channels_last" or shape in bench_shapes.CHANNELS_FIRST_SHAPES
+            if shape in bench_shapes.QUICK_SHAPES or not options.quick or options.shapes
+        ]
+
+    jobs = []
+    if options.only != "junctions":
+        jobs += of_shapes(bench_shapes.SHAPES, bench_shapes.DTYPES, junction=False)
+        if not options.shapes and not options.quick and options.dtype in (None, "float32"):
+            jobs += [bench_cpu.Job(shape, "channels_last", "float32", peers=False) for shape in bench_cpu.SERIES]
+    if options.only != "op":
+        jobs += of_shapes(bench_shapes.JUNCTION_SHAPES, bench_shapes.JUNCTION_DTYPES, junction=True)
+    return jobs
+
+
+def _earlier_rows(options: argparse.Namespace, meta: dict[str, str]) -> list:
+    """The rows to go on from, which were measured on the same machine with the same versions."""
+    from benchmarks import machine
+
+    if not options.resume:
+        return []
+    if not options.csv:
+        sys.exit("--resume needs --csv, the file to go on with")
+    if not options.csv.exists():
+        return []
+    rows, earlier = read_csv(options.csv)
+    others = machine.differing(meta, earlier)
+    if others:
+        sys.exit(f"{options.csv} was measured with another {', '.join(others)}: remove it, or name another file")
+    return rows
 
 
 def count_instructions() -> None:
@@ -135,7 +169,13 @@ def count_instructions() -> None:
     bazel_build("//cc/core:bench")
     program = CHECKOUT / "bazel-bin/cc/core/bench"
     print(f"{'instructions for each element':60} x86-64-v3, one thread, relu")
-    for kind, function in (("forward_in_place", "Forward"), ("backward_in_place", "Backward")):
+    kinds = {
+        "forward_in_place": "Forward",
+        "backward_in_place": "Backward",
+        "junction_forward_in_place": "Forward",
+        "junction_backward_in_place": "Backward",
+    }
+    for kind, function in kinds.items():
         for dtype in ("float", "bfloat16", "half"):
             for data_format in ("channels_last", "channels_first"):
                 for batch, positions, channels in ((1, 3136, 64), (8, 784, 513)):
@@ -160,11 +200,12 @@ def run_model(options: argparse.Namespace) -> None:
 
     tf_agc.implementation("native")  # or an error that says why there is nothing to measure
     meta = machine.describe()
-    rows = []
-    for name in rich.progress.track(bench_model.NETWORKS, description="networks", console=_console()):
+    rows = _earlier_rows(options, meta)
+    networks = [name for name in bench_model.NETWORKS if not any(row.network == name for row in rows)]
+    for name in rich.progress.track(networks, description="networks", console=_console()):
         rows.extend(bench_model.measure(name, options.quick))
-    if options.csv:
-        result_files.write_csv(options.csv, rows, meta)
+        if options.csv:
+            result_files.write_csv(options.csv, rows, meta)
     print(model_table(rows, meta))
 
 
@@ -200,22 +241,25 @@ def read_csv(path: pathlib.Path) -> tuple[list, dict[str, str]]:
 
 
 def model_table(rows: list, meta: dict[str, str]) -> str:
-    """Returns a Markdown table of networks; every figure also as a fraction of BatchNormalization's."""
+    """Returns a Markdown table of networks; figures also as fractions of those of two other normalizations."""
     lines = [
-        "| network, batch | normalization | jit | ms a step | ± | of BatchNorm | kept MiB | of BatchNorm | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network, batch | normalization | jit | ms a step | ± | of BatchNorm | of none | kept MiB | of BatchNorm | "
+        "peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        key = (row.network, "batch_norm", row.jit)
-        other = next(r for r in rows if (r.network, r.normalization, r.jit) == key)
+        batch_norm, none = (
+            next(r for r in rows if (r.network, r.normalization, r.jit) == (row.network, name, row.jit))
+            for name in ("batch_norm", "none")
+        )
         lines.append(
             f"| {row.network}, {row.batch} | {row.normalization} | {'yes' if row.jit else 'no'} | "
             f"{row.step_ms:.4g} | {row.spread_ms:.2g} | "
-            f"{row.step_ms / other.step_ms:.2f} | "
+            f"{row.step_ms / batch_norm.step_ms:.2f} | {row.step_ms / none.step_ms:.2f} | "
             + (
                 "| | |"
                 if row.jit
-                else f"{row.kept_mib:.4g} | {row.kept_mib / other.kept_mib:.2f} | {row.peak_mib:.4g} |"
+                else f"{row.kept_mib:.4g} | {row.kept_mib / batch_norm.kept_mib:.2f} | {row.peak_mib:.4g} |"
             )
         )
     return "\n".join([*lines, "", _footer(meta), ""])
@@ -277,15 +321,38 @@ def cpu_summary(rows: list, meta: dict[str, str]) -> str:
     return "\n".join([*lines, "", _footer(meta), ""])
 
 
+def junction_table(rows: list, meta: dict[str, str]) -> str:
+    """Returns a Markdown table: forward + backward of junctions, against three ops, the peers and the limit."""
+    lines = [
+        "| N x H x W x C | layout | type | junction, ms | ± | x limit | AGC + Add + relu, ms | junction of it | "
+        "fastest peer + Add + relu | ms | speed-up |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if (row.candidate, row.passes) != ("tf_agc", "junction forward + backward"):
+            continue
+        three_ops = next(r for r in rows if r.candidate == "tf_agc + Add + relu" and _same_work(r, row))
+        best = best_peer(rows, row)
+        lines.append(
+            f"| {'x'.join(map(str, row.shape))} | {row.data_format} | {row.dtype} | {row.ms:.3g} | "
+            f"{row.spread_ms:.1g} | {row.ms / row.limit_ms:.2f} | {three_ops.ms:.3g} | {row.ms / three_ops.ms:.2f} | "
+            f"{best.candidate} | {best.ms:.3g} | {best.ms / row.ms:.1f} |"
+        )
+    return "\n".join([*lines, "", _footer(meta), ""])
+
+
+def _same_work(one, other) -> bool:
+    def key(row) -> tuple:
+        return row.shape, row.data_format, row.dtype, row.passes
+
+    return key(one) == key(other)
+
+
 def best_peer(rows: list, ours) -> object:
     """The fastest peer at the same work; for an output of its own, the peers' only way."""
-    passes = "forward in place" if ours.passes == "forward fresh" else ours.passes
-    same = [
-        row
-        for row in rows
-        if row.role == "peer"
-        and (row.shape, row.data_format, row.dtype, row.passes) == (ours.shape, ours.data_format, ours.dtype, passes)
-    ]
+    passes = ours.passes.replace("forward fresh", "forward in place")
+    work = dataclasses.replace(ours, passes=passes)
+    same = [row for row in rows if row.role == "peer" and _same_work(row, work)]
     return min(same, key=lambda row: row.ms, default=None)
 
 
@@ -294,7 +361,11 @@ def run_report(options: argparse.Namespace) -> None:
     if not hasattr(rows[0], "passes"):
         print(model_table(rows, meta))
         return
-    print(cpu_summary(rows, meta))
+    junctions = [row for row in rows if row.passes.startswith("junction")]
+    if len(junctions) < len(rows):
+        print(cpu_summary(rows, meta))
+    if junctions:
+        print(junction_table(junctions, meta))
     if options.plot:
         from benchmarks import bench_plot
 

@@ -10,6 +10,12 @@ one of graph and XLA is in their favour.
 
 In a training chain every op reads what the one before it keeps, so forward is never in place there, as it is behind a
 convolution: forward + backward takes us a little longer than in a network.
+
+A junction is where a residual branch ends: a normalization, the shortcut added, relu. In a chain of them y is the next
+one's x and every one has a shortcut of its own, an argument, whose gradient is a result: memory that lives on, as that
+of a shortcut does, which the convolution at the start of its branch keeps. With the same shortcut for all, or an
+earlier y, sums of gradients would be timed too, which belong to the network and not to the junction. Today's other way,
+our linear op and two of TensorFlow's, gets no bias, which it had not; the peers' offset and our bias are trained.
 """
 
 import ctypes
@@ -33,25 +39,50 @@ tf.get_logger().setLevel("ERROR")
 SERIES = tuple((16, round(10 ** (4 + 4 * i / 9) / (16 * 32)), 1, 32) for i in range(10))
 
 PASSES = ("forward in place", "forward fresh", "backward in place", "forward + backward", "eager forward + backward")
-# Passes over memory that the limit counts.
-_TRAFFIC = {
-    "forward in place": 2,
-    "forward fresh": 2,
-    "backward in place": 3,
-    "forward + backward": 5,
-    "eager forward + backward": 5,
-}
+JUNCTION_PASSES = tuple(f"junction {passes}" for passes in PASSES)
+# Passes over memory that the limit counts. A junction reads its shortcut too, in both, and writes the gradient of that.
+_TRAFFIC = dict(zip(PASSES, (2, 2, 3, 5, 5), strict=True)) | dict(zip(JUNCTION_PASSES, (3, 3, 5, 8, 8), strict=True))
 
 # One timing repeats its call for at least this long, and a repetition of everything is done at least so often.
 _MIN_SECONDS = 0.02
 _REPETITIONS = 7
 
 
-def _chain_length(candidate: "_Candidate", elements: int) -> int:
-    """Ops in the longer chain: more where one op is little against calling a function."""
-    if candidate.jit and candidate.role == "peer":
-        return 2
+def _longest_chain(elements: int) -> int:
+    """More ops where one op is little against calling a function."""
     return 4 if elements > 2**20 else 16
+
+
+def _chain_length(candidate: "_Candidate", elements: int) -> int:
+    """Ops in the longer chain of a candidate."""
+    return 2 if candidate.jit and candidate.role == "peer" else _longest_chain(elements)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is timed in turns.
+
+    Attributes:
+        shape: (N, H, W, C), whatever the layout.
+        data_format: "channels_last" or "channels_first".
+        dtype: of the maps.
+        junction: whether each candidate is followed by the addition of a shortcut, then relu, or by relu alone.
+        peers: whether the peers are timed too, or ours and relu only.
+    """
+
+    shape: tuple[int, int, int, int]
+    data_format: str
+    dtype: str
+    junction: bool = False
+    peers: bool = True
+
+    def __str__(self) -> str:
+        return f"{','.join(map(str, self.shape))} {self.data_format} {self.dtype}{' junction' * self.junction}"
+
+    def made(self, row: "Row") -> bool:
+        """Whether the row came from timing this."""
+        wanted = (self.shape, self.data_format, self.dtype, self.junction)
+        return (row.shape, row.data_format, row.dtype, row.passes in JUNCTION_PASSES) == wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +90,8 @@ class Row:
     """One measured time.
 
     Attributes:
-        shape: (N, H, W, C), whatever the layout.
+        shape, data_format, dtype: as in Job.
+        passes: one of PASSES, or of JUNCTION_PASSES.
         candidate: what was timed; "limit" is the copy.
         role: "ours", "peer", "floor" (relu alone) or "limit".
         ms: median milliseconds of one op.
@@ -98,8 +130,9 @@ class _Timer:
         return (time.perf_counter() - start) / self.repeat
 
 
-# An op under test: makes the layer number i of a chain, a function of x, and lists the parameters that are trained.
-_MakeLayer = Callable[[int], tuple[Callable[[tf.Tensor], tf.Tensor], list]]
+# An op under test: makes the layer number i of a chain, a function of x and, of a junction, of its shortcut, else of
+# None; and lists the parameters that are trained.
+_MakeLayer = Callable[[int], tuple[Callable[[tf.Tensor, tf.Tensor | None], tf.Tensor], list]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,29 +167,24 @@ class Copy:
         return [lambda: seconds(0), lambda: seconds(1)]
 
 
-def measure(
-    copy: Copy, shape: tuple[int, int, int, int], data_format: str, dtype: str, peers: bool, quick: bool
-) -> Iterator[Row | str]:
+def measure(copy: Copy, job: Job, quick: bool) -> Iterator[Row | str]:
     """Times every candidate at one shape; yields rows, and a sentence for each candidate that cannot run or be timed.
 
     Args:
         copy: the limit.
-        shape: (N, H, W, C).
-        data_format: "channels_last" or "channels_first".
-        dtype: of the maps.
-        peers: whether the peers are timed too, or ours and relu only.
+        job: what is timed.
         quick: three repetitions instead of seven.
     """
-    x, dy = _maps(shape, data_format, dtype)
+    x, dy, shortcuts = _maps(job)
     timers: dict[str, dict[str, _Timer]] = {}
     candidates = {}
-    for candidate in _candidates(shape, data_format, dtype, peers):
+    for candidate in _candidates(job):
         try:
-            made = _make_timers(candidate, x, dy)
+            made = _make_timers(candidate, x, dy, shortcuts)
             for timer in made.values():
                 timer.warm_up()
         except (tf.errors.OpError, ValueError, NotImplementedError) as error:
-            yield f"{candidate.name} does not run at {shape} {data_format} {dtype}: {str(error).splitlines()[0]}"
+            yield f"{candidate.name} does not run at {job}: {str(error).splitlines()[0]}"
             continue
         timers[candidate.name] = made
         candidates[candidate.name] = candidate
@@ -173,20 +201,30 @@ def measure(
                 seconds.setdefault((name, passes), []).append(value)
 
     copied = min(limits, key=statistics.median)
+
+    def row(passes, candidate, role, samples) -> Row:
+        passes = f"junction {passes}" if job.junction else passes
+        limit = [value * _TRAFFIC[passes] / 2 for value in copied]
+        lower, middle, upper = (1e3 * value for value in statistics.quantiles(samples or limit, n=4))
+        return Row(
+            job.shape,
+            job.data_format,
+            job.dtype,
+            passes,
+            candidate,
+            role,
+            ms=middle,
+            spread_ms=(upper - lower) / 2,
+            limit_ms=1e3 * statistics.median(limit),
+        )
+
     for passes in ("forward in place", "backward in place", "forward + backward"):
-        samples = [value * _TRAFFIC[passes] / 2 for value in copied]
-        yield _row(shape, data_format, dtype, passes, "limit", "limit", samples, statistics.median(samples))
+        yield row(passes, "limit", "limit", None)
     for (name, passes), samples in seconds.items():
         if candidates[name].role != "ours" and statistics.median(samples) <= 0:
-            yield f"{name}, {passes}: too short to be timed at {shape} {data_format} {dtype}"
+            yield f"{name}, {passes}: too short to be timed at {job}"
             continue
-        limit = statistics.median(copied) * _TRAFFIC[passes] / 2
-        yield _row(shape, data_format, dtype, passes, name, candidates[name].role, samples, limit)
-
-
-def _row(shape, data_format, dtype, passes, candidate, role, samples, limit) -> Row:
-    lower, middle, upper = statistics.quantiles(samples, n=4)
-    return Row(shape, data_format, dtype, passes, candidate, role, 1e3 * middle, 1e3 * (upper - lower) / 2, 1e3 * limit)
+        yield row(passes, name, candidates[name].role, samples)
 
 
 def _per_op(once: dict[str, float], length: int) -> Iterable[tuple[str, float]]:
@@ -208,57 +246,64 @@ def _per_op(once: dict[str, float], length: int) -> Iterable[tuple[str, float]]:
         yield "eager forward + backward", once["eager"]
 
 
-def _maps(shape, data_format, dtype) -> tuple[tf.Tensor, tf.Tensor]:
-    n, h, w, c = shape
-    size = (n, h, w, c) if data_format == "channels_last" else (n, c, h, w)
-    return tuple(tf.cast(tf.random.stateless_normal(size, [7, seed]), dtype) for seed in range(2))
+def _maps(job: Job) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor | None]]:
+    """x, dy, and a shortcut for every layer of the longest chain."""
+    n, h, w, c = job.shape
+    size = (n, h, w, c) if job.data_format == "channels_last" else (n, c, h, w)
+
+    def maps(seed: int) -> tf.Tensor:
+        return tf.cast(tf.random.stateless_normal(size, [7, seed]), job.dtype)
+
+    return maps(0), maps(1), [maps(2 + i) if job.junction else None for i in range(_longest_chain(n * h * w * c))]
 
 
-def _make_timers(candidate: _Candidate, x: tf.Tensor, dy: tf.Tensor) -> dict[str, _Timer]:
+def _make_timers(candidate: _Candidate, x: tf.Tensor, dy: tf.Tensor, shortcuts: list) -> dict[str, _Timer]:
     longest = _chain_length(candidate, x.shape.num_elements())
     layers, parameters = zip(*(candidate.make_layer(i) for i in range(longest)), strict=True)
 
     def forward(length):
         @tf.function(jit_compile=candidate.jit)
-        def chain(y):
-            for layer in layers[:length]:
-                y = layer(y)
+        def chain(y, shortcuts):
+            for layer, shortcut in zip(layers[:length], shortcuts, strict=True):
+                y = layer(y, shortcut)
             return y
 
-        return _Timer(lambda: chain(x))
+        return _Timer(lambda: chain(x, shortcuts[:length]))
 
     def fresh(length):
         @tf.function
-        def several(x):
+        def several(x, shortcuts):
             # One after the other, as in a network, each with an element read, or it would be pruned. All take x, so no
             # output can lie in it.
             elements = []
-            for layer in layers[:length]:
+            for layer, shortcut in zip(layers[:length], shortcuts, strict=True):
                 with tf.control_dependencies(elements):
-                    elements.append(layer(x)[0, 0, 0, :1])
+                    elements.append(layer(x, shortcut)[0, 0, 0, :1])
             return elements
 
-        return _Timer(lambda: several(x))
+        return _Timer(lambda: several(x, shortcuts[:length]))
 
     def training(length):
         trained = [parameter for of_layer in parameters[:length] for parameter in of_layer]
 
         @tf.function(jit_compile=candidate.jit)
-        def gradients(x, dy):
+        def gradients(x, shortcuts, dy):
+            maps = [x, *(shortcut for shortcut in shortcuts if shortcut is not None)]
             with tf.GradientTape() as tape:
-                tape.watch(x)
+                tape.watch(maps)
                 y = x
-                for layer in layers[:length]:
-                    y = layer(y)
-            return tape.gradient(y, [x, *trained], output_gradients=dy)
+                for layer, shortcut in zip(layers[:length], shortcuts, strict=True):
+                    y = layer(y, shortcut)
+            return tape.gradient(y, [*maps, *trained], output_gradients=dy)
 
-        return _Timer(lambda: gradients(x, dy))
+        return _Timer(lambda: gradients(x, shortcuts[:length], dy))
 
     def eager():
+        maps = [x, *(shortcut for shortcut in shortcuts[:1] if shortcut is not None)]
         with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layers[0](x)
-        return tape.gradient(y, [x, *parameters[0]], output_gradients=dy)
+            tape.watch(maps)
+            y = layers[0](x, shortcuts[0])
+        return tape.gradient(y, [*maps, *parameters[0]], output_gradients=dy)
 
     timers = {"forward long": forward(longest), "forward short": forward(1)}
     if candidate.trained:
@@ -270,60 +315,97 @@ def _make_timers(candidate: _Candidate, x: tf.Tensor, dy: tf.Tensor) -> dict[str
     return timers
 
 
-def _candidates(shape, data_format, dtype, peers) -> Iterator[_Candidate]:
-    channels = shape[-1]
+def _candidates(job: Job) -> Iterator[_Candidate]:
+    channels = job.shape[-1]
+    data_format = job.data_format
     axis = -1 if data_format == "channels_last" else 1
 
     def parameters(i: int) -> list[tf.Variable]:
         # Different values, or equal ops on equal inputs would be merged into one.
         return [tf.Variable(tf.ones(channels) + 0.01 * i), tf.Variable(tf.ones(channels))]
 
+    def end(y, shortcut):
+        return tf.nn.relu(y if shortcut is None else y + shortcut)
+
+    def agc_parameters(i: int) -> list[tf.Variable | None]:
+        # With a bias where the peers' offset ends a branch.
+        return [*parameters(i), tf.Variable(tf.zeros(channels)) if job.junction else None]
+
     def ours(i):
-        gain, mean_scale = parameters(i)
-        return lambda x: tf_agc.agc(x, gain, mean_scale, activation="relu", data_format=data_format), [gain, mean_scale]
+        gain, mean_scale, bias = trained = agc_parameters(i)
+
+        def layer(x, shortcut):
+            return tf_agc.agc(x, gain, mean_scale, bias, shortcut, activation="relu", data_format=data_format)
+
+        return layer, [parameter for parameter in trained if parameter is not None]
+
+    def ours_as_three_ops(i):
+        gain, mean_scale = trained = parameters(i)
+
+        def layer(x, shortcut):
+            return end(tf_agc.agc(x, gain, mean_scale, data_format=data_format), shortcut)
+
+        return layer, trained
 
     def composite(i):
-        gain, mean_scale = parameters(i)
-        return lambda x: reference.agc(x, gain, mean_scale, "relu", 0.0, data_format)[0], [gain, mean_scale]
+        gain, mean_scale, bias = trained = agc_parameters(i)
 
-    def fused_batch_norm(i):
+        def layer(x, shortcut):
+            return reference.agc(x, gain, mean_scale, "relu", 0.0, data_format, bias=bias, shortcut=shortcut)[0]
+
+        return layer, [parameter for parameter in trained if parameter is not None]
+
+    def batch_norm(i):
         scale, offset = parameters(i)
         layout = "NHWC" if data_format == "channels_last" else "NCHW"
 
-        def layer(x):
-            y, _, _ = tf.compat.v1.nn.fused_batch_norm(x, scale, offset, is_training=True, data_format=layout)
-            return tf.nn.relu(y)
+        def normalize(x):
+            return tf.compat.v1.nn.fused_batch_norm(x, scale, offset, is_training=True, data_format=layout)[0]
 
-        return layer, [scale, offset]
+        return normalize, [scale, offset]
+
+    def fused_batch_norm(i):
+        normalize, trained = batch_norm(i)
+        return lambda x, shortcut: end(normalize(x), shortcut), trained
 
     def cast_fused_batch_norm(i):
-        layer, parameters = fused_batch_norm(i)
-        return lambda x: tf.cast(layer(tf.cast(x, tf.float32)), x.dtype), parameters
+        normalize, trained = batch_norm(i)
+
+        def layer(x, shortcut):
+            y = normalize(tf.cast(x, tf.float32))
+            if shortcut is None:
+                return tf.cast(tf.nn.relu(y), x.dtype)
+            return end(tf.cast(y, x.dtype), shortcut)
+
+        return layer, trained
 
     def keras_layer(make):
         def make_layer(_i):
             layer = make()
-            layer.build((None, *(shape[1:] if axis == -1 else (shape[3], *shape[1:3]))))
+            layer.build((None, *(job.shape[1:] if axis == -1 else (channels, *job.shape[1:3]))))
             trained = [weight.value for weight in layer.trainable_weights]
-            return lambda x: tf.nn.relu(layer(x, training=True)), trained
+            return lambda x, shortcut: end(layer(x, training=True), shortcut), trained
 
         return make_layer
 
     def relu(_i):
         # Of relus that follow each other TensorFlow makes one op, which touches memory once for all of them.
-        return lambda x: tf.ensure_shape(tf.nn.relu(x), x.shape), []
+        return lambda x, shortcut: tf.ensure_shape(end(x, shortcut), x.shape), []
 
     yield _Candidate("tf_agc", "ours", ours)
     yield _Candidate("tf_agc, XLA", "ours", ours, jit=True)
-    yield _Candidate("relu alone", "floor", relu)
-    if not peers:
+    if job.junction:
+        yield _Candidate("tf_agc + Add + relu", "ours", ours_as_three_ops)
+        yield _Candidate("tf_agc + Add + relu, XLA", "ours", ours_as_three_ops, jit=True)
+    yield _Candidate("Add + relu alone" if job.junction else "relu alone", "floor", relu)
+    if not job.peers:
         return
     groups = next(groups for groups in (8, 4, 3, 2, 1) if channels % groups == 0)
     stock = {
         "composite of stock ops": composite,
         "fused_batch_norm": fused_batch_norm,
     }
-    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
+    policy = job.dtype if job.dtype == "float32" else f"mixed_{job.dtype}"
     stock |= {
         "keras BatchNormalization": keras_layer(lambda: keras.layers.BatchNormalization(axis=axis, dtype=policy)),
         "keras GroupNormalization": keras_layer(
@@ -331,7 +413,7 @@ def _candidates(shape, data_format, dtype, peers) -> Iterator[_Candidate]:
         ),
         "keras LayerNormalization": keras_layer(lambda: keras.layers.LayerNormalization(axis=axis, dtype=policy)),
     }
-    if dtype != "float32":  # for which it has no fast kernels of its own
+    if job.dtype != "float32":  # for which it has no fast kernels of its own
         stock["fused_batch_norm in float32, cast"] = cast_fused_batch_norm
     for name, make_layer in stock.items():
         yield _Candidate(f"{name}, graph", "peer", make_layer)

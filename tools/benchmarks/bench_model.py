@@ -27,7 +27,8 @@ from tf_agc import models  # noqa: E402
 _TOOLS = pathlib.Path(__file__).resolve().parents[1]
 
 NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "none")
-JIT_NORMALIZATIONS = ("agc", "batch_norm", "none")
+# (normalization, jit) of every step that is timed.
+VARIANTS = [(norm, False) for norm in NORMALIZATIONS] + [(norm, True) for norm in ("agc", "batch_norm", "none")]
 _STEPS = 15
 _QUICK_STEPS = 4
 _MEMORY_STEPS = 3
@@ -42,18 +43,12 @@ class Network:
         image: height, width and channels.
         batch: images in a step.
         classes: number of labels.
-        jit: whether it is also timed with jit_compile=True; XLA takes minutes for a deep network.
     """
 
     make: Callable[[str], keras.Model]
     image: tuple[int, int, int]
     batch: int
     classes: int = 10
-    jit: bool = True
-
-    def variants(self) -> list[tuple[str, bool]]:
-        """(normalization, jit) of every step that is timed."""
-        return [(norm, False) for norm in NORMALIZATIONS] + [(norm, True) for norm in JIT_NORMALIZATIONS if self.jit]
 
     def data(self) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.default_rng(0)
@@ -72,7 +67,7 @@ NETWORKS = {
     "plain CNN, 6 layers": Network(lambda norm: models.plain_cnn(_CIFAR, 10, norm), _CIFAR, 128),
     "ResNet-20, pre-activation": Network(lambda norm: models.residual_cnn(_CIFAR, 10, norm, blocks=3), _CIFAR, 128),
     "ResNet-20, post-activation": Network(lambda norm: models.resnet(_CIFAR, 10, norm), _CIFAR, 128),
-    "ResNet-50, 64x64": Network(_resnet50, (64, 64, 3), 32, jit=False),
+    "ResNet-50, 64x64": Network(_resnet50, (64, 64, 3), 32),
 }
 
 
@@ -102,7 +97,7 @@ def measure(name: str, quick: bool) -> Iterator[Row]:
     """Times the steps of one network with every normalization, in turns."""
     network = NETWORKS[name]
     images, labels = network.data()
-    trained = {variant: compiled(network, *variant) for variant in network.variants()}
+    trained = {variant: compiled(network, *variant) for variant in VARIANTS}
     for model in trained.values():
         for _ in range(2):
             model.train_on_batch(images, labels)

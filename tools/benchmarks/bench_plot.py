@@ -8,17 +8,42 @@ matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt  # noqa: E402
 
+_PEERS = (
+    "fused_batch_norm",
+    "keras BatchNormalization",
+    "keras GroupNormalization",
+    "keras LayerNormalization",
+    "composite of stock ops",
+)
+
 
 def draw(rows: list, meta: dict[str, str], path: pathlib.Path) -> None:
-    """Draws forward + backward of every channels_last float32 shape, and the series of sizes."""
+    """Draws forward + backward of every channels_last float32 shape, of junctions too, and the series of sizes."""
     rows = [row for row in rows if row.data_format == "channels_last" and row.dtype == "float32"]
     compared = {row.shape for row in rows if row.role == "peer"}
-    shapes = sorted(compared, key=lambda shape: -_elements(shape))
     series = sorted({row.shape for row in rows} - compared, key=_elements)
-    figure, axes = plt.subplots(1, 2 if series else 1, figsize=(13 if series else 8, 6), squeeze=False)
-    _draw_shapes(axes[0, 0], rows, shapes)
+
+    def draw_op(axes) -> None:
+        names = {name: f"{name} + relu" for name in ("tf_agc", *_PEERS)}
+        _draw_shapes(axes, rows, "forward + backward", names, 5)
+        axes.set_title("float32, channels_last, relu")
+
+    def draw_junctions(axes) -> None:
+        names = {"tf_agc": "tf_agc, one op", "tf_agc + Add + relu": "tf_agc + Add + relu"}
+        names |= {name: f"{name} + Add + relu" for name in _PEERS}
+        _draw_shapes(axes, rows, "junction forward + backward", names, 8)
+        axes.set_title("junctions, float32, channels_last")
+
+    panels = []
+    if any(row.passes == "forward + backward" and row.role == "peer" for row in rows):
+        panels.append(draw_op)
+    if any(row.passes == "junction forward + backward" and row.role == "peer" for row in rows):
+        panels.append(draw_junctions)
     if series:
-        _draw_series(axes[0, 1], rows, series)
+        panels.append(lambda axes: _draw_series(axes, rows, series))
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 6 * len(panels), 6), squeeze=False)
+    for panel, axis in zip(panels, axes[0], strict=True):
+        panel(axis)
     caption = (
         f"{meta.get('cpu')}, {meta.get('threads')} threads, TensorFlow {meta.get('tensorflow')}, {meta.get('date')}"
     )
@@ -28,21 +53,21 @@ def draw(rows: list, meta: dict[str, str], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def _draw_shapes(axes, rows, shapes) -> None:
-    peers = ["fused_batch_norm", "keras BatchNormalization", "keras GroupNormalization", "keras LayerNormalization"]
-    peers.append("composite of stock ops")
-    height = 0.8 / (len(peers) + 1)
-    for k, name in enumerate(["tf_agc", *peers]):
+def _draw_shapes(axes, rows, passes, names, copied) -> None:
+    """Bars for each shape: `names` are candidates and how the legend calls them, the limit copies `copied` passes."""
+    rows = [row for row in rows if row.passes == passes]
+    shapes = sorted({row.shape for row in rows if row.role == "peer"}, key=lambda shape: -_elements(shape))
+    height = 0.8 / len(names)
+    for k, (name, label) in enumerate(names.items()):
         ratios = [_ratio(rows, shape, name) for shape in shapes]
-        label = f"{name} + relu, better of graph and XLA"
-        positions = [i + (k - len(peers) / 2) * height for i in range(len(shapes))]
-        axes.barh(positions, ratios, height, label=label, color="C3" if k == 0 else f"{0.35 + 0.1 * k:.2f}")
-    axes.axvline(1, color="black", linewidth=1, label="limit: copy of 5 tensor passes")
+        positions = [i + (k - (len(names) - 1) / 2) * height for i in range(len(shapes))]
+        label = f"{label}, better of graph and XLA"
+        axes.barh(positions, ratios, height, label=label, color="C3" if k == 0 else f"{0.4 + 0.5 * k / len(names):.2f}")
+    axes.axvline(1, color="black", linewidth=1, label=f"limit: copy of {copied} tensor passes")
     axes.set_yticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("time of forward + backward in a graph / time of the copy")
-    axes.set_title("float32, channels_last, relu")
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.45, -0.13), ncols=2)
 
 
@@ -60,11 +85,7 @@ def _draw_series(axes, rows, series) -> None:
 
 
 def _ratio(rows, shape, name) -> float:
-    chosen = [
-        row
-        for row in rows
-        if row.shape == shape and row.passes == "forward + backward" and row.candidate.split(",")[0] == name
-    ]
+    chosen = [row for row in rows if row.shape == shape and row.candidate.split(",")[0] == name]
     return min((row.ms / row.limit_ms for row in chosen), default=float("nan"))
 
 

@@ -1,4 +1,6 @@
-"""The shapes and types that the benchmarks of the op time, on the CPU and on a GPU. Imports nothing."""
+"""The shapes and types that the benchmarks of the op time, on the CPU and on a GPU. Knows no TensorFlow."""
+
+import math
 
 # (N, H, W, C)
 SHAPES = (
@@ -16,3 +18,7 @@ SHAPES = (
 QUICK_SHAPES = ((32, 32, 32, 64), (1, 56, 56, 64), (8, 28, 28, 513))
 CHANNELS_FIRST_SHAPES = SHAPES[:4]
 DTYPES = ("float32", "bfloat16", "float16")
+
+# Of 8 MB and more in float32.
+JUNCTION_SHAPES = tuple(shape for shape in SHAPES if math.prod(shape) >= 2**21)
+JUNCTION_DTYPES = DTYPES[:2]

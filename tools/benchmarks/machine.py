@@ -43,6 +43,11 @@ def describe() -> dict[str, str]:
     }
 
 
+def differing(described: dict[str, str], earlier: dict[str, str]) -> list[str]:
+    """What of it was different in an earlier measurement, which new results may then not be mixed with."""
+    return [key for key, value in described.items() if key != "date" and earlier.get(key) != value]
+
+
 def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False).stdout

@@ -137,6 +137,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     plot = commands.add_parser("plot", help="PNG files beside the results")
     plot.set_defaults(call=draw_plots)
     limit = commands.add_parser("memory", help="the largest batches whose training fits a limit, by bisection")
+    limit.add_argument("--network", choices=NETWORKS, help="only this one")
     limit.add_argument("--limit_mib", type=at_least(1), default=2048, help="peak resident memory (default: 2048)")
     limit.set_defaults(call=find_largest_batches)
     for command in (run, table, plot, limit):
@@ -417,7 +418,8 @@ def find_largest_batches(options: argparse.Namespace) -> None:
     described = machine.describe()
     rows = _finished_batches(path, options.limit_mib, described)
     finished = {(row.network, row.normalization) for row in rows}
-    cases = [(network, method) for network in study_memory.NETWORKS for method in study_memory.NORMALIZATIONS]
+    networks = [name for key, name in study_memory.NETWORKS.items() if options.network in (None, key)]
+    cases = [(network, method) for network in networks for method in study_memory.NORMALIZATIONS]
     todo = [case for case in cases if case not in finished]
     for case in rich.progress.track(todo, description="networks", console=rich.console.Console(stderr=True)):
         rows.append(study_memory.largest_batch(*case, options.limit_mib))
@@ -427,12 +429,13 @@ def find_largest_batches(options: argparse.Namespace) -> None:
 
 def _finished_batches(path: pathlib.Path, limit_mib: int, described: dict[str, str]) -> list:
     """The rows to go on from, which have to be of the same limit, machine, versions and commit."""
+    from benchmarks import machine
     from study import study_memory
 
     if not path.exists():
         return []
     rows, made_by = read_rows(path, study_memory.LargestBatch)
-    differing = [key for key, value in described.items() if key != "date" and made_by.get(key) != value]
+    differing = machine.differing(described, made_by)
     if any(row.limit_mib != limit_mib for row in rows):
         differing.append("limit_mib")
     if not differing:

@@ -13,7 +13,12 @@ from collections.abc import Callable
 from benchmarks import bench_model
 from study.study_results import StudyError
 
-NETWORKS = ("plain CNN, 6 layers", "ResNet-20, pre-activation", "ResNet-20, post-activation")
+# Names of the study and of the benchmark.
+NETWORKS = {
+    "plain": "plain CNN, 6 layers",
+    "resnet20_pre": "ResNet-20, pre-activation",
+    "resnet20_post": "ResNet-20, post-activation",
+}
 NORMALIZATIONS = ("agc", "batch_norm")
 _PRECISION = 0.02
 
@@ -60,11 +65,12 @@ def largest_batch(
 
 
 def table(rows: list[LargestBatch]) -> str:
-    """Returns a Markdown table, AGC against BatchNormalization."""
+    """Returns a Markdown table, AGC against BatchNormalization, of the networks that have both."""
     lines = ["| network | limit, MiB | largest batch: AGC | BatchNorm | ratio |", "|---|---|---|---|---|"]
+    batch_norms = {row.network: row for row in rows if row.normalization == "batch_norm"}
     for agc in rows:
-        if agc.normalization == "agc":
-            other = next(row for row in rows if (row.network, row.normalization) == (agc.network, "batch_norm"))
+        if agc.normalization == "agc" and agc.network in batch_norms:
+            other = batch_norms[agc.network]
             ratio = agc.largest_batch / other.largest_batch if other.largest_batch else float("nan")
             lines.append(
                 f"| {agc.network} | {agc.limit_mib:g} | {agc.largest_batch} | {other.largest_batch} | {ratio:.2f} |"
