@@ -132,7 +132,7 @@ def _agc_grad_gradient(ops: Any, op: tf.Operation, *gradients: Any) -> Sequence[
         of_maps = along_maps(ratio[tf.newaxis])
         gain_u = activation.z(k)
         for one in bias:
-            gain_u -= along_maps(one[tf.newaxis])
+            gain_u -= activation.where_alive(along_maps(one[tf.newaxis]) + tf.zeros_like(k), k)
         for one in shortcut:
             gain_u -= activation.where_alive(flat(one), k)
         w += of_maps * gain_u

@@ -136,8 +136,9 @@ def _require_shape(name: str, maps: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     if x.shape.is_fully_defined() and maps.shape == x.shape:
         return maps  # known: nothing to check when it runs
     message = [f"{name} must have the shape of x", tf.shape(x), "got", tf.shape(maps)]
-    # First of all the rank: sizes of another number do not compare.
-    maps = _require(tf.equal(tf.rank(maps), tf.rank(x)), message, maps)
+    # First of all the rank: sizes of another number do not compare. Of both, as either may be a constant.
+    same_rank = tf.equal(tf.rank(maps), tf.rank(x))
+    maps, x = _require(same_rank, message, maps), _require(same_rank, message, x)
     return _require(tf.reduce_all(tf.equal(tf.shape(maps), tf.shape(x))), message, maps)
 
 

@@ -1,6 +1,6 @@
 // The loops alone, without TensorFlow, for work on them: `bazel run //cc/core:bench -- --benchmark_filter=...`. Every
-// shape has its copy of the same bytes beside it. Claims come from tools/benchmarks/bench.py, which measures the limit with more
-// care.
+// shape has its copy of the same bytes beside it. Claims come from tools/benchmarks/bench.py, which measures the limit
+// with more care.
 //
 // `bench --once NAME` runs one benchmark once on one thread and nothing else: what callgrind counts instructions of.
 

@@ -322,7 +322,7 @@ TEST(Backward, InfiniteGradientIsSeenEvenWhereReluIsDead) {
 }
 
 // Where the slope is 0, what was added does not count: y tells nothing of it.
-TEST(Backward, InfiniteShortcutIsNotSeenWhereTheActivationIsFlat) {
+TEST(Backward, InfiniteAddendsAreNotSeenWhereTheActivationIsFlat) {
   for (InstructionSet level : Levels()) {
     for (Layout layout : kLayouts) {
       for (DataType type : kTypes) {
@@ -332,10 +332,12 @@ TEST(Backward, InfiniteShortcutIsNotSeenWhereTheActivationIsFlat) {
           CpuTensors t(c);
           const size_t dead = c.Index(1, 7, 3);
           t.shortcut.Set(dead, -1000);  // The same to the activation as minus infinity.
+          t.bias.Set(5, -1000);
           t.RunForward(c, 0, Serial(), level);
           t.RunBackward(c, 0, Serial(), level);
           CpuTensors infinite(c);
           infinite.shortcut.Set(dead, -std::numeric_limits<double>::infinity());
+          infinite.bias.Set(5, -std::numeric_limits<double>::infinity());
           infinite.RunForward(c, 0, Serial(), level);
           infinite.RunBackward(c, 0, Serial(), level);
           EXPECT_TRUE(infinite.y == t.y && infinite.dx == t.dx && infinite.dgain == t.dgain) << c.Name();

@@ -564,8 +564,11 @@ struct BackwardPass {
       sums.gain[part.begin + c] += totals[channels + c];
       sums.mean_scale[part.begin + c] += static_cast<double>(mean[c]) * totals[c];
       if (bias == nullptr) continue;
-      // What was kept of z has the bias in it: it is taken off once for each map, and not for each element.
-      if (!Act::kKeepsInput) sums.gain[part.begin + c] -= static_cast<double>(bias[c]) * totals[c];
+      // What was kept of z has the bias in it: it is taken off once for each map, and not for each element. Not where
+      // dz adds up to 0, as it does where the activation is flat: an infinite bias does not count there.
+      if (!Act::kKeepsInput && totals[c] != 0) {
+        sums.gain[part.begin + c] -= static_cast<double>(bias[c]) * totals[c];
+      }
       sums.bias[part.begin + c] += totals[c];
     }
   }
@@ -607,7 +610,9 @@ struct BackwardPass {
 template <class T, template <class, class> class ActivationOf, Addends kAddends>
 const Loops& LoopsOf() {
   using Forward = ForwardPass<T, ActivationOf, kAddends>;
-  using Backward = BackwardPass<T, ActivationOf, kAddends == Addends::kShortcut>;
+  // What keeps the input has no shortcut backward (agc.h).
+  constexpr bool kKeepsInput = ActivationOf<typename Compute<T>::Vector, typename Compute<T>::Scalar>::kKeepsInput;
+  using Backward = BackwardPass<T, ActivationOf, kAddends == Addends::kShortcut && !kKeepsInput>;
   static constexpr Loops kLoops = {Forward::Run,   Backward::Run, Forward::Sum,
                                    Forward::Apply, Backward::Sum, Backward::Apply};
   return kLoops;

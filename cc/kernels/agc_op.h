@@ -101,7 +101,7 @@ class AgcOp : public tensorflow::OpKernel {
     T* y_data = Data<T>(y);
     Count(kForward);
     if (y_data == x_data && shape.batch > 0) Count(kForwardInPlace);
-    if (y_data == shortcut_data && shape.batch > 0) Count(kForwardOverShortcut);
+    if (attributes_.has_shortcut && y_data == shortcut_data && shape.batch > 0) Count(kForwardOverShortcut);
     OP_REQUIRES_OK(context, Device::Forward(context, {shape, DataTypeOf<T>(), attributes_.activation, attributes_.alpha,
                                                       x_data, Data<U>(gain), Data<U>(mean_scale), y_data, Data<U>(mean),
                                                       bias_data, shortcut_data}));
@@ -169,7 +169,7 @@ class AgcGradOp : public tensorflow::OpKernel {
     if (dx_data == dy_data && shape.batch > 0) Count(kBackwardOverDy);
     if (dx_data == kept_data && shape.batch > 0) Count(kBackwardOverKept);
     T* dshortcut_data = dshortcut == nullptr ? nullptr : Data<T>(dshortcut);
-    if (dshortcut_data == dy_data && shape.batch > 0) Count(kShortcutGradientOverDy);
+    if (attributes_.has_shortcut && dshortcut_data == dy_data && shape.batch > 0) Count(kShortcutGradientOverDy);
     OP_REQUIRES_OK(context, Device::Backward(
                                 context, {shape, DataTypeOf<T>(), attributes_.activation, attributes_.alpha, dy_data,
                                           Data<U>(dmean), kept_data, Data<U>(mean), Data<U>(gain), Data<U>(mean_scale),

@@ -183,9 +183,12 @@ class AgcGradXlaOp : public XlaOpKernel {
     if (attributes_.has_bias) results.push_back(per_channel);
     if (attributes_.has_shortcut) results.push_back(maps);
     // dy becomes dshortcut, or dx where there is none. With both, dx gets new memory: the gradients of the convolutions
-    // that read kept and shortcut may run after this.
-    const int over_dy = attributes_.has_shortcut ? Optional(attributes_, 3).shortcut : 0;
-    SetOutputs(context, Call(xla_calls::kBackward, attributes_, inputs, results, InPlace{over_dy, 0}));
+    // that read kept and shortcut may run after this. A linear op keeps x, which nobody else reads as a rule, and its
+    // dy may be the gradient of a shortcut as it is.
+    InPlace in_place{0, 0};
+    if (attributes_.has_shortcut) in_place.result = Optional(attributes_, 3).shortcut;
+    if (attributes_.activation == core::Activation::kLinear) in_place.operand = 2;
+    SetOutputs(context, Call(xla_calls::kBackward, attributes_, inputs, results, in_place));
   }
 
  private:

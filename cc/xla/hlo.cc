@@ -168,8 +168,12 @@ std::vector<XlaOp> Backward(const Attributes& attributes, absl::Span<const XlaOp
     gain_term = xla::Sub(gain_term, xla::Mul(dz, xla::Select(xla::Eq(slope, none), none, shortcut)));
   }
   XlaOp gain_sum = maps.SumSamples(maps.SumPositions(gain_term));
-  if (attributes.has_bias && !linear) gain_sum = xla::Sub(gain_sum, xla::Mul(inputs[optional.bias], dbias));
   const XlaOp zero = xla::ZerosLike(gain);
+  if (attributes.has_bias && !linear) {
+    // As for the shortcut: where dz adds up to 0, as where the activation is flat, an infinite bias does not count.
+    const XlaOp bias = xla::Select(xla::Eq(dbias, zero), zero, inputs[optional.bias]);
+    gain_sum = xla::Sub(gain_sum, xla::Mul(bias, dbias));
+  }
   // At gain 0 what the sum came from is lost: 0, or NaN where something was not finite.
   const XlaOp dgain =
       linear ? gain_sum : xla::Select(xla::Eq(gain, zero), xla::Mul(gain_sum, zero), xla::Div(gain_sum, gain));

@@ -173,6 +173,22 @@ def test_an_infinite_shortcut(activation, value, has_dgain):
         np.testing.assert_allclose(value, want[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(("activation", "value"), [("relu", -np.inf), ("relu6", np.inf), ("elu", -np.inf)])
+def test_an_infinite_bias_switches_a_channel_off(activation, value):
+    x = tf.constant([[[1.0, 1.0], [-3.0, 2.0], [2.0, -3.0]]])
+
+    def results(agc):
+        inputs = [x, tf.ones([2]), tf.ones([2]), tf.constant([value, 0.5])]
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            y, _ = agc(*inputs[:3], activation, ALPHA[activation], "channels_last", bias=inputs[3])
+        return [y, *tape.gradient(y, inputs)]
+
+    for got, want in zip(results(native.agc), results(reference.agc), strict=True):
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_unwatched_inputs_have_no_gradient():
     case = make_case((2, 4, 8), "float32", "relu")
     with tf.GradientTape() as tape:

@@ -187,6 +187,7 @@ def test_an_infinite_shortcut_at_a_dead_place(activation):
     if activation == "relu6":
         shortcut[0, 4, 2] = np.inf
     case.shortcut = tf.constant(shortcut)
+    case.bias = tf.constant(np.array([case.bias[0], -np.inf, case.bias[2]], np.float32))
     step = _jit(step_of(case, native.agc))
     want = run(case, reference.agc)
     for got in (step(*case.tensors), _in_hlo(step, *case.tensors)):
@@ -486,6 +487,22 @@ def test_a_linear_junction_writes_to_new_memory(xla_counters):
     np.testing.assert_allclose(y, tf_agc.agc(maps, 1.0, 1.0, shortcut=shortcut), rtol=1e-6)
     assert _counted(xla_counters) == {"forward": 1}
     assert _copies(function, *arguments, shape="f32[4,8,8,5]") == []
+
+
+def test_a_step_of_linear_junctions_copies_no_map():
+    def step(x, kernels):
+        with tf.GradientTape() as tape:
+            tape.watch(kernels)
+            maps = x
+            for kernel in kernels:
+                maps = tf_agc.agc(_convolution(maps, kernel), 2.0, 1.0, shortcut=maps)
+            loss = tf.reduce_sum(maps**2)
+        return tape.gradient(loss, kernels)
+
+    arguments = _maps(4, 8, 8, 5), _kernels(3)
+    for got, want in zip(_jit(step)(*arguments), step(*arguments), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert _copies(_jit(step), *arguments, shape="f32[4,8,8,5]") == []
 
 
 def test_what_is_still_needed_is_not_overwritten(xla_counters):

@@ -5,8 +5,9 @@
 //   parts into shared memory, add, exchange their sums through distributed shared memory, and write from shared memory.
 //   Where it does not fit, one launch adds and a second one reads again, from the L2 cache (plan.h has the rule).
 // - Forward copies asynchronously (cp.async): a tile's loads are all in flight at once and take no registers, and those
-//   that have come are added while others are on their way. Backward needs two tensors but holds only dz, so its loads
-//   go through registers, four steps at a time; so do single elements of 16 bits, which cp.async does not take.
+//   that have come are added while others are on their way. Backward needs two or three tensors but holds only dz, so
+//   its loads go through registers, four steps at a time; so do single elements of 16 bits, which cp.async does not
+//   take.
 // - What a map needs beside its sum, its parameters, is read before the barriers, which hide how long that takes.
 // - One walk serves both layouts: a thread follows a column step by step (plan.h). In shared memory each thread holds
 //   the slots that it filled itself, side by side with its neighbours': no bank conflicts, no barrier before reading.
@@ -771,8 +772,9 @@ __global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant_
   if constexpr (kBias) {
     using S = Compute<T>;
     static_cast<S*>(job.args.dbias)[channel] = static_cast<S>(sums[2]);
-    // What is kept of z has the bias in it, the same one all over the channel; kLinear keeps x.
-    if (job.args.activation != Activation::kLinear && shape.batch > 0) {
+    // What is kept of z has the bias in it, the same one all over the channel; kLinear keeps x. Where dz adds up to 0,
+    // as where the activation is flat, an infinite bias does not count.
+    if (job.args.activation != Activation::kLinear && sums[2] != 0) {
       sums[0] -= static_cast<double>(static_cast<const S*>(job.args.bias)[channel]) * sums[2];
     }
   }
