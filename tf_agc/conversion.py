@@ -28,7 +28,7 @@ def convert(model: keras.Model, calibrate_with: Any = None, replace_causal: bool
     which a deep network may diverge.
 
     A ReLU (max_value None or 6), LeakyReLU or ELU layer, an Activation layer of relu, relu6, leaky_relu
-    or elu (by name, or the function of keras.activations), or an operation such as keras.ops.relu,
+    or elu (by name, or the function of keras.activations or tf.nn), or an operation such as keras.ops.relu,
     becomes part of the AGC before it and is no layer any more, where it is all that reads the
     BatchNormalization, at every place where that is used. It stays a layer of its own where AGC cannot
     compute the same (a threshold), where it has another compute dtype, where it or the
@@ -55,8 +55,8 @@ def convert(model: keras.Model, calibrate_with: Any = None, replace_causal: bool
     (its mean is the map itself), where it has no spatial axes (behind a Dense layer), where its axis is
     not that of the channels, where it is called with a mask, where a subclass has a `call` of its own,
     inside custom layers and subclassed models, whose code `convert` does not rewrite, and in causal networks,
-    unless `replace_causal` asks for it: before or behind a Conv1D with padding="causal", a ZeroPadding1D of the
-    start alone, or attention with a causal mask. A model class
+    unless `replace_causal` asks for it: before or behind a Conv1D with padding="causal", padding of the
+    start alone, attention with a causal mask, or a recurrent layer that returns sequences. A model class
     whose constructor does not take (inputs, outputs, name) cannot be made again: such a model is copied
     as a plain functional or Sequential model, and listed too. `tf_agc.conversion_table(model)` tells all
     of it before anything is done. Of sizes that only a batch has, the warning lists what is seen with
@@ -228,5 +228,9 @@ def _copy_state(original: keras.Layer, copy: keras.Layer) -> None:
 def _naming(operation: Any) -> Iterator[None]:
     try:
         yield
+    except KeyError as error:  # its message is the key alone
+        raise ValueError(
+            f"layer '{operation.name}' ({type(operation).__name__}) cannot be copied: missing argument {error}"
+        ) from error
     except Exception as error:
         raise ValueError(f"layer '{operation.name}' ({type(operation).__name__}) cannot be copied: {error}") from error

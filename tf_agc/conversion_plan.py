@@ -17,23 +17,46 @@ from tf_agc.layer import AutomaticGainControl
 from tf_agc.model_graph import Call, is_of_keras
 from tf_agc.table import format_table
 
-# Layers that are linear in their input: what has a mean of 0 in each map has so behind them too, but for the borders.
+# Layers with weights that are linear in their input: what has a mean of 0 in each map has so behind them, but for the
+# borders and a constant.
 _LINEAR = (
     keras.layers.Conv1D,
     keras.layers.Conv2D,
     keras.layers.Conv3D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
     keras.layers.DepthwiseConv1D,
     keras.layers.DepthwiseConv2D,
     keras.layers.SeparableConv1D,
     keras.layers.SeparableConv2D,
     keras.layers.Dense,
+    keras.layers.EinsumDense,
 )
 
-# Layers and operations that average positions.
+# Layers without weights that are not linear, and have no `activation`. Others, custom ones too, are taken for linear.
+_NOT_LINEAR = (
+    *("ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax"),
+    *(f"{kind}MaxPooling{rank}D" for kind in ("Global", "", "Adaptive") for rank in (1, 2, 3)),
+)
+
+# Operations that are linear in their input, where it is the only tensor; others are taken for activations.
+_LINEAR_OPERATIONS = (
+    *("Add", "Subtract", "Negative", "Multiply", "Divide", "TrueDivide", "Mean", "Sum", "Average"),
+    *("Conv", "ConvTranspose", "DepthwiseConv", "SeparableConv", "Einsum", "Matmul", "Dot", "Tensordot"),
+    *("AveragePool", "AdaptiveAveragePool", "Pad", "PadImages", "CropImages", "Resize", "GetItem", "Split", "Repeat"),
+    *("Reshape", "Ravel", "Transpose", "Swapaxes", "Moveaxis", "ExpandDims", "Squeeze", "Flip", "Roll", "Tile"),
+    *("DepthToSpace", "SpaceToDepth"),
+)
+
+# Layers and operations that average positions, with equal weights or learned ones.
 _AVERAGES = (
     *(f"{kind}AveragePooling{rank}D" for kind in ("Global", "", "Adaptive") for rank in (1, 2, 3)),
-    *("AveragePool", "AdaptiveAveragePool"),
+    *("AveragePool", "AdaptiveAveragePool", "DepthwiseConv1D", "DepthwiseConv2D", "DepthwiseConv"),
 )
+
+# What attends to its other inputs, and recurrent layers: the steps of the output are those of one input.
+_ATTENTION = ("MultiHeadAttention", "GroupedQueryAttention", "Attention", "AdditiveAttention")
 
 
 @dataclasses.dataclass
@@ -183,6 +206,7 @@ class Plan:
                 self._lost_classes.setdefault(id(nested), ConvertedLayer(path, reason=reason))
         replaced = [norm for norm in self.norms.values() if not norm.reason()]
         self._choose_adds(replaced)
+        self._centered = self._find_centered({id(norm.layer) for norm in replaced})
         for norm in replaced:
             for each in norm.calls:
                 each.activation = self._activation_behind(norm.layer, each.add or each.call)
@@ -241,13 +265,23 @@ class Plan:
 
     def _mark_causal(self) -> None:
         calls = self._graph.calls
-        for ordered, sources, targets in ((calls, "inputs", "outputs"), (calls[::-1], "outputs", "inputs")):
+        padded: set[int] = set()  # tensors, by identity, that come of one with zeros at both ends
+        causal = {id(call) for call in calls if _is_causal(call, padded)}
+        for forward in (True, False):
             reached: dict[int, str] = {}  # by the identity of a tensor: what is causal before it, or behind it
-            for call in ordered:
-                names = (reached.get(id(x), "") for x in getattr(call, sources))
-                name = call.path if _is_causal(call) else next(filter(None, names), "")
+            entered: dict[int, str] = {}  # by the identity of the node of a TimeDistributed
+            for call in calls if forward else calls[::-1]:
+                before = call.inputs if forward else call.outputs
+                name = call.path if id(call) in causal else next(filter(None, (reached.get(id(x)) for x in before)), "")
+                if type(call.operation) is keras.layers.TimeDistributed:
+                    # What is inside has one step at a time: it is passed by.
+                    if id(call.node) not in entered:
+                        entered[id(call.node)] = name
+                        continue
+                    name = entered.pop(id(call.node)) or name
                 if name:
-                    reached.update((id(x), name) for x in getattr(call, targets))
+                    behind = call.outputs if forward else _with_same_steps(call)
+                    reached.update((id(x), name) for x in behind)
                     norm = self.norms.get(id(call.operation))
                     if norm and not norm.causal:
                         norm.causal = name
@@ -291,6 +325,16 @@ class Plan:
         reader = self._only_reader(norm, call)
         return reader if _find_activation(reader) else None
 
+    def _find_centered(self, replaced: set[int]) -> set[int]:
+        """The tensors, by identity, whose maps have a mean of 0 if all mean scales are 1 (or one that is constant)."""
+        centered: set[int] = set()
+        for call in self._graph.calls:
+            hits = [id(x) in centered for x in call.inputs]
+            is_sum = _sums(call) and len(call.inputs) > 1
+            if id(call.operation) in replaced or (all(hits) if is_sum else any(hits) and _keeps_mean_of_zero(call)):
+                centered.update(map(id, call.outputs))
+        return centered
+
     def _averaged_by(self, call: Call) -> str:
         """The name of what averages over the maps that come of a call, without another normalization between."""
         (output,) = call.outputs
@@ -301,7 +345,9 @@ class Plan:
                 if _averages_maps(reader):
                     return reader.path
                 # A sum counts for what is directly before it alone: the last sum of a residual stream has all of it.
-                if id(reader) not in seen and (_hands_maps_on(reader) or (tensor is output and _adds(reader))):
+                # Where it would be 0 on average, it counts for all that is in it.
+                adds = _sums(reader) and (tensor is output or all(id(x) in self._centered for x in reader.inputs))
+                if id(reader) not in seen and (adds or _hands_maps_on(reader)):
                     seen.add(id(reader))
                     todo.extend(reader.outputs)
         return ""
@@ -314,6 +360,10 @@ def _find_activation(call: Call | None) -> tuple[str, float | None] | None:
 
 def _adds(call: Call) -> bool:
     return is_of_keras(call.operation, "Add") and not getattr(call.operation, "activity_regularizer", None)
+
+
+def _sums(call: Call) -> bool:
+    return is_of_keras(call.operation, "Add", "Subtract", "Average")
 
 
 def _adds_two_maps(call: Call) -> bool:
@@ -330,13 +380,28 @@ def _hands_in(operation: Any) -> bool:
 
 
 def _hands_maps_on(call: Call) -> bool:
-    """Whether the mean of each map stays what it is, or becomes one of these means with others of them."""
+    """Whether the mean of each map stays what it is, or becomes a part of others."""
     operation = call.operation
-    if _hands_in(operation) or isinstance(operation, _LINEAR) or is_of_keras(operation, "Concatenate"):
+    if _hands_in(operation) or is_of_keras(operation, "Concatenate", "Multiply"):
         return True
-    # Activations, dropout and what else works on each value by itself.
+    if isinstance(operation, _LINEAR):
+        return len(call.outputs[0].shape) > 2  # else there are no maps any more
+    # Activations, dropout, what pools parts of a map and what changes its shape.
     has_weights = isinstance(operation, keras.Layer) and operation.weights and not is_of_keras(operation, "PReLU")
-    return len(call.inputs) == 1 and call.outputs[0].shape == call.inputs[0].shape and not has_weights
+    return len(call.inputs) == 1 and not has_weights
+
+
+def _keeps_mean_of_zero(call: Call) -> bool:
+    """Whether maps with a mean of 0 have so, or a constant one, behind a call that is no sum."""
+    operation = call.operation
+    if not _hands_maps_on(call):
+        return False
+    if not isinstance(operation, keras.Layer):
+        return is_of_keras(operation, "Concatenate") or (
+            len(call.inputs) == 1 and is_of_keras(operation, *_LINEAR_OPERATIONS)
+        )
+    is_linear = getattr(operation, "activation", None) in (None, keras.activations.linear)
+    return is_linear and not is_of_keras(operation, "Multiply", *_NOT_LINEAR)
 
 
 def _averages_maps(call: Call) -> bool:
@@ -344,23 +409,60 @@ def _averages_maps(call: Call) -> bool:
     if not call.inputs:
         return False
     operation, shape = call.operation, call.inputs[0].shape
-    if is_of_keras(operation, "Mean", "Sum"):
-        rank = len(shape)
-        axes = set(range(rank)) if operation.axis is None else {axis % rank for axis in operation.axis}
-        return rank > 2 and (axes >= set(range(1, rank - 1)) or axes >= set(range(2, rank)))
+    rank = len(shape)
+    if is_of_keras(operation, "Mean", "Sum", "Average") and not isinstance(operation, keras.Layer):
+        axis = range(rank) if operation.axis is None else operation.axis
+        axes = {each % rank for each in ((axis,) if isinstance(axis, int) else axis)}
+        return rank > 1 and (axes >= set(range(1, max(rank - 1, 2))) or axes >= set(range(min(2, rank - 1), rank)))
     pooled = call.outputs[0].shape
-    of_whole_maps = len(pooled) < len(shape) or {1} in (set(pooled[1:-1]), set(pooled[2:]))
+    of_whole_maps = len(pooled) < rank or {1} in (set(pooled[1:-1]), set(pooled[2:]))
     return is_of_keras(operation, *_AVERAGES) and of_whole_maps
 
 
-def _is_causal(call: Call) -> bool:
-    """Whether a call keeps later steps of a sequence out of earlier ones."""
+def _is_causal(call: Call, padded: set[int]) -> bool:
+    """Whether a call keeps later steps of a sequence out of earlier ones.
+
+    Args:
+        call: the call.
+        padded: the tensors, by identity, that come of zeros at both ends; those of this call are added.
+    """
     operation = call.operation
-    if is_of_keras(operation, "ZeroPadding1D"):
-        before, after = operation.padding
-        return before > after == 0
     kwargs = call.node.arguments.kwargs if call.node else {}
-    return getattr(operation, "padding", None) == "causal" or bool(kwargs.get("use_causal_mask"))
+    if isinstance(operation, keras.layers.RNN):
+        return bool(operation.return_sequences and not operation.go_backwards)
+    ends = _paddings(operation)
+    if len(call.inputs) == 1 and (
+        any(before == after > 0 for before, after in ends)
+        or (id(call.inputs[0]) in padded and not isinstance(operation, keras.layers.BatchNormalization))
+    ):
+        padded.update(map(id, call.outputs))
+    if is_of_keras(operation, "Cropping1D") and id(call.inputs[0]) in padded:
+        before, after = operation.cropping
+        return bool(after > before == 0)
+    starts_alone = any(before > after == 0 for before, after in ends)
+    return starts_alone or getattr(operation, "padding", None) == "causal" or bool(kwargs.get("use_causal_mask"))
+
+
+def _paddings(operation: Any) -> list[tuple[int, int]]:
+    """The zeros at the start and at the end of each axis that a layer or an operation puts there."""
+    if is_of_keras(operation, "ZeroPadding1D"):
+        return [operation.padding]
+    if is_of_keras(operation, "ZeroPadding2D", "ZeroPadding3D"):
+        return list(operation.padding)
+    return [(pair[0], pair[-1]) for pair in operation.pad_width] if is_of_keras(operation, "Pad") else []
+
+
+def _with_same_steps(call: Call) -> list[keras.KerasTensor]:
+    """The inputs of a call whose steps in time are those of its output: of attention the query, and no vectors."""
+    inputs = call.inputs
+    if is_of_keras(call.operation, *_ATTENTION) and call.node:
+        # In the order of call.inputs, where keywords stand by their names.
+        kwargs = sorted(name for name, x in call.node.arguments.kwargs.items() if isinstance(x, keras.KerasTensor))
+        first = kwargs.index("query") if "query" in kwargs else 0
+        inputs = inputs[first : first + 1]
+    elif isinstance(call.operation, keras.layers.RNN):
+        inputs = inputs[:1]
+    return [x for x in inputs if len(x.shape) > 2]
 
 
 def _check_model(model: Any) -> None:
@@ -380,17 +482,27 @@ def _check_model(model: Any) -> None:
 
 
 def can_be_constructed(kind: type[keras.Model]) -> bool:
-    """Whether a model of this class can be made as Keras makes its own: from inputs, outputs and a name."""
+    """Whether a model of this class can be made as Keras makes its own.
+
+    That is, by kind(inputs, outputs, name=...), or kind(layers, name=...) for a Sequential one. What a constructor does
+    with `**kwargs` is not known.
+    """
+    given = ("layers",) if issubclass(kind, keras.Sequential) else ("inputs", "outputs")
     for one in kind.__mro__:
         if "__init__" not in vars(one):
             continue
         if one.__module__.startswith("keras."):
             return True
-        arguments = inspect.getfullargspec(vars(one)["__init__"])
-        if arguments.args[1:] == ["inputs", "outputs", "name"]:
-            return True
-        needed = arguments.args[1:] or set(arguments.kwonlyargs) - set(arguments.kwonlydefaults or ())
-        if needed or not (arguments.varargs and arguments.varkw):
+        signature = inspect.signature(vars(one)["__init__"])
+        try:
+            signature.bind(one, *given, name="")
+        except TypeError:
             return False
+        own = list(signature.parameters.values())[1:]
+        named = {each.name for each in own if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+        if not named <= {*given, "name", "trainable"}:
+            return False  # it would get its default in the copy, whatever it was
+        if named.issuperset(given):
+            return True
         # (*args, **kwargs) is handed on to the next class that has a constructor.
     return False

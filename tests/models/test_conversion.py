@@ -640,6 +640,36 @@ def test_a_class_that_hands_arguments_on_to_its_own_constructor(kind, fresh):
     assert not isinstance(converted, kind) and isinstance(converted.get_layer("norm"), AutomaticGainControl)
 
 
+class NeedsDepth(keras.Model):
+    def __init__(self, inputs, outputs, name=None, *, depth):
+        super().__init__(inputs, outputs, name=name)
+
+
+class PopsDepth(keras.Model):
+    def __init__(self, *args, **kwargs):
+        kwargs.pop("depth")
+        super().__init__(*args, **kwargs)
+
+
+class TakesMore(keras.Model):
+    def __init__(self, inputs, outputs, **kwargs):
+        super().__init__(inputs, outputs, **kwargs)
+
+
+class TakesLayers(keras.Sequential):
+    def __init__(self, layers, name):
+        super().__init__(layers, name=name)
+
+
+def test_constructors_by_their_signature(fresh):
+    inputs = keras.Input((8, 9, 3))
+    assert type(convert(TakesMore(inputs, _norm()(inputs), name="mine"))) is TakesMore
+    assert type(convert(TakesLayers([inputs, _norm()], "mine"))) is TakesLayers
+    assert conversion_table(NeedsDepth(inputs, _norm()(inputs), name="mine", depth=2))[-1].layer == "mine"
+    with pytest.raises(ValueError, match=r"layer 'mine' \(PopsDepth\) cannot be copied: missing argument 'depth'"):
+        convert(PopsDepth(inputs, _norm()(inputs), name="mine", depth=2))
+
+
 class Stubborn(keras.Model):
     """Takes what Keras's own models take, and is made only once."""
 

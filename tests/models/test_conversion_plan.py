@@ -332,6 +332,17 @@ _AVERAGES = {
     "behind a convolution": lambda x: layers.GlobalAveragePooling2D(name="pool")(layers.Conv2D(2, 1)(x)),
     "behind Concatenate": lambda x: layers.GlobalAveragePooling2D()(layers.Concatenate()([x, layers.ReLU()(x)])),
     "beside another reader": lambda x: layers.Multiply()([x, layers.GlobalAveragePooling2D(keepdims=True)(x)]),
+    "behind AveragePooling2D": lambda x: layers.GlobalAveragePooling2D()(layers.AveragePooling2D(2)(x)),
+    "behind ZeroPadding2D": lambda x: layers.GlobalAveragePooling2D()(layers.ZeroPadding2D(1)(x)),
+    "behind UpSampling2D": lambda x: layers.GlobalAveragePooling2D()(layers.UpSampling2D(2)(x)),
+    "behind Reshape": lambda x: layers.GlobalAveragePooling1D()(layers.Reshape((72, 3))(x)),
+    "behind ops.reshape": lambda x: ops.mean(ops.reshape(x, (-1, 72, 3)), axis=1),
+    "ops.mean twice": lambda x: ops.mean(ops.mean(x, axis=1), axis=1),
+    "DepthwiseConv2D": lambda x: layers.Flatten()(layers.DepthwiseConv2D((8, 9))(x)),
+    "Dropout and Add": lambda x: layers.GlobalAveragePooling2D()(layers.Add()([layers.Dropout(0.1)(x), x])),
+    "two convolutions and Add": lambda x: layers.GlobalAveragePooling2D()(layers.Add()([_conv()(x), _conv()(x)])),
+    "Average": lambda x: layers.GlobalAveragePooling2D()(layers.Average()([x, layers.Dropout(0.1)(x)])),
+    "Subtract behind convolutions": lambda x: ops.mean(_conv()(x) - _conv()(x), axis=(1, 2)),
     "in a nested model": lambda x: keras.Sequential([keras.Input((8, 9, 3)), layers.GlobalAveragePooling2D()])(x),
 }
 _OTHERS = {
@@ -339,6 +350,7 @@ _OTHERS = {
     "a part of the map": lambda x: layers.AveragePooling2D(4)(x),
     "one axis": lambda x: ops.mean(x, axis=1),
     "channels": lambda x: ops.mean(x, axis=-1),
+    "a sum with activations": lambda x: ops.mean(layers.Add()([_conv()(x), layers.ReLU()(_conv()(x))]), axis=(1, 2)),
     "nothing": lambda x: layers.Flatten()(x),
 }
 
@@ -447,11 +459,26 @@ _CAUSAL = {
     "ZeroPadding1D": layers.ZeroPadding1D((2, 0)),
     "attention": lambda x: layers.MultiHeadAttention(2, 2)(x, x, use_causal_mask=True),
     "nested": lambda x: _causal_model(0)(x),
+    "ops.pad": lambda x: layers.Conv1D(3, 3)(ops.pad(x, ((0, 0), (2, 0), (0, 0)))),
+    "ZeroPadding2D": lambda x: layers.Reshape((14, 3))(
+        layers.ZeroPadding2D(((2, 0), (0, 0)))(layers.Reshape((12, 1, 3))(x))
+    ),
+    "Cropping1D": lambda x: layers.Cropping1D((0, 2))(layers.Conv1D(3, 3)(layers.ZeroPadding1D(2)(x))),
+    "LSTM": layers.LSTM(3, return_sequences=True),
+    "RNN": layers.RNN(layers.GRUCell(3), return_sequences=True),
 }
 _NOT_CAUSAL = {
     "Conv1D": layers.Conv1D(3, 3, padding="same"),
     "ZeroPadding1D": layers.ZeroPadding1D(1),
     "attention": lambda x: layers.MultiHeadAttention(2, 2)(x, x),
+    "nested": layers.Identity(),
+    "ops.pad": lambda x: ops.pad(x, ((0, 0), (1, 1), (0, 0))),
+    "ZeroPadding2D": lambda x: layers.Reshape((14, 3))(
+        layers.ZeroPadding2D(((1, 1), (0, 0)))(layers.Reshape((12, 1, 3))(x))
+    ),
+    "Cropping1D": lambda x: layers.Cropping1D((0, 1))(x),
+    "LSTM": layers.Bidirectional(layers.LSTM(3, return_sequences=True)),
+    "RNN": layers.RNN(layers.GRUCell(3), return_sequences=True, go_backwards=True),
 }
 
 
@@ -459,7 +486,7 @@ _NOT_CAUSAL = {
 @pytest.mark.parametrize("where", ["before", "behind"])
 @pytest.mark.parametrize("name", _CAUSAL)
 def test_what_is_causal(name, where, causal, fresh):
-    layer = (_CAUSAL if causal else _NOT_CAUSAL | {"nested": layers.Identity()})[name]
+    layer = (_CAUSAL if causal else _NOT_CAUSAL)[name]
     inputs = keras.Input((12, 3))
     x = layer(inputs) if where == "before" else inputs
     x = layers.Dense(3)(_norm("norm")(layers.Dense(3)(x)))
@@ -475,6 +502,26 @@ def test_what_is_beside_a_causal_branch_is_replaced(fresh):
     with pytest.warns(UserWarning, match="sequence: left alone, AGC averages over later steps"):
         converted = convert(model)
     assert [layer.name for layer in _agc_layers(converted)] == ["image"]
+
+
+def test_an_encoder_of_images_before_a_causal_decoder_is_replaced(fresh):
+    images, words = keras.Input((8, 9, 3)), keras.Input((12, 3))
+    memory = layers.Reshape((72, 3))(_norm("image")(images))
+    x = words
+    for number in range(2):
+        x = _norm(f"words{number}")(layers.MultiHeadAttention(2, 2)(x, x, use_causal_mask=True))
+        x = layers.MultiHeadAttention(2, 2)(query=x, value=memory)
+    replaced = {row.layer: not row.reason for row in conversion_table(keras.Model([images, words], x))}
+    assert replaced == {"image": True, "words0": False, "words1": False}
+
+
+def test_steps_of_timedistributed_before_a_recurrent_layer_are_replaced(fresh):
+    clips = keras.Input((5, 8, 9, 3))
+    inner = keras.Sequential([keras.Input((8, 9, 3)), _norm("norm"), layers.Flatten()], name="inner")
+    x = layers.TimeDistributed(inner, name="steps")(clips)
+    x = _norm("sequence")(layers.LSTM(3, return_sequences=True)(x))
+    replaced = {row.layer: not row.reason for row in conversion_table(keras.Model(clips, x))}
+    assert replaced == {"steps/inner/norm": True, "sequence": False}
 
 
 # Refusals and warnings of many layers.
