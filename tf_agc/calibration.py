@@ -181,7 +181,9 @@ class _Calibration:
         changed = self._assign(layer.gain, gain, layer.gain_constraint)
         bias = np.zeros(0)
         if layer.bias is not None:
-            centring = np.where(constant, _float64(layer.bias), -_float64(layer.gain) * mean_u)
+            # A mean that float32 would round away is rounding noise, as where all of the map's mean was subtracted.
+            mean_u = np.where(np.abs(mean_u) <= np.finfo(np.float32).eps * std_u, 0, mean_u)
+            centring = np.where(constant, _float64(layer.bias), 0 - _float64(layer.gain) * mean_u)  # no -0
             changed |= self._assign(layer.bias, centring, layer.bias_constraint)
             bias = _float64(layer.bias)
         return CalibratedLayer(

@@ -13,9 +13,6 @@ import ml_dtypes  # a dependency of TensorFlow and Keras; NumPy's finfo knows no
 import numpy as np
 import tensorflow as tf
 
-# Private: tf.config.run_functions_eagerly, the public way to see into a tf.function, is the whole process's.
-from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
-
 from tf_agc.layer import AutomaticGainControl
 
 # What a layer calls with itself and its input or output.
@@ -60,10 +57,20 @@ def run(model: keras.Model, batch: Any, observer: contextvars.ContextVar[Observe
     The model's state (moving averages, states of recurrent layers, seeds) is put back, also after an error. The weights
     of AutomaticGainControl layers are not state: what `observe` assigns to them stays. A warning tells where the
     outputs do not depend on the batch.
+
+    Raises:
+        RuntimeError: a layer was not reached, and this TensorFlow does not let us see whether a tf.function hides it.
     """
+    reached: set[AutomaticGainControl] = set()
+
+    def note(layer: AutomaticGainControl, tensor: Any) -> None:
+        if tf.executing_eagerly():
+            reached.add(layer)
+        observe(layer, tensor)
+
     state = [(variable, variable.numpy()) for variable in _state(model)]
     inside = _inside.set(True)
-    token = observer.set(observe)
+    token = observer.set(note)
     try:
         outputs = model(batch, training=False)
     finally:
@@ -73,11 +80,18 @@ def run(model: keras.Model, batch: Any, observer: contextvars.ContextVar[Observe
             # What did not change is left alone: an assignment under a strategy would make all replicas' states one.
             if not np.array_equal(variable.numpy(), value):
                 variable.assign(value)
+    hidden = [layer.path or layer.name for layer in agc_layers(model) if layer not in reached]
+    if hidden and not _SEES_INTO_FUNCTIONS:
+        raise RuntimeError(
+            f"layer '{hidden[0]}' was not reached: if a tf.function hides it, tf_agc needs the property "
+            f"Function._run_functions_eagerly to look inside, which TensorFlow {tf.__version__} does not have"
+        )
     if _ignores_inputs(batch, outputs):
         warnings.warn(
             f"the outputs of model '{model.name}' do not depend on its inputs: they are the same for all samples of "
-            "the batch, but for roundings. Where a pooling or a mean over the map reads a linear AutomaticGainControl, "
-            "that layer needs mean_scale_initializer='zeros'; a last layer whose weights are all 0 shows the same",
+            "the batch, up to rounding error. Where a pooling or a mean over the map reads a linear "
+            "AutomaticGainControl, that layer needs mean_scale_initializer='zeros'. A last layer whose weights are all "
+            "0, or so small that its outputs differ by less than 1e-6, shows the same and needs nothing",
             stacklevel=3,
         )
 
@@ -94,7 +108,7 @@ def _ignores_inputs(batch: Any, outputs: Any) -> bool:
 
 
 def _is_constant(y: tf.Tensor) -> bool:
-    """Whether all samples are the same, but for roundings: their own, or those of values of about 1 that cancelled."""
+    """Whether all samples are the same up to rounding error: their own, or that of values of about 1 that cancelled."""
     spread = float(tf.reduce_max(tf.reduce_max(y, axis=0) - tf.reduce_min(y, axis=0)))
     largest = float(tf.reduce_max(tf.abs(y)))
     return spread <= max(1e-6, float(ml_dtypes.finfo(y.dtype.as_numpy_dtype).eps) * largest)
@@ -102,7 +116,16 @@ def _is_constant(y: tf.Tensor) -> bool:
 
 # Whether this thread (or whatever else has a context of its own) is in `run`.
 _inside = contextvars.ContextVar("tf_agc_inside_forward_pass", default=False)
-_runs_eagerly_in_process = Function._run_functions_eagerly.fget
+
+# Private: tf.config.run_functions_eagerly, the public way to see into a tf.function, is the whole process's. Where a
+# later TensorFlow has it elsewhere, only models that hide layers in a tf.function cannot be looked at.
+try:
+    from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
+
+    _runs_eagerly_in_process = Function._run_functions_eagerly.fget
+    _SEES_INTO_FUNCTIONS = True
+except (ImportError, AttributeError):
+    _SEES_INTO_FUNCTIONS = False
 
 
 def _runs_eagerly(function: Any) -> bool:
@@ -117,8 +140,9 @@ def _runs_eagerly(function: Any) -> bool:
     return not module.startswith("tensorflow.")
 
 
-# For good, and not set and restored in each pass: outside of a pass this answers what TensorFlow's own property does.
-Function._run_functions_eagerly = property(_runs_eagerly)
+if _SEES_INTO_FUNCTIONS:
+    # For good, not set and restored in each pass: outside of a pass this answers what TensorFlow's own property does.
+    Function._run_functions_eagerly = property(_runs_eagerly)
 
 
 def _convert_leaf(leaf: Any) -> Any:

@@ -132,7 +132,7 @@ def _convert_maps(name: str, maps: Any) -> tf.Tensor:
     if isinstance(maps, (tf.RaggedTensor, tf.SparseTensor)):
         raise TypeError(
             f"{name} must be a dense tensor, got a {type(maps).__name__} (to_tensor() and "
-            "tf.sparse.to_dense() convert; the zeros that fill it up count as values)"
+            "tf.sparse.to_dense() convert; padding zeros count as values)"
         )
     return _convert(name, maps)
 

@@ -124,6 +124,11 @@ class AutomaticGainControl(keras.layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         self.activation = keras.activations.get(activation)
+        if isinstance(self.activation, type):
+            raise ValueError(
+                "Argument `activation` must be a name, a function or a layer, not a class: pass an instance of it. "
+                f"Received: activation={activation}"
+            )
         fused = find_fused(self.activation)
         if fused is not None:
             name, own_alpha = fused
@@ -195,8 +200,8 @@ class AutomaticGainControl(keras.layers.Layer):
                 f"defined size. Received: input_shape={input_shape}"
             )
         self._check_positions(input_shape)
-        self._check_activation(input_shape)
-        if self._loses_zero_gains and _can_give_zero(self.gain_constraint, channels):
+        self._check_symbolic_activation(input_shape)
+        if self._loses_zero_gains and _can_give_zero(self.gain_constraint, channels, self.variable_dtype):
             warnings.warn(
                 "The gain_constraint of AutomaticGainControl can make gains exactly 0, and with the activation "
                 f"'{self._fused}' they stay 0 for good: no gradient reaches a gain of 0 there. Use activation=None "
@@ -258,7 +263,10 @@ class AutomaticGainControl(keras.layers.Layer):
             alpha=self.alpha,
             data_format=self.data_format,
         )
-        outputs = outputs if self._fused else self.activation(outputs)
+        if not self._fused:
+            linear = outputs
+            outputs = self.activation(linear)
+            self._check_activation(linear.shape, outputs)  # what was not known when the layer was built
         observe = output_observer.get()
         if observe is not None:
             observe(self, outputs)
@@ -293,8 +301,9 @@ class AutomaticGainControl(keras.layers.Layer):
         }
         return {**super().get_config(), **config}
 
-    # By name, where Keras numbers weights, trained ones first: those of another kind of layer, often [C] too, are
-    # refused, and a model loads those of one that trains others of them.
+    # Keras would number the weights in a file, trainable ones first. A file of another kind of layer with as many
+    # weights of shape [C] would then load without a word, and one of a layer with another train_gain in another order.
+    # By name, the first is an error, and the second is right.
     def save_own_variables(self, store: Any) -> None:
         for name, weight in self._own_weights().items():
             store[name] = weight
@@ -302,12 +311,19 @@ class AutomaticGainControl(keras.layers.Layer):
     def load_own_variables(self, store: Any) -> None:
         weights = self._own_weights()
         if set(store.keys()) != set(weights):
+            names = f"the weights {', '.join(weights)}" if weights else "no weights, as it is not built,"
             raise ValueError(
-                f"Layer '{self.name}' must load the weights of an AutomaticGainControl with the same arguments: "
-                f"{', '.join(weights) or 'none, as it is not built'}. Received: {', '.join(store.keys()) or 'none'}"
+                f"Layer '{self.name}' expects {names} of an AutomaticGainControl with the same arguments. "
+                f"Received: {', '.join(store.keys()) or 'none'}"
             )
         for name, weight in weights.items():
             weight.assign(store[name])
+
+    # In one order whatever is trained, where Keras lists trainable weights first: set_weights, which knows no names,
+    # would hand the mean scale of one layer to the gain of another.
+    @property
+    def weights(self) -> list[Any]:
+        return list(self._own_weights().values())
 
     def _own_weights(self) -> dict[str, Any]:
         weights = {name: getattr(self, name, None) for name in ("gain", "mean_scale", "bias")}
@@ -347,9 +363,9 @@ class AutomaticGainControl(keras.layers.Layer):
         )
         if not self.train_mean_scale:
             raise ValueError(message.format("nothing"))
-        warnings.warn(message.format("at first nothing"), stacklevel=2)
+        warnings.warn(message.format("initially nothing"), stacklevel=2)
 
-    def _check_activation(self, input_shape: _Shape) -> None:
+    def _check_symbolic_activation(self, input_shape: _Shape) -> None:
         if self._fused:
             return
         activation = self.activation
@@ -357,35 +373,50 @@ class AutomaticGainControl(keras.layers.Layer):
             # Keras's inference for a function of which nothing is known; the name takes none from other layers.
             activation = keras.layers.Lambda(activation, name="activation")
         try:
-            output_shape = activation.compute_output_shape(input_shape)
-        except NotImplementedError:  # where the function fails, it says so itself when it is called
+            outputs = activation.compute_output_spec(keras.KerasTensor(input_shape, self.compute_dtype))
+        except Exception:  # anybody's code: where it fails, it says so itself when it is called
             return
-        if not tf.TensorShape(output_shape).is_compatible_with(input_shape):
+        self._check_activation(input_shape, outputs)
+
+    def _check_activation(self, input_shape: Any, outputs: Any) -> None:
+        """Compares the shapes before and behind the activation, as far as they are known."""
+        shapes = keras.tree.map_structure(lambda output: output.shape, outputs)
+        if not _is_compatible(input_shape, shapes):
             raise ValueError(
                 "Argument `activation` must keep the shape of what it is applied to. Received: "
                 f"activation={getattr(self.activation, '__name__', self.activation)}, which makes "
-                f"{tuple(output_shape)} of {tuple(input_shape)}"
+                f"{shapes} of {input_shape}"
             )
 
     def _check_shortcut(self, inputs_shape: Any, shortcut_shape: Any) -> None:
-        try:
-            fits = tf.TensorShape(inputs_shape).is_compatible_with(shortcut_shape)
-        except TypeError:  # several tensors
-            fits = False
-        if not fits:
+        if not _is_compatible(inputs_shape, shortcut_shape):
             raise ValueError(
                 "Argument `shortcut` must be one tensor with the shape of the inputs to AutomaticGainControl, as it is "
                 f"not broadcast. Received: inputs.shape={inputs_shape}, shortcut.shape={shortcut_shape}"
             )
 
 
-def _can_give_zero(constraint: Any, channels: int) -> bool:
-    """Whether a constraint makes 0 of a weight that is not: tried, as it may be anybody's."""
+def _is_compatible(shape: Any, other: Any) -> bool:
+    """Whether two shapes can be the same; `other` may be those of several tensors, which are not."""
+    try:
+        return bool(tf.TensorShape(shape).is_compatible_with(other))
+    except TypeError:
+        return False
+
+
+def _can_give_zero(constraint: Any, channels: int, dtype: str) -> bool:
+    """Whether a constraint makes 0 of weights that are not: tried, as it may be anybody's."""
     if constraint is None:
         return False
     with tf.init_scope():  # layers may be built while a function is traced
-        weights = tf.constant(np.resize([-1.0, 1.0, -1e-3, 1e-3], channels), tf.float32)
-        return bool(np.any(np.equal(keras.ops.convert_to_numpy(constraint(weights)), 0)))
+        for value in (1.0, -1.0, 1e-3, -1e-3, 1e-6, -1e-6):
+            try:
+                weights = constraint(tf.fill([channels], tf.cast(value, dtype)))
+                if np.any(np.equal(keras.ops.convert_to_numpy(weights), 0)):
+                    return True
+            except Exception:  # anybody's code: where it fails, it says so itself when it is used
+                continue
+    return False
 
 
 def _always_gives(initializer: Any, value: int) -> bool:

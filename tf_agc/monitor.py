@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import pathlib
+import shutil
 import warnings
 from collections.abc import Callable, Container
 from typing import Any
@@ -31,6 +32,7 @@ _QUANTITIES = {
     "sparsity": "sparsity: fraction of zeros",
     "bias": "bias",
 }
+_WEIGHTS = ("gain", "mean_scale", "bias")
 _OVER_CHANNELS: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
 _COUNTS = ["epoch", "step", "iterations"]
 _COLUMNS = [*_COUNTS, "layer", *(f"{name}_{over}" for name in _QUANTITIES for over in _OVER_CHANNELS)]
@@ -71,9 +73,11 @@ class GainMonitor(keras.callbacks.Callback):
             with `steps_per_execution`, at the first execution that begins after so many.
         append: whether an existing `gains.csv` is continued. Its place is where the optimizer's count says that the
             model is: after `BackupAndRestore` (or another restored optimizer) what the log has beyond it is cut off,
-            with a warning, and stays in TensorBoard's files alone. With an optimizer that has not counted yet, or
-            does not count, the log goes on from its last step. Without `append` an existing file is an error, also for
-            a copy of a callback (`copy.deepcopy`, Keras Tuner) whose first training wrote it.
+            with a warning, and stays in TensorBoard's files alone. With an optimizer that has not counted yet, a new
+            monitor's place is the last record with the model's gains, mean scales and biases, or step 0 where there is
+            none; with one that does not count, the log goes on from its last step. Without
+            `append` an existing file is an error, also for a copy of a callback (`copy.deepcopy`, Keras Tuner) whose
+            first training wrote it.
 
     Raises:
         TypeError: batch is a data set, or nothing that becomes tensors; log_dir is no path.
@@ -143,20 +147,31 @@ class GainMonitor(keras.callbacks.Callback):
         if not _is_written(path):
             return
         rows, iterations = _read(path), _iterations(self.model)
-        place = rows[-1]
-        self._epoch_start = max(self._step, place["step"])
-        if iterations:
+        place: dict[str, Any] | None = rows[-1]
+        self._epoch_start = max(self._step, rows[-1]["step"])
+        evidence = "as its optimizer counts"
+        if not iterations and not self._step and _counts(self.model):
+            # A new optimizer for a trained model, or a new start, as after a training that ended before its first
+            # backup: the weights tell.
+            place = _last_with_weights(rows, layer_statistics(self.model, self._batch))
+            self._epoch_start = place["step"] if place else 0
+            evidence = "by its gains and its optimizer's count of 0"
+        elif iterations:
             # The count begins anew with another optimizer: only the records of the last one can be compared with it.
             counts = [row["iterations"] for row in rows]
             first = max((i for i in range(1, len(rows)) if counts[i] < counts[i - 1]), default=0)
             place = next((row for row in reversed(rows[first:]) if row["iterations"] <= iterations), rows[first])
             self._epoch_start = max(0, place["step"] + iterations - place["iterations"])
-        if (place["step"], place["iterations"]) == (self._epoch_start, iterations):
+        if place and (place["step"], place["iterations"]) == (self._epoch_start, iterations):
             self._recorded_step, self._recorded_iterations = self._epoch_start, iterations
         if rows[-1]["step"] > self._epoch_start:
+            # Evidence may mislead, after another compile() for one: what is cut off is not lost.
+            names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+            whole = next(name for name in names if not name.exists())
+            shutil.copy2(path, whole)
             warnings.warn(
-                f"{path} has records up to step {rows[-1]['step']}, and the model is at step {self._epoch_start}, as "
-                "its optimizer counts: the records beyond it are cut off",
+                f"{path} has records up to step {rows[-1]['step']}, and the model is at step {self._epoch_start}, "
+                f"{evidence}: the records beyond it are cut off ({whole.name} has them all)",
                 stacklevel=2,
             )
         _cut(path, self._epoch_start + (self._recorded_step is not None))
@@ -393,6 +408,25 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {reader.line_num} must have {expected}, got {cells}: remove it") from None
         rows.append(row)
     return rows
+
+
+def _last_with_weights(rows: list[dict[str, Any]], record: dict[str, dict[str, np.ndarray]]) -> dict[str, Any] | None:
+    """A row of the last moment at which the layers had the weights that they have in `record`, None if there is none.
+
+    Layers are compared in their order, as a model that was made again may have other names for them.
+    """
+    now = [
+        [over(values[name]) if name in values else math.nan for name in _WEIGHTS for over in _OVER_CHANNELS.values()]
+        for values in reversed(record.values())
+    ]
+    columns = [f"{name}_{over}" for name in _WEIGHTS for over in _OVER_CHANNELS]
+    for _, group in itertools.groupby(reversed(rows), lambda row: row["step"]):
+        moment = list(group)
+        then = [[row[column] for column in columns] for row in moment]
+        # As far as the six digits go that are written.
+        if len(then) == len(now) and np.allclose(then, now, rtol=1e-5, atol=0, equal_nan=True):
+            return moment[0]
+    return None
 
 
 def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> pathlib.Path:

@@ -187,8 +187,8 @@ def test_sparse_and_ragged_inputs_of_models_are_refused():
         model = keras.Model(inputs, AutomaticGainControl()(inputs))
         model.compile("sgd", "mse")
         message = re.escape(
-            f"x must be a dense tensor, got a {kind} (to_tensor() and tf.sparse.to_dense() convert; the padding would "
-            "count in the mean)"
+            f"x must be a dense tensor, got a {kind} (to_tensor() and tf.sparse.to_dense() convert; padding zeros "
+            "count as values)"
         )
         for call in (model, lambda x, model=model: model.fit(x, tf.ones(x.shape[:1]), verbose=0)):
             with pytest.raises(TypeError, match=message):
@@ -228,7 +228,7 @@ def test_plot_model(tmp_path):
 
 
 def test_weight_decay_leaves_out_what_training_md_says():
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     (names,) = re.findall(r"exclude_from_weight_decay\(var_names=(\[.*\])\)", page)
     optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
     optimizer.exclude_from_weight_decay(var_names=ast.literal_eval(names))

@@ -191,6 +191,19 @@ def test_fixed_weights(name, tmp_path):
         assert np.array_equal(weight, old) == (weight.name == name)
 
 
+def test_the_order_of_weights_is_the_same_whatever_is_trained():
+    values = [np.full(3, value, np.float32) for value in (2, 3, 4)]
+    for arguments in ({}, {"train_gain": False}, {"train_mean_scale": False}, {"trainable": False}):
+        layer = AutomaticGainControl(use_bias=True, **arguments)
+        assert layer.weights == []
+        model = keras.Sequential([keras.Input((4, 5, 3)), layer])
+        model.set_weights(values)
+        np.testing.assert_array_equal([layer.gain, layer.mean_scale, layer.bias], values)
+        for one in (model, layer):
+            np.testing.assert_array_equal(one.get_weights(), values)
+            assert [weight.name for weight in one.weights] == ["gain", "mean_scale", "bias"]
+
+
 def test_a_fixed_gain_may_be_zero():
     layer = AutomaticGainControl("relu", gain_initializer="zeros", gain_constraint="non_neg", train_gain=False)
     np.testing.assert_array_equal(layer(_X, _X), np.maximum(_X, 0))
@@ -204,7 +217,6 @@ def test_weights_are_loaded_by_name(tmp_path):
     saved = model()
     saved.layers[0].set_weights([np.full(3, value, np.float32) for value in (2, 3, 4)])
     saved.save_weights(tmp_path / "model.weights.h5")
-    # Keras's own numbers would hand the mean scale to the gain: trained weights come first.
     other = model(train_gain=False)
     other.load_weights(tmp_path / "model.weights.h5")
     layer = other.layers[0]
@@ -230,10 +242,13 @@ def test_weights_of_another_kind_of_layer_are_refused(tmp_path):
     model(norm).save_weights(tmp_path / "model.weights.h5")
     model(AutomaticGainControl(name="norm")).save_weights(tmp_path / "agc.weights.h5")
     for layer, file, message in (
-        (AutomaticGainControl(name="norm"), "model", "gain, mean_scale. Received: 0, 1"),
-        (AutomaticGainControl(use_bias=True, name="norm"), "agc", "gain, mean_scale, bias. Received: gain, mean_scale"),
+        (AutomaticGainControl(name="norm"), "model", ("gain, mean_scale", "0, 1")),
+        (AutomaticGainControl(use_bias=True, name="norm"), "agc", ("gain, mean_scale, bias", "gain, mean_scale")),
     ):
-        message = f"Layer 'norm' must load the weights of an AutomaticGainControl with the same arguments: {message}"
+        message = (
+            f"Layer 'norm' expects the weights {message[0]} of an AutomaticGainControl with the same arguments. "
+            f"Received: {message[1]}"
+        )
         with pytest.raises(ValueError, match=re.escape(message)):
             model(layer).load_weights(tmp_path / f"{file}.weights.h5")
 
@@ -336,6 +351,35 @@ def test_other_dtypes_are_cast_to_the_compute_dtype(dtype, policy, autocast):
     np.testing.assert_array_equal(tf.cast(y, "float64"), tf.cast(want, "float64"))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        lambda gain: tf.clip_by_value(gain, -1, 0),
+        lambda gain: tf.where(tf.abs(gain) < 1e-4, tf.zeros_like(gain), gain),  # pruning
+        lambda gain: tf.cast(tf.nn.relu(gain + tf.zeros([], gain.dtype)), gain.dtype),
+    ],
+    ids=["negative", "small", "positive"],
+)
+def test_constraints_are_tried_on_all_kinds_of_weights(constraint, policy, channels):
+    with pytest.warns(UserWarning, match="can make gains exactly 0"):
+        AutomaticGainControl("relu", gain_constraint=constraint, dtype=policy).build((None, 4, channels))
+
+
+def test_a_constraint_that_fails_says_so_when_it_is_used():
+    def constraint(gain):  # takes the weights' own dtype alone
+        tf.debugging.assert_equal(tf.reduce_any(gain < 0), False, "gains must be positive")
+        return tf.maximum(gain, tf.constant(0.1, "bfloat16"))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = AutomaticGainControl("relu", gain_constraint=constraint, dtype="bfloat16")
+        layer.build((None, 4, 3))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="gains must be positive"):
+        layer.gain_constraint(-layer.gain.value)
+
+
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu"])
 @pytest.mark.parametrize("constraint", ["non_neg", lambda gain: tf.clip_by_value(gain, 0, 2)], ids=["non_neg", "clip"])
 def test_constraints_that_can_give_a_gain_of_zero(activation, constraint):
@@ -382,6 +426,42 @@ def test_an_activation_that_changes_the_shape():
         AutomaticGainControl("glu")(np.ones((2, 4, 5, 4), np.float32))
     with pytest.raises(ValueError, match=re.escape("activation=<lambda>, which makes (None, 4, 5) of")):
         AutomaticGainControl(lambda z: tf.reduce_max(z, -1))(keras.Input((4, 5, 4)))
+    with pytest.raises(
+        ValueError, match=re.escape("activation=<lambda>, which makes [(None, 4, 5, 3), (None, 4, 5, 3)")
+    ):
+        AutomaticGainControl(lambda z: [z, z])(keras.Input((4, 5, 3)))
+
+
+class Halving(keras.layers.Layer):
+    def call(self, x):
+        return x[..., ::2]
+
+
+def test_a_layer_that_changes_the_shape_as_activation():
+    message = (
+        re.escape("<Halving name=halving, built=") + ".*" + re.escape(", which makes (None, 4, 5, 2) of (None, 4,")
+    )
+    with pytest.raises(ValueError, match=message):
+        AutomaticGainControl(Halving(name="halving"))(keras.Input((4, 5, 3)))
+    with pytest.raises(ValueError, match=re.escape("which makes (2, 4, 5, 2) of (2, 4, 5, 3)")):
+        AutomaticGainControl(Halving())(_X)
+
+
+def test_an_activation_that_changes_a_size_that_was_unknown():
+    inputs = keras.Input((None, None, 3))
+    model = keras.Model(inputs, AutomaticGainControl(lambda z: z[:, ::2])(inputs))
+    with pytest.raises(ValueError, match=re.escape("activation=<lambda>, which makes (2, 2, 5, 3) of (2, 4, 5, 3)")):
+        model(_X)
+
+
+def test_an_activation_that_only_runs_on_values():
+    def eager_only(z):
+        return tf.nn.tanh(z) if float(tf.reduce_max(z)) < 100 else z
+
+    np.testing.assert_array_equal(AutomaticGainControl(eager_only)(_X), AutomaticGainControl("tanh")(_X))
+    # Nothing is known of the shape, nor can it be compared.
+    unknown = tf.function(AutomaticGainControl(lambda z: tf.py_function(tf.nn.tanh, [z], z.dtype)))
+    np.testing.assert_array_equal(unknown(_X), AutomaticGainControl("tanh")(_X))
 
 
 def test_names_of_other_layers_stay_theirs():
@@ -545,6 +625,9 @@ def test_config():
          "Argument `gain_initializer` must not be zeros with the activation 'elu'"),
         ({"activation": "leaky_relu", "gain_initializer": keras.initializers.Constant(0.0)},
          "Argument `gain_initializer` must not be zeros with the activation 'leaky_relu'"),
+        ({"activation": keras.layers.ReLU},
+         "Argument `activation` must be a name, a function or a layer, not a class: pass an instance of it. "
+         "Received: activation=<class 'keras"),
         ({"activation": "no_such"}, "Could not interpret activation function identifier: no_such"),
         ({"gain_initializer": "no_such"}, "Could not interpret initializer identifier: no_such"),
     ],
@@ -626,7 +709,7 @@ def test_one_position(data_format):
     fixed = AutomaticGainControl(data_format=data_format, train_mean_scale=False)
     with pytest.raises(ValueError, match="at a mean_scale of 1 nothing is left of them.*" + message):
         fixed.build(shape)
-    with pytest.warns(UserWarning, match="at a mean_scale of 1 at first nothing is left.*" + message):
+    with pytest.warns(UserWarning, match="at a mean_scale of 1 initially nothing is left.*" + message):
         AutomaticGainControl(data_format=data_format).build(shape)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -145,6 +145,13 @@ def test_a_bias_centres_every_channel_before_the_shortcut_is_added(data_format, 
     assert f"centred, bias {row.bias.min():.3g} .. {row.bias.max():.3g}" in str(CalibrationTable([row]))
 
 
+def test_a_bias_of_channels_that_are_centred_already_is_0():
+    layer = AutomaticGainControl(use_bias=True, bias_initializer="ones")
+    table = calibrate(keras.Sequential([keras.Input(_X.shape[1:]), layer]), _X + np.float32(0.1))
+    assert "centred, bias 0 .. 0" in str(table)
+    np.testing.assert_array_equal(layer.bias, [0, 0, 0])
+
+
 def test_constant_channels_keep_their_bias_and_constraints_have_the_last_word():
     layer = AutomaticGainControl(
         mean_scale_initializer="zeros", use_bias=True, bias_initializer="ones", bias_constraint="non_neg"

@@ -448,8 +448,8 @@ def _rounded(factor):
     """The definition, with other roundings or wrong."""
     correct = reference.agc
 
-    def agc(*arguments):
-        y, mean = correct(*arguments)
+    def agc(*arguments, **named):
+        y, mean = correct(*arguments, **named)
         return factor * y, mean
 
     return agc
@@ -999,8 +999,8 @@ def test_xla_s_own_ops_are_stock(tmp_path):
 def test_a_wrong_answer_is_an_error(tmp_path, monkeypatch, native_required):
     correct = reference.agc
 
-    def wrong(*arguments):
-        y, mean = correct(*arguments)
+    def wrong(*arguments, **named):
+        y, mean = correct(*arguments, **named)
         return 1.01 * y, mean
 
     monkeypatch.setattr(reference, "agc", wrong)

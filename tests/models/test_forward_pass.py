@@ -1,4 +1,6 @@
-"""What a pass of `calibrate` and `GainMonitor` says of a model whose outputs do not depend on its inputs."""
+"""What a pass of `calibrate` and `GainMonitor` says of a model whose outputs do not depend on its inputs, and of layers
+that it cannot see.
+"""
 
 import warnings
 
@@ -8,6 +10,7 @@ import pytest
 from keras import layers
 
 import tf_agc
+from agc_testing import python
 
 _WARNING = "the outputs of model 'pooled' do not depend on its inputs: they are the same for all samples of the batch"
 
@@ -33,9 +36,11 @@ def test_outputs_that_do_not_depend_on_inputs(activation, tmp_path):
         model.fit(_batch(8), np.zeros((8, 4)), verbose=0, callbacks=[tf_agc.GainMonitor(tmp_path, _batch(8))])
 
 
-def test_a_last_layer_of_zeros_is_said_too():
-    with pytest.warns(UserWarning, match="a last layer whose weights are all 0 shows the same"):
-        tf_agc.calibrate(_pooled("zeros", mean_scale_initializer="zeros"), _batch(8))
+@pytest.mark.parametrize("dense", ["zeros", keras.initializers.Constant(1e-8)], ids=["zeros", "tiny"])
+def test_a_last_layer_of_tiny_weights_is_said_too(dense):
+    message = "A last layer whose weights are all 0, or so small that its outputs differ by less than 1e-6, shows the"
+    with pytest.warns(UserWarning, match=message):
+        tf_agc.calibrate(_pooled(dense, mean_scale_initializer="zeros"), _batch(8))
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,50 @@ def test_others_do_not_warn(model, batch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tf_agc.calibrate(model, batch)
+
+
+ANOTHER_TENSORFLOW = """
+from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
+
+Function._run_functions_eagerly = False  # no property: as a TensorFlow that keeps the switch elsewhere
+
+import sys
+import keras
+import numpy as np
+import tensorflow as tf
+import tf_agc
+
+x = np.random.default_rng(0).standard_normal((8, 6, 7, 3)).astype(np.float32)
+layer = tf_agc.AutomaticGainControl("relu", name="agc")
+model = keras.Sequential([keras.Input((6, 7, 3)), layer])
+print([row.calls for row in tf_agc.calibrate(model, x)])
+model.compile("sgd", "mse")
+model.fit(x, x, verbose=0, callbacks=[tf_agc.GainMonitor(sys.argv[1], x)])
+
+class Hidden(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.agc = layer
+
+    @tf.function
+    def call(self, x):
+        return self.agc(x)
+
+hidden = Hidden()
+hidden(x)
+gain = layer.gain.numpy()
+for look in (tf_agc.calibrate, tf_agc.monitor.layer_statistics):
+    try:
+        look(hidden, x)
+    except RuntimeError as error:
+        print(error)
+assert np.array_equal(layer.gain, gain)
+"""
+
+
+def test_a_tensorflow_that_does_not_let_us_look_into_functions(tmp_path):
+    calls, *errors = python("-c", ANOTHER_TENSORFLOW, tmp_path).stdout.splitlines()
+    assert calls == "[1]" and (tmp_path / "gains.csv").exists()
+    assert len(errors) == 2
+    for error in errors:
+        assert "agc' was not reached: if a tf.function hides it, tf_agc needs the property Function._run_funct" in error

@@ -32,11 +32,11 @@ def _sequential(**arguments):
     return keras.Sequential([*layers, keras.layers.GlobalMaxPooling2D(), keras.layers.Dense(2)])
 
 
-def _fit(model, monitor, epochs=1, x=_X, compiled=False, **arguments):
+def _fit(model, callbacks, epochs=1, x=_X, compiled=False, target=None, **arguments):
     if not compiled:
         model.compile(keras.optimizers.SGD(0.1), "mse")
-    y = np.zeros((len(x), *model.compute_output_shape((None, *x.shape[1:]))[1:]))
-    return model.fit(x, y, epochs=epochs, batch_size=2, shuffle=False, verbose=0, callbacks=[monitor], **arguments)
+    y = np.zeros((len(x), *model.compute_output_shape((None, *x.shape[1:]))[1:])) if target is None else target
+    return model.fit(x, y, epochs=epochs, batch_size=2, shuffle=False, verbose=0, callbacks=callbacks, **arguments)
 
 
 def _rows(log_dir):
@@ -341,14 +341,15 @@ def test_one_monitor_one_model(tmp_path):
 
 
 def test_an_existing_file_is_kept_or_continued(tmp_path):
-    _fit(_sequential(), GainMonitor(tmp_path / "new" / "log", _X))
+    model = _sequential()
+    _fit(model, GainMonitor(tmp_path / "new" / "log", _X))
     path = tmp_path / "new" / "log" / "gains.csv"
     before = path.read_text()
     with pytest.raises(FileExistsError, match=re.escape(f"{path} exists: choose another log_dir, or continue it with")):
         _fit(_sequential(), GainMonitor(path.parent, _X))
     assert path.read_text() == before
 
-    _fit(_sequential(), GainMonitor(path.parent, _X, append=True))
+    _fit(model, GainMonitor(path.parent, _X, append=True))
     assert [row["step"] for row in _rows(path.parent)[::3]] == ["0", "4", "8"]
     assert path.read_text().startswith("".join(before.splitlines(keepends=True)[:4]))
     plot_gains(path)
@@ -396,6 +397,47 @@ def test_a_restored_training_goes_on_from_the_model(tmp_path, same_monitor, loss
     assert rows[:6] == before[:6]
     _check(rows[-1], model.layers[0], model(_X))
     assert sorted(os.listdir(tmp_path))[-1] == "gains.csv"  # nothing of its replacement stays behind
+
+
+@pytest.mark.parametrize("gains", ["ones", "random_uniform"])
+def test_a_training_that_ended_before_its_first_backup_begins_anew(tmp_path, gains):
+    def fit(*callbacks):
+        layer = AutomaticGainControl("relu", use_bias=True, gain_initializer=gains)
+        model = keras.Sequential([keras.Input((6, 7, 3)), layer])
+        monitor = GainMonitor(tmp_path, _X, update_freq=1, append=True)
+        _fit(model, [monitor, keras.callbacks.BackupAndRestore(str(tmp_path / "backup")), *callbacks], target=_X)
+        return model
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Cut(3))
+    before = _rows(tmp_path)
+    assert [int(row["step"]) for row in before] == [0, 1, 2]
+    message = (
+        "records up to step 2, and the model is at step 0, by its gains and its optimizer's count of 0: the records "
+        "beyond it are cut off"
+    )
+    whole = (tmp_path / "gains.csv").read_text()
+    with pytest.warns(UserWarning, match=message):
+        model = fit()
+    assert (tmp_path / "gains.csv.1").read_text() == whole
+    rows = _rows(tmp_path)
+    assert [(int(row["step"]), int(row["iterations"])) for row in rows] == [(step, step) for step in range(5)]
+    assert (rows[0]["gain_mean"] == before[0]["gain_mean"]) == (gains == "ones")
+    _check(rows[-1], model.layers[0], model(_X))
+
+
+def test_earlier_weights_and_another_optimizer_go_on_from_their_record(tmp_path):
+    model = keras.Sequential([keras.Input((6, 7, 3)), AutomaticGainControl("relu")])
+    file = str(tmp_path / "{epoch}.weights.h5")
+    save = keras.callbacks.ModelCheckpoint(file, save_weights_only=True)
+    _fit(model, [GainMonitor(tmp_path, _X), save], epochs=3, target=_X)
+    before = _rows(tmp_path)
+    model.load_weights(file.format(epoch=2))
+    with pytest.warns(UserWarning, match="records up to step 12, and the model is at step 8, by its gains and its opt"):
+        _fit(model, GainMonitor(tmp_path, _X, append=True), target=_X)
+    rows = _rows(tmp_path)
+    assert [(int(row["step"]), int(row["iterations"])) for row in rows] == [(0, 0), (4, 4), (8, 0), (12, 4)]
+    assert rows[2]["gain_mean"] == before[2]["gain_mean"]
 
 
 def test_another_optimizer_goes_on_from_the_last_step(tmp_path):

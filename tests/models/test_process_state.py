@@ -76,7 +76,8 @@ def _monitor(directory, model):
     model.compile("sgd", "mse")
     model.fit(_X, np.zeros((4, 3)), batch_size=1, verbose=0, callbacks=[GainMonitor(directory, _X, update_freq=1)])
     rows = (directory / "gains.csv").read_text().splitlines()
-    assert len(rows) == 6 and not any(row.endswith(",") for row in rows)  # every one with an output
+    # Every one with an output, none with a bias.
+    assert len(rows) == 6 and not any(row.endswith(",,,,") for row in rows)
 
 
 def _convert(directory, model):
