@@ -149,19 +149,13 @@ class GainMonitor(keras.callbacks.Callback):
         rows, iterations = _read(path), _iterations(self.model)
         place: dict[str, Any] | None = rows[-1]
         self._epoch_start = max(self._step, rows[-1]["step"])
-        evidence, copy = "as its optimizer counts", ""
+        evidence, certain = "as its optimizer counts", True
         if not iterations and not self._step and _counts(self.model):
             # A new optimizer for a trained model, or a new start, as after a training that ended before its first
             # backup: the weights tell.
             place = _last_with_weights(rows, layer_statistics(self.model, self._batch))
             self._epoch_start = place["step"] if place else 0
-            evidence = "by its gains and its optimizer's count of 0"
-            # Which may mislead, as after another compile() and some training without a monitor: nothing is lost.
-            names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-            whole = next(name for name in names if not name.exists())
-            copy = f" ({whole.name} has them all)"
-            if rows[-1]["step"] > self._epoch_start:
-                shutil.copy2(path, whole)
+            evidence, certain = "by its gains and its optimizer's count of 0", False
         elif iterations:
             # The count begins anew with another optimizer: only the records of the last one can be compared with it.
             counts = [row["iterations"] for row in rows]
@@ -171,6 +165,12 @@ class GainMonitor(keras.callbacks.Callback):
         if place and (place["step"], place["iterations"]) == (self._epoch_start, iterations):
             self._recorded_step, self._recorded_iterations = self._epoch_start, iterations
         if rows[-1]["step"] > self._epoch_start:
+            copy = ""
+            if not certain:  # as after another compile() and some training without a monitor: nothing is lost
+                names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+                whole = next(name for name in names if not name.exists())
+                shutil.copy2(path, whole)
+                copy = f" ({whole.name} has them all)"
             warnings.warn(
                 f"{path} has records up to step {rows[-1]['step']}, and the model is at step {self._epoch_start}, "
                 f"{evidence}: the records beyond it are cut off{copy}",
