@@ -5,7 +5,7 @@ A mapping of names alone: the activations themselves are in `tf_agc.reference` a
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -26,40 +26,52 @@ _NAMES = {function: name for name, function in KERAS_FUNCTIONS.items()} | {
 }
 
 
-def find_fused(activation: Any) -> tuple[str, float | None] | None:
-    """What the op computes in place of an activation: its name there, and its alpha where it has one of its own.
+class FusedActivation(NamedTuple):
+    """An activation as arguments of the layer; None stands for the default of a number."""
+
+    activation: str
+    negative_slope: float | None = None
+    alpha: float | None = None
+
+
+def find_fused(activation: Any) -> FusedActivation | None:
+    """What the op computes in place of an activation: its name there, and the number where it has one of its own.
 
     Args:
         activation: a function, or a layer or an operation of Keras.
 
     Returns:
-        Name and alpha, None for the default one; or None where the op cannot compute the same.
+        The layer's arguments, or None where the op cannot compute the same.
     """
     try:
         if activation in _NAMES:
-            return _NAMES[activation], None
+            return FusedActivation(_NAMES[activation])
     except TypeError:  # a callable that cannot be hashed
         return None
     if not type(activation).__module__.startswith("keras.") or getattr(activation, "activity_regularizer", None):
         return None
-    name, alpha = None, None
+    fused = None
     # By name, as Keras exports no classes of its operations. ReLU is a layer and an operation.
     match type(activation).__name__:
         case "Activation":
             return find_fused(activation.activation)
         case "Relu":
-            name = "relu"
+            fused = FusedActivation("relu")
         case "Relu6":
-            name = "relu6"
+            fused = FusedActivation("relu6")
         case "ReLU" if activation.threshold == 0:
             if activation.max_value is None:
-                name, alpha = ("leaky_relu", activation.negative_slope) if activation.negative_slope else ("relu", None)
+                slope = activation.negative_slope
+                fused = FusedActivation("leaky_relu", negative_slope=slope) if slope else FusedActivation("relu")
             elif activation.max_value == 6 and not activation.negative_slope:
-                name = "relu6"
+                fused = FusedActivation("relu6")
         case "LeakyReLU" | "LeakyRelu":
-            name, alpha = "leaky_relu", activation.negative_slope
+            fused = FusedActivation("leaky_relu", negative_slope=activation.negative_slope)
         case "ELU" | "Elu":
-            name, alpha = "elu", activation.alpha
-    if name is None or (alpha is not None and not 0 <= alpha < math.inf):
+            fused = FusedActivation("elu", alpha=activation.alpha)
+    if fused is None:
         return None
-    return name, None if alpha is None else float(alpha)
+    numbers = [None if number is None else float(number) for number in fused[1:]]
+    if not all(number is None or 0 <= number < math.inf for number in numbers):
+        return None
+    return FusedActivation(fused.activation, *numbers)

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 from tf_agc import model_graph
-from tf_agc.activations import find_fused
+from tf_agc.activations import FusedActivation, find_fused
 from tf_agc.layer import AutomaticGainControl
 from tf_agc.model_graph import Call, is_of_keras
 from tf_agc.table import format_table
@@ -125,8 +125,8 @@ class _Norm:
     averaged_by: str = ""
 
     @property
-    def activation(self) -> tuple[str, float | None] | None:
-        """What AGC computes too, name and alpha: one and the same activation behind every call."""
+    def activation(self) -> FusedActivation | None:
+        """What AGC computes too: one and the same activation behind every call."""
         first, *others = {_find_activation(each.activation) for each in self.calls}
         return None if others else first
 
@@ -159,11 +159,9 @@ class _Norm:
         return ""
 
     def replacement(self) -> AutomaticGainControl:
-        activation, alpha = self.activation or (None, None)
         return AutomaticGainControl(
-            activation,
+            **(self.activation or FusedActivation("linear"))._asdict(),
             data_format=self._data_format,
-            alpha=alpha,
             mean_scale_initializer="zeros" if self.averaged_by else "ones",
             activity_regularizer=self.layer.activity_regularizer,
             name=self.layer.name,
@@ -353,9 +351,9 @@ class Plan:
         return ""
 
 
-def _find_activation(call: Call | None) -> tuple[str, float | None] | None:
+def _find_activation(call: Call | None) -> FusedActivation | None:
     fused = find_fused(call.operation) if call else None
-    return None if fused == ("linear", None) else fused
+    return None if fused == FusedActivation("linear") else fused
 
 
 def _adds(call: Call) -> bool:

@@ -14,8 +14,9 @@ import tensorflow as tf
 from tf_agc import native, reference
 from tf_agc.implementation import resolve
 
-_ALPHA = {"linear": None, "relu": None, "relu6": None, "leaky_relu": 0.2, "elu": 1.0}
-ACTIVATIONS = tuple(_ALPHA)
+ACTIVATIONS = ("linear", "relu", "relu6", "leaky_relu", "elu")
+# Keras's name of the number that an activation takes, whose it is, and its default.
+_ALPHA = {"negative_slope": ("leaky_relu", 0.2), "alpha": ("elu", 1.0)}
 DATA_FORMATS = ("channels_last", "channels_first")
 _DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
@@ -33,7 +34,8 @@ def agc(
     mean_scale: Any,
     bias: Any = None,
     shortcut: Any = None,
-    activation: str | None = "linear",
+    activation: str | None = None,
+    negative_slope: float | None = None,
     alpha: float | None = None,
     data_format: str = "channels_last",
 ) -> tf.Tensor:
@@ -47,8 +49,8 @@ def agc(
     Source: B. Ruff, "Deep Control", arXiv 1706.03907 (not adaptive gradient clipping); bias and
     shortcut are ours. Means are accumulated in float32 or better and results rounded to the dtype
     of x. NaN and Inf go through. A fused activation keeps y (and shortcut) for the backward pass
-    and "linear" keeps x; at a gain of exactly 0, activations therefore give that gain a gradient of
-    0, and near it, in 16 bits and with a shortcut, a noisy one.
+    and the linear op keeps x; at a gain of exactly 0, activations therefore give that gain a gradient
+    of 0, and near it, in 16 bits and with a shortcut, a noisy one.
 
     Args:
         x: tensor or what converts to one; float16, bfloat16, float32 or float64; shape
@@ -58,9 +60,9 @@ def agc(
         mean_scale: as gain. 1 removes the mean, 0 keeps it.
         bias: as gain, or None: nothing is added.
         shortcut: dtype and shape of x, without broadcasting; or None: nothing is added.
-        activation: "linear" or None, "relu", "relu6", "leaky_relu" or "elu".
-        alpha: slope of leaky_relu (None: 0.2) or scale of elu (None: 1.0) below 0; a finite number
-            >= 0, rounded to float32.
+        activation: None or "linear", which are the same, "relu", "relu6", "leaky_relu" or "elu".
+        negative_slope: leaky_relu's slope below 0 (None: 0.2); a finite number >= 0, rounded to float32.
+        alpha: elu's scale below 0 (None: 1.0); likewise.
         data_format: "channels_last" or "channels_first".
 
     Returns:
@@ -68,13 +70,13 @@ def agc(
 
     Raises:
         TypeError: x or shortcut is ragged, sparse or not floating; gain, mean_scale, bias or shortcut has another
-            dtype than the one above; alpha is not a number.
-        ValueError: another activation, alpha or data_format; a static shape that does not fit.
+            dtype than the one above; negative_slope or alpha is not a number.
+        ValueError: another activation, negative_slope, alpha or data_format; a static shape that does not fit.
         tf.errors.InvalidArgumentError: the same for a shape that is only known when it runs.
         RuntimeError: `implementation("native")` where the native library is not available.
     """
     activation = "linear" if activation is None else activation
-    alpha = resolve_alpha(activation, alpha)
+    alpha = resolve_alpha(activation, negative_slope, alpha)
     # A string first: an array compares element by element, and a tensor in a graph not at all.
     if not isinstance(data_format, str) or data_format not in DATA_FORMATS:
         raise ValueError(f'data_format must be "channels_last" or "channels_first", got {data_format!r}')
@@ -99,31 +101,38 @@ def channel_axis(data_format: str) -> int:
     return -1 if data_format == "channels_last" else 1
 
 
-def resolve_alpha(activation: str, alpha: float | None) -> float:
-    """The number that the implementations take: the default for None, 0 where there is no alpha or a denormal one.
+def resolve_alpha(activation: str, negative_slope: float | None = None, alpha: float | None = None) -> float:
+    """The one number that the implementations take, whatever Keras calls it; 0 where an activation has none.
 
     Raises:
-        TypeError: alpha is not a number.
-        ValueError: an unknown activation, alpha for one without, or a negative or infinite alpha.
+        TypeError: a number is none.
+        ValueError: an unknown activation, a number for one without, or a negative or infinite one.
     """
-    if not isinstance(activation, str) or activation not in _ALPHA:
-        raise ValueError(f"activation must be None or one of {', '.join(map(repr, _ALPHA))}, got {activation!r}")
-    default = _ALPHA[activation]
-    if alpha is None:
-        return 0.0 if default is None else default
-    if default is None:
-        raise ValueError(
-            f"alpha must be None for the activation {activation!r}: only 'leaky_relu' and 'elu' have one, got {alpha!r}"
-        )
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    resolved = 0.0
+    for name, value in (("negative_slope", negative_slope), ("alpha", alpha)):
+        owner, default = _ALPHA[name]
+        if activation == owner:
+            resolved = default if value is None else _convert_alpha(name, value)
+        elif value is not None:
+            raise ValueError(
+                f"{name} must be None for the activation {activation!r}: only 'leaky_relu' has a negative_slope, "
+                f"and only 'elu' an alpha, got {value!r}"
+            )
+    return resolved
+
+
+def _convert_alpha(name: str, number: float) -> float:
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
     try:
-        value = float(alpha)
+        value = float(number)
     except OverflowError:  # an integer or a fraction that no float64 holds
-        value = math.inf if alpha > 0 else -math.inf
+        value = math.inf if number > 0 else -math.inf
     # As the kernel sees it: a double may overflow to a float32 infinity.
     if not 0 <= value <= float(np.finfo(np.float32).max):
-        raise ValueError(f"alpha must be finite and >= 0, got {value:g}")
+        raise ValueError(f"{name} must be finite and >= 0, got {value:g}")
     # Whether a denormal float32 is 0 would depend on the thread that looks at it.
     return value if value >= float(np.finfo(np.float32).tiny) else 0.0
 

@@ -60,15 +60,16 @@ class AutomaticGainControl(keras.layers.Layer):
     ```
 
     Args:
-        activation: Name of a Keras activation, a callable, or `None` (linear). `"linear"`,
+        activation: Name of a Keras activation, a callable, or `None` (the same as `"linear"`). `"linear"`,
             `"relu"`, `"relu6"`, `"leaky_relu"` and `"elu"`, the functions of these names in
             `keras.activations`, `keras.ops` and `tf.nn`, and the layers `keras.layers.ReLU`, `LeakyReLU` and
             `ELU` are computed in the same pass and save the memory of one map; others are applied to the
             linear output and must keep its shape.
         data_format: `"channels_last"` or `"channels_first"`. `None` means
             `keras.config.image_data_format()`.
-        alpha: Slope of leaky_relu (`None`: 0.2) or scale of elu (`None`: 1.0) below 0; finite and
-            >= 0. An error for any other activation, and for a layer, which has its own.
+        negative_slope: Slope of leaky_relu below 0 (`None`: 0.2); finite and >= 0. An error for any other
+            activation, and for a layer, which has its own.
+        alpha: Scale of elu below 0 (`None`: 1.0); likewise.
         gain_initializer: Initializer of the gain. All zeros is refused for a fused activation:
             no gradient would ever reach the gain.
         mean_scale_initializer: Initializer of the mean scale.
@@ -107,6 +108,7 @@ class AutomaticGainControl(keras.layers.Layer):
         self,
         activation: str | Callable[..., Any] | None = None,
         data_format: str | None = None,
+        negative_slope: float | None = None,
         alpha: float | None = None,
         gain_initializer: Any = "ones",
         mean_scale_initializer: Any = "ones",
@@ -131,15 +133,16 @@ class AutomaticGainControl(keras.layers.Layer):
             )
         fused = find_fused(self.activation)
         if fused is not None:
-            name, own_alpha = fused
-            if alpha is not None and own_alpha is not None:
-                raise ValueError(
-                    f"Argument `alpha` must be None where the activation is a layer, which has one of its own. "
-                    f"Received: activation={activation}, alpha={alpha}"
-                )
+            if fused[1:] != (None, None):
+                if (negative_slope, alpha) != (None, None):
+                    raise ValueError(
+                        "Arguments `negative_slope` and `alpha` must be None where the activation is a layer, which "
+                        "has one of its own. "
+                        f"Received: activation={activation}, negative_slope={negative_slope}, alpha={alpha}"
+                    )
+                _, negative_slope, alpha = fused
             # What is saved is the name, and no layer within the layer.
-            self.activation = KERAS_FUNCTIONS[name]
-            alpha = own_alpha if alpha is None else alpha
+            self.activation = KERAS_FUNCTIONS[fused.activation]
         self.data_format = keras.config.image_data_format() if data_format is None else data_format
         self.gain_initializer = keras.initializers.get(gain_initializer)
         self.mean_scale_initializer = keras.initializers.get(mean_scale_initializer)
@@ -164,12 +167,13 @@ class AutomaticGainControl(keras.layers.Layer):
                 "Argument `data_format` must be 'channels_last', 'channels_first' or None. "
                 f"Received: data_format={data_format}"
             )
-        if self._fused is None and alpha is not None:
+        if self._fused is None and (negative_slope, alpha) != (None, None):
             raise ValueError(
-                "Argument `alpha` is only valid for the activations 'leaky_relu' and 'elu'. "
-                f"Received: activation={activation}, alpha={alpha}"
+                "Argument `negative_slope` is only valid for the activation 'leaky_relu', and `alpha` for 'elu'. "
+                f"Received: activation={activation}, negative_slope={negative_slope}, alpha={alpha}"
             )
-        functional.resolve_alpha(self._fused or "linear", alpha)
+        functional.resolve_alpha(self._fused or "linear", negative_slope, alpha)
+        self.negative_slope = None if negative_slope is None else float(negative_slope)
         self.alpha = None if alpha is None else float(alpha)
         if self._loses_zero_gains and _always_gives(self.gain_initializer, 0):
             raise ValueError(
@@ -181,7 +185,7 @@ class AutomaticGainControl(keras.layers.Layer):
     @property
     def _fused(self) -> str | None:
         """Name of the activation that is part of the op, None where it is applied afterwards."""
-        # By identity: what is left of a layer with a slope is a function of Keras's and `alpha`.
+        # By identity: what is left of a layer with a slope is a function of Keras's and the number.
         return next((name for name, function in KERAS_FUNCTIONS.items() if function is self.activation), None)
 
     @property
@@ -260,6 +264,7 @@ class AutomaticGainControl(keras.layers.Layer):
             None if self.bias is None else self._parameter(self.bias),
             shortcut,
             activation=self._fused,
+            negative_slope=self.negative_slope,
             alpha=self.alpha,
             data_format=self.data_format,
         )
@@ -285,6 +290,7 @@ class AutomaticGainControl(keras.layers.Layer):
         config = {
             "activation": keras.activations.serialize(self.activation),
             "data_format": self.data_format,
+            "negative_slope": self.negative_slope,
             "alpha": self.alpha,
             "gain_initializer": keras.initializers.serialize(self.gain_initializer),
             "mean_scale_initializer": keras.initializers.serialize(self.mean_scale_initializer),

@@ -24,6 +24,8 @@ DATA_FORMATS = ("channels_last", "channels_first")
 # What of the optional inputs is there: bias, shortcut.
 OPTIONAL = {"neither": (False, False), "bias": (True, False), "shortcut": (False, True), "both": (True, True)}
 ALPHA = {"linear": 0.0, "relu": 0.0, "relu6": 0.0, "leaky_relu": 0.2, "elu": 1.0}
+# What the op's alpha is called where users give it.
+ALPHA_ARGUMENT = {"leaky_relu": "negative_slope", "elu": "alpha"}
 
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 SMALLEST_NORMAL = {

@@ -213,7 +213,7 @@ def test_summary():
 
 def test_plot_model(tmp_path):
     inputs = keras.Input((9, 10, 3))
-    outputs = AutomaticGainControl("leaky_relu", alpha=0.1, name="agc")(inputs)
+    outputs = AutomaticGainControl("leaky_relu", negative_slope=0.1, name="agc")(inputs)
     model = keras.Model(inputs, outputs)
     show = {"show_shapes": True, "show_dtype": True, "show_layer_activations": True, "show_trainable": True}
     text = keras.utils.model_to_dot(model, **show).to_string()

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras.src.testing import TestCase
 
 import tf_agc
-from agc_testing import ALPHA, parameter_dtype
+from agc_testing import ALPHA, ALPHA_ARGUMENT, parameter_dtype
 from tf_agc import AutomaticGainControl, calibrate, native, reference
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
@@ -43,7 +43,7 @@ class KerasChecklistTest(TestCase):
             AutomaticGainControl,
             {
                 "activation": "leaky_relu",
-                "alpha": 0.1,
+                "negative_slope": 0.1,
                 "data_format": "channels_first",
                 "gain_initializer": keras.initializers.Constant(-2.0),
                 "mean_scale_initializer": "random_uniform",
@@ -116,7 +116,8 @@ class KerasChecklistTest(TestCase):
     ],
 )
 def test_fused_activations(activation, alpha, used, counters):
-    layer = AutomaticGainControl(activation, alpha=alpha, mean_scale_initializer="zeros")
+    number = {} if alpha is None else {ALPHA_ARGUMENT[used]: alpha}
+    layer = AutomaticGainControl(activation, **number, mean_scale_initializer="zeros")
     got = layer(_X)
     if isinstance(activation, (keras.layers.LeakyReLU, keras.layers.ELU)):
         alpha = activation.negative_slope if used == "leaky_relu" else activation.alpha
@@ -574,7 +575,7 @@ def test_models():
 
 def test_clone_model():
     inputs = keras.Input((4, 5, 3))
-    layer = AutomaticGainControl("leaky_relu", alpha=0.3, gain_initializer="random_normal")
+    layer = AutomaticGainControl("leaky_relu", negative_slope=0.3, gain_initializer="random_normal")
     model = keras.Model(inputs, layer(inputs))
     clone = keras.models.clone_model(model)
     assert clone.layers[1].get_config() == layer.get_config()
@@ -599,7 +600,7 @@ def test_supports_jit(monkeypatch, has_native, has_xla, supported):
 def test_config():
     layer = AutomaticGainControl("tanh", train_mean_scale=False, name="agc", dtype="mixed_float16")
     config = layer.get_config()
-    assert config["activation"] == "tanh" and config["alpha"] is None
+    assert (config["activation"], config["negative_slope"], config["alpha"]) == ("tanh", None, None)
     assert not {"implementation", "native"} & set(config)
     serialized = keras.saving.serialize_keras_object(layer)
     assert serialized["registered_name"] == "tf_agc>AutomaticGainControl"
@@ -613,14 +614,24 @@ def test_config():
         ({"data_format": "NHWC"}, "Argument `data_format` must be 'channels_last', "
          "'channels_first' or None. Received: data_format=NHWC"),
         ({"activation": "relu", "alpha": 0.1},
-         "alpha must be None for the activation 'relu': only 'leaky_relu' and 'elu' have one"),
+         "alpha must be None for the activation 'relu': only 'leaky_relu' has a negative_slope, and only 'elu' an "
+         "alpha, got 0.1"),
+        ({"activation": "leaky_relu", "alpha": 0.1}, "alpha must be None for the activation 'leaky_relu': only "),
+        ({"activation": "elu", "negative_slope": 0.1}, "negative_slope must be None for the activation 'elu': only "),
         ({"activation": "tanh", "alpha": 0.1},
-         "Argument `alpha` is only valid for the activations 'leaky_relu' and 'elu'. "
-         "Received: activation=tanh, alpha=0.1"),
+         "Argument `negative_slope` is only valid for the activation 'leaky_relu', and `alpha` for 'elu'. "
+         "Received: activation=tanh, negative_slope=None, alpha=0.1"),
+        ({"activation": "tanh", "negative_slope": 0.1}, "Received: activation=tanh, negative_slope=0.1, alpha=None"),
         ({"activation": keras.layers.ELU(0.5), "alpha": 0.1},
-         "Argument `alpha` must be None where the activation is a layer, which has one of its own. "
-         "Received: activation=<ELU"),
+         "Arguments `negative_slope` and `alpha` must be None where the activation is a layer, which has one of its "
+         "own. Received: activation=<ELU"),
+        ({"activation": keras.layers.LeakyReLU(), "negative_slope": 0.1},
+         "Arguments `negative_slope` and `alpha` must be None where the activation is a layer, which has one of its "
+         "own. Received: activation=<LeakyReLU"),
+        ({"activation": keras.layers.ReLU(), "negative_slope": 0.1},
+         "negative_slope must be None for the activation 'relu': only "),
         ({"activation": "elu", "alpha": -1}, "alpha must be finite and >= 0, got -1"),
+        ({"activation": "leaky_relu", "negative_slope": -1}, "negative_slope must be finite and >= 0, got -1"),
         ({"activation": "elu", "gain_initializer": "zeros"},
          "Argument `gain_initializer` must not be zeros with the activation 'elu'"),
         ({"activation": "leaky_relu", "gain_initializer": keras.initializers.Constant(0.0)},

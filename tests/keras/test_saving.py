@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tf_agc
-from agc_testing import python
+from agc_testing import ALPHA_ARGUMENT, python
 from tf_agc import AutomaticGainControl
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
@@ -17,10 +17,11 @@ pytestmark = pytest.mark.usefixtures("fresh_keras")
 def _model(gain_initializer="random_normal"):
     inputs = keras.Input((None, None, 3))
     x, shortcut = inputs, None
-    for activation, alpha in [("relu", None), ("leaky_relu", 0.3), ("tanh", None), (None, None)]:
+    for activation in ("relu", "leaky_relu", "elu", "tanh", None):
+        number = {ALPHA_ARGUMENT[activation]: 0.3} if activation in ALPHA_ARGUMENT else {}
         x = keras.layers.Conv2D(4, 3, padding="same", use_bias=False)(x)
         norm = AutomaticGainControl(
-            activation, alpha=alpha, gain_initializer=gain_initializer, use_bias=True, bias_initializer="random_normal"
+            activation, **number, gain_initializer=gain_initializer, use_bias=True, bias_initializer="random_normal"
         )
         x = shortcut = norm(x, shortcut)
     return keras.Model(inputs, keras.layers.GlobalMaxPooling2D()(x))
@@ -78,8 +79,9 @@ def test_round_trips_in_a_fresh_process(tmp_path, native_required):
         atol=1e-5,
     )
     agc = [config for config in configs if "mean_scale_initializer" in config]
-    assert [config["activation"] for config in agc] == ["relu", "leaky_relu", "tanh", "linear"]
-    assert [config["alpha"] for config in agc] == [None, 0.3, None, None]
+    assert [config["activation"] for config in agc] == ["relu", "leaky_relu", "elu", "tanh", "linear"]
+    assert [config["negative_slope"] for config in agc] == [None, 0.3, None, None, None]
+    assert [config["alpha"] for config in agc] == [None, None, 0.3, None, None]
 
 
 def test_the_choice_is_not_saved(tmp_path, native_required):

@@ -146,7 +146,7 @@ def test_activations(name, fresh):
     converted = convert(model)
     layer = converted.get_layer("norm")
     assert isinstance(layer, AutomaticGainControl)
-    assert (layer._fused, layer.alpha) == (fused or ("linear", None))
+    assert (layer._fused, layer.negative_slope or layer.alpha) == (fused or ("linear", None))
     (row,) = conversion_table(model)
     assert len(converted.operations) == len(model.operations) - bool(fused)
     assert row.activation == (fused[0] if fused else "linear") and len(row.fused) == bool(fused)
@@ -317,9 +317,9 @@ def test_a_shared_activation(calls, fresh):
         return keras.Model(inputs, norm_and_activation(x, shared))
 
     model = make(_norm, lambda x, shared: shared(_norm()(x)))
-    expected = make(_norm, lambda x, shared: AutomaticGainControl("leaky_relu", alpha=0.5)(x))
+    expected = make(_norm, lambda x, shared: AutomaticGainControl("leaky_relu", negative_slope=0.5)(x))
     converted = convert(model)
-    assert [layer.alpha for layer in _agc_layers(converted)] == [0.5, 0.5]
+    assert [layer.negative_slope for layer in _agc_layers(converted)] == [0.5, 0.5]
     _assert_same(converted, expected, _X)
 
 

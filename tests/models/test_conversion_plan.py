@@ -84,7 +84,7 @@ def test_the_activation_behind_a_sum(name, activation, fused, fresh):
 
     converted = _assert_computes_as(make)
     layer = converted.get_layer("norm")
-    assert (layer._fused, layer.alpha) == (fused or ("linear", None))
+    assert (layer._fused, layer.negative_slope or layer.alpha) == (fused or ("linear", None))
     assert _fused(make(_norm)) == {"norm": (fused[0], "add", "act") if fused else ("linear", "add")}
     assert len(converted.layers) == (3 if fused else 4)
 

@@ -51,7 +51,7 @@ def _junctions(dtype=None):
     random = keras.initializers.RandomNormal(0.5, 0.5)
     junction = AutomaticGainControl("relu", use_bias=True, bias_initializer=random, dtype=dtype)
     x = junction(x, inputs)
-    x = AutomaticGainControl("leaky_relu", alpha=0.1, gain_initializer=random, dtype=dtype)(x * x, shortcut=x)
+    x = AutomaticGainControl("leaky_relu", negative_slope=0.1, gain_initializer=random, dtype=dtype)(x * x, shortcut=x)
     return keras.Model(inputs, keras.layers.GlobalMaxPooling2D(dtype=dtype)(x))
 
 

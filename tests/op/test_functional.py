@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import tf_agc
-from agc_testing import DTYPES
+from agc_testing import ALPHA_ARGUMENT, DTYPES
 from tf_agc import reference
 
 _X = np.random.default_rng(0).standard_normal((2, 4, 5, 3)).astype(np.float32)
@@ -40,7 +40,8 @@ def test_activations(activation, alpha, used, mode):
     gain, mean_scale = [2.0, -1.0, 0.5], [1.0, 0.5, 0.0]
 
     def agc(x):
-        return tf_agc.agc(x, gain, mean_scale, activation=activation, alpha=alpha)
+        number = {} if alpha is None else {ALPHA_ARGUMENT[activation]: alpha}
+        return tf_agc.agc(x, gain, mean_scale, activation=activation, **number)
 
     got = tf.function(agc)(_X) if mode == "function" else agc(_X)
     np.testing.assert_allclose(got, _want(gain, mean_scale, *used), rtol=1e-5, atol=1e-5)
@@ -182,18 +183,24 @@ _ERRORS = [
     (TypeError, "alpha must be a number or None, got Decimal",
      {"activation": "elu", "alpha": Decimal(1)}),
     (ValueError, "alpha must be finite and >= 0, got -1", {"activation": "elu", "alpha": -1}),
-    (ValueError, "alpha must be finite and >= 0, got inf",
-     {"activation": "leaky_relu", "alpha": float("inf")}),
-    (ValueError, "alpha must be finite and >= 0, got nan",
-     {"activation": "leaky_relu", "alpha": float("nan")}),
+    (TypeError, "negative_slope must be a number or None, got str",
+     {"activation": "leaky_relu", "negative_slope": "1"}),
+    (ValueError, "negative_slope must be finite and >= 0, got inf",
+     {"activation": "leaky_relu", "negative_slope": float("inf")}),
+    (ValueError, "negative_slope must be finite and >= 0, got nan",
+     {"activation": "leaky_relu", "negative_slope": float("nan")}),
     (ValueError, "alpha must be finite and >= 0, got 1e+39", {"activation": "elu", "alpha": 1e39}),
     (ValueError, "alpha must be finite and >= 0, got inf", {"activation": "elu", "alpha": 10**400}),
     (ValueError, "alpha must be finite and >= 0, got -inf", {"activation": "elu", "alpha": -(10**400)}),
     (ValueError, "alpha must be finite and >= 0, got -0.333333",
      {"activation": "elu", "alpha": Fraction(-1, 3)}),
-    (ValueError, "alpha must be None for the activation 'relu': only 'leaky_relu' and 'elu' have "
-     "one, got 0.2", {"activation": "relu", "alpha": 0.2}),
+    (ValueError, "alpha must be None for the activation 'relu': only 'leaky_relu' has a negative_slope, "
+     "and only 'elu' an alpha, got 0.2", {"activation": "relu", "alpha": 0.2}),
     (ValueError, "alpha must be None for the activation 'linear'", {"activation": None, "alpha": 0}),
+    (ValueError, "alpha must be None for the activation 'leaky_relu': only 'leaky_relu' has a "
+     "negative_slope, and only 'elu' an alpha, got 0.2", {"activation": "leaky_relu", "alpha": 0.2}),
+    (ValueError, "negative_slope must be None for the activation 'elu': only 'leaky_relu' has a "
+     "negative_slope, and only 'elu' an alpha, got 0.2", {"activation": "elu", "negative_slope": 0.2}),
     (ValueError, "activation must be None or one of 'linear', 'relu', 'relu6', 'leaky_relu', 'elu', "
      "got 'tanh'", {"activation": "tanh"}),
     (ValueError, "activation must be None or one of", {"activation": keras.activations.relu}),

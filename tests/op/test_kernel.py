@@ -13,6 +13,7 @@ import tf_agc
 from agc_testing import (
     ACTIVATIONS,
     ALPHA,
+    ALPHA_ARGUMENT,
     DATA_FORMATS,
     DTYPES,
     EPSILON,
@@ -286,7 +287,7 @@ def test_parameter_gradients_of_a_denormal_gain(activation, mode):
 def test_a_denormal_alpha_is_0(activation, mode):
     x, ones, zeros = tf.fill([1, 5, 2], -3e38), tf.ones([2]), tf.zeros([2])
     for agc in (
-        lambda x: tf_agc.agc(x, ones, zeros, activation=activation, alpha=1e-40),
+        lambda x: tf_agc.agc(x, ones, zeros, activation=activation, **{ALPHA_ARGUMENT[activation]: 1e-40}),
         lambda x: native.agc(x, ones, zeros, activation, 1e-40, "channels_last")[0],
     ):
         y = tf.function(agc)(x) if mode == "function" else agc(x)

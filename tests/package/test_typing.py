@@ -27,7 +27,8 @@ import numpy as np
 import tf_agc
 
 x = np.zeros((2, 4, 4, 3), np.float32)
-tf_agc.agc(x, gain=1.0, mean_scale=[1.0, 1.0, 1.0], activation="leaky_relu", alpha=0.1, data_format="channels_last")
+tf_agc.agc(x, gain=1.0, mean_scale=[1.0] * 3, activation="leaky_relu", negative_slope=0.1, data_format="channels_last")
+tf_agc.agc(x, gain=1.0, mean_scale=1.0, activation="elu", alpha=0.1)
 tf_agc.agc(x, 1.0, 1.0, None, None, None)
 tf_agc.agc(x, 1.0, 1.0, bias=[0.0, 0.0, 0.0], shortcut=x, activation="relu")
 tf_agc.agc(x)  # -> error: Missing positional arguments "gain", "mean_scale" in call to "agc"

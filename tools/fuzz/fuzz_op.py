@@ -144,7 +144,7 @@ def _wrong(example: Example) -> st.SearchStrategy:
             st.just("shortcut"),
             st.one_of(tensor.filter(lambda how: how != "None"), small.filter(lambda shape: shape != _small(example))),
         ),
-        st.tuples(st.just("alpha"), numbers),
+        st.tuples(st.sampled_from(["negative_slope", "alpha"]), numbers),
         st.tuples(st.just("activation"), anything.filter(lambda value: value not in (None, *agc_testing.ACTIVATIONS))),
         st.tuples(st.just("data_format"), anything.filter(lambda value: value not in agc_testing.DATA_FORMATS)),
     )
@@ -221,8 +221,10 @@ def _case(example: Example) -> agc_testing.Case:
 
 
 def _attributes(example: Example) -> dict[str, Any]:
-    alpha = example.alpha if example.activation in ("leaky_relu", "elu") else None
-    return {"activation": example.activation, "alpha": alpha, "data_format": example.data_format}
+    attributes = {"activation": example.activation, "data_format": example.data_format}
+    names = agc_testing.ALPHA_ARGUMENT
+    alphas = {name: example.alpha if activation == example.activation else None for activation, name in names.items()}
+    return attributes | alphas
 
 
 def _call(example: Example, inputs: list, dy: Any) -> list[tf.Tensor]:
