@@ -41,6 +41,7 @@ def export_saved_model(
     signatures: dict[str, Callable[..., Any]] | None = None,
     warmup: Any = None,
     overwrite: bool = False,
+    verbose: bool = True,
 ) -> pathlib.Path:
     """Writes a model as a SavedModel for inference, into the next version directory under `path`.
 
@@ -50,8 +51,7 @@ def export_saved_model(
     inputs (those in `warmup`, where it takes no random ones) like the model. Of integers, bools and
     strings a few may differ, since a rounding can turn a class or a truncated pixel: 1 % of an output's
     entries, 10 % where the graph has float16, 25 % where it has bfloat16. Only shapes are compared where
-    the model's own answers vary from call to call or are not finite. One printed line says what was
-    compared and what was not. An error leaves nothing behind; an export that is killed leaves a directory
+    the model's own answers vary from call to call or are not finite. An error leaves nothing behind; an export that is killed leaves a directory
     `path/.export-...`. The model stays as it was. The check needs the memory of a second copy.
 
     Args:
@@ -77,6 +77,7 @@ def export_saved_model(
             tensorflow-serving-api.
         overwrite: True: replaces the newest version, where there is one; for a moment there is none. A
             server that has loaded it notices that only when it restarts.
+        verbose: whether one line is printed that says what was written, what was compared and what was not.
 
     Returns:
         The version directory.
@@ -121,8 +122,9 @@ def export_saved_model(
             answers = check_answers(staging, endpoints, examples)
             version = _publish(staging, base, overwrite)
 
-    ops = "stock ops only" if portable else f"{native_ops} x {saved_graph.OP}"
-    print(f"Exported '{model.name}' to {version}: {', '.join(endpoints)}; {ops}; {answers}.")
+    if verbose:
+        ops = "stock ops only" if portable else f"{native_ops} x {saved_graph.OP}"
+        print(f"Exported '{model.name}' to {version}: {', '.join(endpoints)}; {ops}; {answers}.")
     return version
 
 

@@ -303,6 +303,8 @@ def test_one_line_says_what_was_exported(tmp_path, capsys):
     version = tf_agc.export_saved_model(_functional(), str(tmp_path / "net"))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"Exported 'functional' to {version}: serving_default; stock ops only; answers differ")
+    tf_agc.export_saved_model(_functional(), tmp_path / "net", verbose=False)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("padding", ["copies", "zeros", "NaN"])
