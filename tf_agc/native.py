@@ -94,7 +94,7 @@ def _find(name: str) -> Status:
     try:
         if not library.is_file():
             return Status(False, f"there is no native library at {library} ({cure})", library, None)
-        content = library.read_bytes()
+        truncated = _is_truncated(library)
     except OSError as error:
         return Status(False, f"{library} is not readable: {error} ({cure})", library, None)
     try:
@@ -112,37 +112,26 @@ def _find(name: str) -> Status:
             f"the native library was built for TensorFlow {built_for}, this is TensorFlow {tf.__version__} ({cure})"
         )
         return Status(False, reason, library, built_for)
-    if _is_truncated(content):
+    if truncated:
         return Status(False, f"{library} is truncated ({cure})", library, built_for)
     return Status(True, f"built for TensorFlow {built_for}", library, built_for)
 
 
-def _is_truncated(content: bytes) -> bool:
-    """Whether an ELF file ends before its last segment does, or has zeros where its end should be.
+def _is_truncated(library: pathlib.Path) -> bool:
+    """Whether the end of an ELF file is missing, or zeros, which a full disk or a power failure leaves.
 
-    dlopen maps such a file all the same, and the process dies of SIGBUS or SIGSEGV when it comes to
-    the rest. Zeros are what a full disk or a power failure leaves of a file that was being written.
-    What is not a 64-bit little-endian ELF file, dlopen refuses by itself.
+    dlopen maps such a file all the same, and the process dies of SIGBUS or SIGSEGV when it comes to the rest. Linkers
+    write the table of sections last, and its last entry is never empty. A file without one, which some tools remove,
+    and one that is not 64-bit and little-endian are left to dlopen.
     """
-    if len(content) < 64 or content[:6] != b"\x7fELF\x02\x01":
-        return False
-    (table,) = struct.unpack_from("<Q", content, 32)
-    entry_size, entries = struct.unpack_from("<HH", content, 54)
-    if entry_size != 56:
-        return False
-    if table + entry_size * entries > len(content):
-        return True
-    for entry in range(table, table + entry_size * entries, entry_size):
-        (offset,) = struct.unpack_from("<Q", content, entry + 8)
-        (size,) = struct.unpack_from("<Q", content, entry + 32)
-        if offset + size > len(content):
-            return True
-    # Linkers write the table of sections last, and its last entry is never empty. Nobody needs it to run the
-    # library, so it may be absent: some tools that make files smaller remove it.
-    (table,) = struct.unpack_from("<Q", content, 40)
-    entry_size, entries = struct.unpack_from("<HH", content, 58)
-    last = content[table + entry_size * (entries - 1) : table + entry_size * entries] if entries else b""
-    return len(last) == entry_size and not any(last) and entries > 0
+    with library.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            return False
+        (table,) = struct.unpack_from("<Q", header, 40)
+        entry_size, entries = struct.unpack_from("<HH", header, 58)
+        file.seek(table + entry_size * max(0, entries - 1))
+        return entries > 0 and not any(file.read(entry_size))
 
 
 def _is_loaded(library: pathlib.Path) -> bool:
