@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from tf_agc import model_graph
+from tf_agc import model_graph, reference
 from tf_agc.activations import FusedActivation, find_fused
 from tf_agc.layer import AutomaticGainControl
 from tf_agc.model_graph import Call, is_of_keras
@@ -144,7 +144,7 @@ class _Norm:
         if self.obstacle:
             return f"left alone, {self.obstacle}"
         axis, rank = self.layer.axis, len(self._shapes[0])
-        if not 3 <= rank <= 8:
+        if rank not in reference.RANKS:
             return f"left alone, AGC takes 1 to 6 spatial axes: input shape {self._shapes[0]}"
         if axis % rank not in (1, rank - 1):
             return f"left alone, its axis={axis} is neither the first nor the last one of a sample"

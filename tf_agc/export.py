@@ -51,8 +51,9 @@ def export_saved_model(
     inputs (those in `warmup`, where it takes no random ones) like the model. Of integers, bools and
     strings a few may differ, since a rounding can turn a class or a truncated pixel: 1 % of an output's
     entries, 10 % where the graph has float16, 25 % where it has bfloat16. Only shapes are compared where
-    the model's own answers vary from call to call or are not finite. An error leaves nothing behind; an export that is killed leaves a directory
-    `path/.export-...`. The model stays as it was. The check needs the memory of a second copy.
+    the model's own answers vary from call to call or are not finite. An error leaves nothing behind; an
+    export that is killed leaves a directory `path/.export-...`. The model stays as it was. The check
+    needs the memory of a second copy.
 
     Args:
         model: a built model of any kind. A subclassed one must have been called, with all its inputs in

@@ -101,6 +101,11 @@ def channel_axis(data_format: str) -> int:
     return -1 if data_format == "channels_last" else 1
 
 
+def spatial_sizes(shape: Any, data_format: str) -> tuple[int | None, ...]:
+    """The sizes of a shape without batch and channels."""
+    return tuple(shape[1:-1] if data_format == "channels_last" else shape[2:])
+
+
 def resolve_alpha(activation: str, negative_slope: float | None = None, alpha: float | None = None) -> float:
     """The one number that the implementations take, whatever Keras calls it; 0 where an activation has none.
 
@@ -179,12 +184,11 @@ def _convert(name: str, value: Any, dtype: tf.DType | None = None) -> tf.Tensor:
 def _check_shape(shape: tf.TensorShape, data_format: str) -> None:
     if shape.rank is None:
         return
-    if not 3 <= shape.rank <= 8:
+    if shape.rank not in reference.RANKS:
         raise ValueError(
             f"x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape {_brackets(shape)}"
         )
-    spatial = shape[1:-1] if data_format == "channels_last" else shape[2:]
-    if 0 in list(spatial) and shape[0]:
+    if 0 in spatial_sizes(shape, data_format) and shape[0]:
         raise ValueError(
             f"x has no positions (a spatial size is 0) but a batch of {shape[0]}: the mean of an "
             f"empty map is undefined, got shape {_brackets(shape)}"

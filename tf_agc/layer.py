@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_agc import functional
+from tf_agc import functional, reference
 from tf_agc.activations import KERAS_FUNCTIONS, find_fused
 from tf_agc.implementation import supports_jit
 
@@ -336,15 +336,14 @@ class AutomaticGainControl(keras.layers.Layer):
         return {name: weight for name, weight in weights.items() if weight is not None}
 
     def _check_rank(self, input_shape: _Shape) -> None:
-        if not 3 <= len(input_shape) <= 8:
+        if len(input_shape) not in reference.RANKS:
             raise ValueError(
                 "AutomaticGainControl expects inputs of rank 3 to 8 (batch, 1 to 6 spatial axes, "
                 f"channels). Received: input_shape={input_shape}"
             )
 
     def _has_one_position(self, shape: Any) -> bool:
-        spatial = shape[1:-1] if self.data_format == "channels_last" else shape[2:]
-        return set(spatial) == {1}
+        return set(functional.spatial_sizes(shape, self.data_format)) == {1}
 
     def _warn_of_one_position(self, shape: Any) -> None:
         """Says once what `_check_positions` could not, where sizes are known only when a call is made or traced."""

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+RANKS = range(3, 9)  # batch, 1 to 6 spatial axes, channels
+
 
 def agc(
     x: tf.Tensor,
@@ -118,7 +120,7 @@ def _require_rank(x: tf.Tensor) -> tf.Tensor:
         return x  # checked by who calls
     rank = tf.rank(x)
     message = ["x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape", tf.shape(x)]
-    return _require(tf.logical_and(rank >= 3, rank <= 8), message, x)
+    return _require(tf.logical_and(rank >= RANKS[0], rank <= RANKS[-1]), message, x)
 
 
 def _require_length(name: str, parameter: tf.Tensor, x: tf.Tensor, data_format: str) -> tf.Tensor:
