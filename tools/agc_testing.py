@@ -16,28 +16,21 @@ import types
 import numpy as np
 import tensorflow as tf
 
+import agc_numerics
+from agc_numerics import ACTIVATIONS as ACTIVATIONS
+from agc_numerics import DATA_FORMATS as DATA_FORMATS
+from agc_numerics import DTYPES as DTYPES
+from agc_numerics import EPSILON as EPSILON
+from agc_numerics import SMALLEST_NORMAL as SMALLEST_NORMAL
+from agc_numerics import parameter_dtype as parameter_dtype
 from tf_agc import native, reference
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-ACTIVATIONS = ("linear", "relu", "relu6", "leaky_relu", "elu")
-DATA_FORMATS = ("channels_last", "channels_first")
+_MAPS = ("y", "dx", "dshortcut")
 # What of the optional inputs is there: bias, shortcut.
 OPTIONAL = {"neither": (False, False), "bias": (True, False), "shortcut": (False, True), "both": (True, True)}
 ALPHA = {"linear": 0.0, "relu": 0.0, "relu6": 0.0, "leaky_relu": 0.2, "elu": 1.0}
 # What the op's alpha is called where users give it.
 ALPHA_ARGUMENT = {"leaky_relu": "negative_slope", "elu": "alpha"}
-
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-SMALLEST_NORMAL = {
-    "float16": 2.0**-14,
-    "bfloat16": 2.0**-126,
-    "float32": 2.0**-126,
-    "float64": 2.0**-1022,
-}
-
-
-def parameter_dtype(dtype):
-    return "float64" if dtype == "float64" else "float32"
 
 
 @dataclasses.dataclass
@@ -124,20 +117,14 @@ def make_case(
 
 
 def without_kinks(case):
-    """The case with dy = 0 where z is too close to a kink of the activation for every correct kernel to fall on the
-    same side: the forward is continuous there, and dy * act' the same 0.
-    """
-    dtype, exact = case.dtype, _to_float64(case)
-    z, x = (_channels_last(value, case) for value in (_z(exact), exact.x.numpy()))
-    gain, mean_scale = np.abs(exact.gain.numpy()), np.abs(exact.mean_scale.numpy())
-    terms = gain * _largest(x) * (1 + mean_scale) + _added(exact)
-    close = np.zeros_like(z, bool)
-    for kink in {"linear": (), "relu6": (0, 6)}.get(case.activation, (0,)):
-        rounding = 4 * EPSILON[dtype] * max(kink, 1) + 16 * EPSILON[parameter_dtype(dtype)] * terms
-        close |= np.abs(z - kink) <= rounding
+    """The case with dy = 0 where right kernels may fall on either side of a kink of the activation."""
+    exact = _to_float64(case)
+    z, _ = reference.agc(exact.x, exact.gain, exact.mean_scale, "linear", 0.0, case.data_format, **exact.optional)
+    close = agc_numerics.near_kinks(_as_arrays(case), _as_maps(z.numpy(), case))
+    dy = tf.where(close, tf.zeros([], case.dy.dtype), _as_maps(case.dy.numpy(), case))
     if case.data_format == "channels_first":
-        close = np.moveaxis(close, -1, 1)
-    return dataclasses.replace(case, dy=tf.where(close, tf.zeros_like(case.dy), case.dy))
+        dy = tf.linalg.matrix_transpose(dy)
+    return dataclasses.replace(case, dy=tf.reshape(dy, case.dy.shape))
 
 
 class Results(types.SimpleNamespace):
@@ -182,20 +169,18 @@ def _to_float64(case):
     return dataclasses.replace(case, **tensors)
 
 
-def _z(case):
-    z, _ = reference.agc(case.x, case.gain, case.mean_scale, "linear", 0.0, case.data_format, **case.optional)
-    return z.numpy()
+def _as_arrays(case):
+    """The case as NumPy's float64, maps as [N, P, C]."""
+    tensors = {name: value.numpy() for name, value in vars(_to_float64(case)).items() if isinstance(value, tf.Tensor)}
+    maps = {name: _as_maps(tensors[name], case) for name in ("x", "dy", "shortcut") if name in tensors}
+    return agc_numerics.Case(**tensors | maps, dtype=case.dtype, activation=case.activation, alpha=case.alpha)
 
 
-def _largest(maps):
-    """The largest finite magnitude of each channel of maps (N, ..., C): what is not finite makes no kink of others."""
-    return np.where(np.isfinite(maps), np.abs(maps), 0).max(tuple(range(maps.ndim - 1)), initial=0)
-
-
-def _added(case):
-    """The largest magnitude that bias and shortcut add to a channel."""
-    added = 0.0 if case.bias is None else np.abs(case.bias.numpy())
-    return added if case.shortcut is None else added + _largest(_channels_last(case.shortcut.numpy(), case))
+def _as_maps(values, case):
+    """(N, ..., C) or (N, C, ...) as [N, P, C]."""
+    if case.data_format == "channels_first":
+        values = np.moveaxis(values, 1, -1)
+    return values.reshape(values.shape[0], math.prod(values.shape[1:-1]), values.shape[-1])
 
 
 def float64_results(case):
@@ -204,81 +189,22 @@ def float64_results(case):
 
 
 def check(case, results, expected=None):
-    """Asserts that results are what float64 gives, up to the roundings that the op's dtypes allow.
-
-    One rounding of y and dx to T, and 16 roundings in U (sums of pairwise blocks, products, expm1)
-    of the largest term that went into a result; measured are up to 2, and 7 for elu in double.
-    Half and bfloat16 have a fused activation take z, for dgain, and elu's act' from y as it was
-    rounded to T: there 4 roundings to T of the largest term; measured is up to 0.4. dgain takes u from
-    z - bias - shortcut, so that they are among the terms. What T rounds wrongly by more is at a kink,
-    where cases have dy = 0. Denormals, of inputs too, may be flushed.
-    """
-    expected = expected or float64_results(case)
-    dtype, case = case.dtype, _to_float64(case)
-    epsilon, epsilon_u = EPSILON[dtype], EPSILON[parameter_dtype(dtype)]
-    from_rounded_y = set()
-    if dtype in ("float16", "bfloat16") and case.activation != "linear":
-        from_rounded_y = {"dgain"}
-        if case.activation == "elu":
-            from_rounded_y |= {"dx", "dmean_scale", "dbias", "dshortcut"}
-
-    # The largest terms, channel by channel. The reference gives u and the means.
-    ones = tf.ones_like(case.gain)
-    u, _ = reference.agc(case.x, ones, case.mean_scale, "linear", 0.0, case.data_format)
-    u, x, dy = (_channels_last(value.numpy(), case) for value in (u, case.x, case.dy))
-    # What counts as a term at least: four flushed denormals in a row.
-    flushed = 4 * SMALLEST_NORMAL[parameter_dtype(dtype)] / (16 * epsilon_u)
-    gain, mean_scale = np.maximum(np.abs(case.gain.numpy()), flushed), np.abs(case.mean_scale.numpy())
-    # elu finds z as log1p(y / alpha): an absolute error of about epsilon, so one of 1 / gain. Linear does not ask y.
-    added = _added(case)
-    from_y = np.zeros_like(gain)
-    if case.activation != "linear":
-        nonzero = case.gain.numpy() != 0
-        from_y[nonzero] = (1 / gain + added / np.abs(np.where(nonzero, case.gain.numpy(), 1)))[nonzero]
-    samples_and_positions = tuple(range(x.ndim - 1))
-    x_max = np.abs(x).max(samples_and_positions, initial=flushed)
-    slope = max(1.0, case.alpha)
-    dy = np.maximum(np.abs(dy), flushed)
-    dz_max = slope * dy.max(samples_and_positions, initial=0)
-    dz_sum = slope * dy.sum(tuple(range(1, x.ndim - 1)))
-    positions = max(1, math.prod(x.shape[1:-1]))
-
-    largest = {
-        "y": (gain * x_max * (1 + mean_scale) + added) * slope,
-        "mean": x_max,
-        "dx": gain * dz_max * (1 + mean_scale) + np.abs(case.dmean).max(initial=0) / positions,
-        # u is a difference: with one rounding of what it is the difference of, which may be larger. x may be flushed.
-        "dgain": slope
-        * (dy * (np.abs(u) + (x_max / 16 + flushed) * (1 + mean_scale) + from_y)).sum(samples_and_positions),
-        # A mean of terms that cancel has the error of the terms.
-        "dmean_scale": gain * x_max * dz_sum.sum(0),
-        "dbias": dz_sum.sum(0),
-        "dshortcut": dz_max,
-    }
-    rounded = {"y": epsilon, "mean": epsilon_u, "dx": epsilon, "dshortcut": epsilon}
-    assert vars(results).keys() == vars(expected).keys() <= largest.keys()
-    for name, want in vars(expected).items():
-        got, scale = getattr(results, name), largest[name]
-        assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
-        if name in ("y", "dx", "dshortcut"):
-            want, got = _channels_last(want, case), _channels_last(got, case)
-        roundings = 4 * epsilon if name in from_rounded_y else 16 * epsilon_u
-        allowed = rounded.get(name, epsilon_u) * np.abs(want) + roundings * scale
-        # Denormals of T are flushed to 0 or not, as the thread that runs the kernel is set up.
-        allowed = allowed + SMALLEST_NORMAL[dtype]
-        if name == "y" and case.activation == "elu":
-            allowed = allowed + case.alpha * EPSILON["float64"]  # the reference's own: stock elu is exp(z) - 1
-        error = np.abs(got - want)
-        bad = ~(error <= allowed)  # NaN is bad, too
+    """Asserts that results are what float64 gives, up to the errors that `agc_numerics` allows."""
+    expected = vars(expected or float64_results(case))
+    assert vars(results).keys() == expected.keys()
+    arrays = _as_arrays(case)
+    want = {name: _as_maps(values, case) if name in _MAPS else values for name, values in expected.items()}
+    allowed = agc_numerics.allowed_errors(arrays, want)
+    for name, values in expected.items():
+        got = getattr(results, name)
+        assert got.shape == values.shape, f"{name}: shape {got.shape}, expected {values.shape}"
+        error = np.abs((_as_maps(got, case) if name in _MAPS else got) - want[name])
+        bad = ~(error <= allowed[name])  # NaN is bad, too
         assert not bad.any(), (
-            f"{name}: {bad.sum()} of {bad.size} differ, worst {np.nanmax(error / allowed):.3g} "
-            f"times what is allowed; {case.activation}, {dtype}, {case.data_format}, "
+            f"{name}: {bad.sum()} of {bad.size} differ, worst {np.nanmax(error / allowed[name]):.3g} "
+            f"times what is allowed; {case.activation}, {case.dtype}, {case.data_format}, "
             f"x {case.x.shape}, {', '.join(case.optional) or 'x alone'}"
         )
-
-
-def _channels_last(value, case):
-    return value if case.data_format == "channels_last" else np.moveaxis(value, 1, -1)
 
 
 def assert_close(got, want, tolerance):

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from agc_testing import ACTIVATIONS, DATA_FORMATS, DTYPES, EPSILON, SMALLEST_NORMAL
+import agc_numerics
+from agc_testing import ACTIVATIONS, DTYPES, EPSILON, parameter_dtype
 from tf_agc import reference
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -77,10 +78,8 @@ class _Launchers:
         type(self).launched += 1
         assert workspace % 8 == 0 and stream
         batch, positions, channels = args.shape.batch, args.shape.positions, args.shape.channels
-        dtype, u = (
-            gpu_numerics.DTYPES[args.data_type],
-            gpu_numerics.parameter_dtype(gpu_numerics.DTYPES[args.data_type]),
-        )
+        dtype, activation = DTYPES[args.data_type], ACTIVATIONS[args.activation]
+        u = parameter_dtype(dtype)
         channels_first = args.shape.layout == 1
         maps = (batch, channels, positions) if channels_first else (batch, positions, channels)
 
@@ -97,25 +96,26 @@ class _Launchers:
         if forward:
             self._x = args.x  # which backward does not get; nothing runs in place here
         per_map = (batch, channels)
-        case = gpu_numerics.Case(
+        case = agc_numerics.Case(
             of_maps(self._x),
             array(args.gain, (channels,), u).astype(float),
             array(args.mean_scale, (channels,), u).astype(float),
             np.zeros((batch, positions, channels)) if forward else of_maps(args.dy),
             np.zeros(per_map) if forward else array(args.dmean, per_map, u).astype(float),
             dtype,
-            gpu_numerics.ACTIVATIONS[args.activation],
+            activation,
+            args.alpha,
             array(args.bias, (channels,), u).astype(float) if args.bias else None,
             of_maps(args.shortcut) if args.shortcut else None,
         )
-        assert case.alpha == args.alpha
+        assert args.alpha == gpu_numerics.ALPHA.get(activation, 0)
         if not forward:  # what agc.h says of a call backward
-            assert case.has_dshortcut == bool(args.shortcut) == bool(args.dshortcut)
+            assert gpu_numerics.has_dshortcut(case) == bool(args.shortcut) == bool(args.dshortcut)
             assert bool(args.bias) == bool(args.dbias)
         want = gpu_numerics.expected(case)
         for name in ("y", "mean") if forward else want.keys() - {"y", "mean"}:
             values = want[name] * self.wrong.get(name, 1)
-            if case.results[name] == "maps":
+            if gpu_numerics.result_kinds(case)[name] == "maps":
                 values = gpu_numerics.encode(np.moveaxis(values, 1, 2) if channels_first else values, dtype)
                 array(getattr(args, name), maps, values.dtype)[...] = values
             else:
@@ -146,13 +146,6 @@ def test_expectations_are_the_reference(activation, addends):
     assert got.keys() == want.keys()
     for name, values in want.items():
         np.testing.assert_allclose(got[name], values, rtol=1e-12, atol=1e-12, err_msg=name)
-
-
-def test_shares_the_tests_names_and_roundings():
-    from gpu import gpu_numerics
-
-    assert (gpu_numerics.DTYPES, gpu_numerics.ACTIVATIONS, gpu_numerics.LAYOUTS) == (DTYPES, ACTIVATIONS, DATA_FORMATS)
-    assert gpu_numerics._EPSILON == EPSILON and gpu_numerics._SMALLEST_NORMAL == SMALLEST_NORMAL
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from agc_numerics import ACTIVATIONS, DATA_FORMATS, DTYPES, Case, parameter_dtype
 from gpu import gpu_driver
 from gpu import gpu_numerics as numerics
 
@@ -25,19 +26,20 @@ class Call:
         self,
         driver: gpu_driver.Driver,
         launchers: gpu_driver.Launchers,
-        case: numerics.Case,
+        case: Case,
         layout: str,
         misaligned: bool = False,
         repeat: int = 1,
         like: "Call | None" = None,
     ) -> None:
         self._driver, self._launchers, self._case, self._layout = driver, launchers, case, layout
+        self._results = numerics.result_kinds(case)
         samples, positions, channels = case.x.shape
-        u, t = np.dtype(numerics.parameter_dtype(case.dtype)), numerics.storage(case.dtype)
+        u, t = np.dtype(parameter_dtype(case.dtype)), numerics.storage(case.dtype)
         batch = samples * repeat
         maps = (batch, *self._in_memory(case.x).shape[1:]), t
         kinds = {"maps": maps, "map": ((batch, channels), u), "channel": ((channels,), u)}
-        self._kinds = {name: kinds[of] for name, of in case.results.items()}
+        self._kinds = {name: kinds[of] for name, of in self._results.items()}
 
         offset = t.itemsize if misaligned else 0
         self._buffers = {}
@@ -56,9 +58,9 @@ class Call:
                 self._buffers[name] = driver.upload(getattr(case, name).astype(u))
         for name, (shape, kind) in self._kinds.items():
             size = math.prod(shape) * kind.itemsize
-            self._buffers[name] = driver.allocate(size, offset if case.results[name] == "maps" else 0)
+            self._buffers[name] = driver.allocate(size, offset if self._results[name] == "maps" else 0)
 
-        shape = gpu_driver.Shape(batch, positions, channels, numerics.LAYOUTS.index(layout))
+        shape = gpu_driver.Shape(batch, positions, channels, DATA_FORMATS.index(layout))
         self._passes = {}
         for name, kind in (("forward", gpu_driver.ForwardArgs), ("backward", gpu_driver.BackwardArgs)):
             args = self._arguments(kind, shape)
@@ -72,13 +74,13 @@ class Call:
     def _arguments(self, kind, shape):
         args = kind(
             shape,
-            numerics.DTYPES.index(self._case.dtype),
-            numerics.ACTIVATIONS.index(self._case.activation),
+            DTYPES.index(self._case.dtype),
+            ACTIVATIONS.index(self._case.activation),
             self._case.alpha,
         )
         buffers = dict(self._buffers)
         buffers["kept"] = buffers["x" if self._case.activation == "linear" else "y"]
-        if kind is gpu_driver.BackwardArgs and not self._case.has_dshortcut:
+        if kind is gpu_driver.BackwardArgs and not numerics.has_dshortcut(self._case):
             buffers.pop("shortcut", None)
         for name, _ in kind._fields_[4:]:
             if name in buffers:  # what is absent stays null
@@ -122,7 +124,7 @@ class Call:
         """The largest error of each result as a multiple of what is allowed; `want` is what numerics expects."""
         got = {}
         for name, values in stored.items():
-            if self._case.results[name] == "maps":
+            if self._results[name] == "maps":
                 got[name] = numerics.decode(self._in_memory(values), self._case.dtype)
             else:
                 got[name] = values.astype(np.float64)

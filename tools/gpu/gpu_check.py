@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+from agc_numerics import ACTIVATIONS, DATA_FORMATS, DTYPES
 from benchmarks import bench_shapes
 from gpu import gpu_driver
 from gpu import gpu_numerics as numerics
@@ -80,7 +81,7 @@ class Check:
             n, h, w, c = shape
             case = numerics.make_case(n, h * w, c, dtype, activation, seed, addends)
             want = numerics.expected(case)
-            for layout, misaligned in itertools.product(numerics.LAYOUTS, offsets):
+            for layout, misaligned in itertools.product(DATA_FORMATS, offsets):
                 words = ["x".join(map(str, shape)), layout, dtype, activation, *addends]
                 what = " ".join(words + ["misaligned"] * misaligned)
                 call = Call(self.driver, self.launchers, case, layout, misaligned)
@@ -101,19 +102,18 @@ class Check:
 
     def _cases(self) -> Iterator[tuple]:
         """Shape, dtype, activation, what is added to z, and whether maps are misaligned: all values to try."""
-        dtypes, activations = numerics.DTYPES, numerics.ACTIVATIONS
         both = ("bias", "shortcut")
         if self.small:
             shapes = itertools.product(SMALL_SHAPES, ("bfloat16", "float32"), ("relu", "elu"))
             yield from ((*case, addends, (False,)) for case in shapes for addends in ((), both))
             return
         turns = itertools.cycle([("bias",), ("shortcut",), both])
-        for case in itertools.product(ODD_SHAPES, dtypes, activations):
+        for case in itertools.product(ODD_SHAPES, DTYPES, ACTIVATIONS):
             # In turn, so that every activation and every type meets each.
             yield from ((*case, addends, (False, True)) for addends in ((), next(turns)))
         # Two samples of the largest: how a sample is laid out does not depend on how many there are.
         large = sorted({(2, *shape[1:]) for shape in LARGE_SHAPES})
-        for case in itertools.product((*bench_shapes.SHAPES, *large), dtypes, ("relu",)):
+        for case in itertools.product((*bench_shapes.SHAPES, *large), DTYPES, ("relu",)):
             yield from ((*case, addends, (False,)) for addends in ((), both))
 
     def huge(self, report: Report) -> None:

@@ -1,26 +1,17 @@
-"""What gpu_check.py expects of the kernels, in float64 and without TensorFlow, and how far they may be off.
+"""What gpu_check.py expects of the kernels, in float64 and without TensorFlow, and its types in memory.
 
-The definition is tf_agc/reference.py, and tools/agc_testing.py says what roundings are allowed; test_gpu_check.py
-holds both against what is here. Maps are [N, P, C] in here, whatever their layout in memory.
+The definition is tf_agc/reference.py, with which test_gpu_check.py compares what is here; how far results may be off is
+in agc_numerics.py. Maps are [N, P, C] in here, whatever their layout in memory.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-ACTIVATIONS = ("linear", "relu", "relu6", "leaky_relu", "elu")  # in the order of core::Activation
-LAYOUTS = ("channels_last", "channels_first")  # of core::Layout
-DTYPES = ("float16", "bfloat16", "float32", "float64")  # of core::DataType
+import agc_numerics
+from agc_numerics import Case, parameter_dtype
+
 ALPHA = {"leaky_relu": 0.25, "elu": 1.0}  # exact as a float, which the op has for it
-
-_EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-_SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
-
-
-def parameter_dtype(dtype: str) -> str:
-    """The type of parameters and means."""
-    return "float64" if dtype == "float64" else "float32"
 
 
 def storage(dtype: str) -> np.dtype:
@@ -44,38 +35,19 @@ def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
     return stored.astype(np.float64)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call forward and one backward. All values are exact in the types of the op."""
+def has_dshortcut(case: Case) -> bool:
+    """Whether the backward pass takes the shortcut and writes its gradient; of linear, that is dy."""
+    return case.shortcut is not None and case.activation != "linear"
 
-    x: np.ndarray  # [N, P, C]
-    gain: np.ndarray  # [C]
-    mean_scale: np.ndarray  # [C]
-    dy: np.ndarray  # [N, P, C]
-    dmean: np.ndarray  # [N, C]
-    dtype: str
-    activation: str
-    bias: np.ndarray | None = None  # [C]
-    shortcut: np.ndarray | None = None  # [N, P, C]
 
-    @property
-    def alpha(self) -> float:
-        return ALPHA.get(self.activation, 0.0)
-
-    @property
-    def has_dshortcut(self) -> bool:
-        """Whether the backward pass takes the shortcut and writes its gradient; of linear, that is dy."""
-        return self.shortcut is not None and self.activation != "linear"
-
-    @property
-    def results(self) -> dict[str, str]:
-        """What both passes write, and whether it is of "maps", of each "map" or of each "channel"."""
-        kinds = {"y": "maps", "mean": "map", "dx": "maps", "dgain": "channel", "dmean_scale": "channel"}
-        if self.bias is not None:
-            kinds["dbias"] = "channel"
-        if self.has_dshortcut:
-            kinds["dshortcut"] = "maps"
-        return kinds
+def result_kinds(case: Case) -> dict[str, str]:
+    """What both passes write, and whether it is of "maps", of each "map" or of each "channel"."""
+    kinds = {"y": "maps", "mean": "map", "dx": "maps", "dgain": "channel", "dmean_scale": "channel"}
+    if case.bias is not None:
+        kinds["dbias"] = "channel"
+    if has_dshortcut(case):
+        kinds["dshortcut"] = "maps"
+    return kinds
 
 
 def make_case(
@@ -106,14 +78,11 @@ def make_case(
         dmean=rounded(rng.standard_normal((batch, channels)), u),
         dtype=dtype,
         activation=activation,
+        alpha=ALPHA.get(activation, 0.0),
         bias=rounded(rng.standard_normal(channels), u) if "bias" in addends else None,
         shortcut=rounded(rng.standard_normal(shape, np.float32)) if "shortcut" in addends else None,
     )
-    offset = case.mean_scale * case.x.mean(1, keepdims=True)
-    z, added = case.gain * (case.x - offset) + _added(case), _added(case, np.abs)
-    for kink in {"linear": (), "relu6": (0, 6)}.get(activation, (0,)):
-        terms = max(kink, 1) + np.abs(case.gain * offset) + added
-        case.dy[np.abs(z - kink) <= 4 * _EPSILON[dtype] * terms] = 0
+    case.dy[agc_numerics.near_kinks(case, _z(case))] = 0
     return case
 
 
@@ -130,20 +99,21 @@ def make_timing_case(
         for _ in range(3)
     )
     ones, zeros = np.ones(channels), np.zeros((batch, channels))
-    return Case(x, ones, ones, dy, zeros, dtype, activation, *((ones, shortcut) if junction else ()))
+    alpha = ALPHA.get(activation, 0.0)
+    return Case(x, ones, ones, dy, zeros, dtype, activation, alpha, *((ones, shortcut) if junction else ()))
 
 
-def _added(case: Case, of_term: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray | float:
-    """bias + shortcut, or a function of each, as far as they are there."""
-    return sum(of_term(term) for term in (case.bias, case.shortcut) if term is not None)
+def _z(case: Case) -> np.ndarray:
+    z = case.gain * (case.x - case.mean_scale * case.x.mean(1, keepdims=True))
+    return sum((term for term in (case.bias, case.shortcut) if term is not None), z)
 
 
 def expected(case: Case) -> dict[str, np.ndarray]:
-    """What `Case.results` names."""
+    """What `result_kinds` names."""
     positions = case.x.shape[1]
     mean = case.x.mean(1)
     u = case.x - case.mean_scale * mean[:, np.newaxis]
-    z = case.gain * u + _added(case)
+    z = _z(case)
     if case.activation == "linear":
         y, slope = z, 1.0
     elif case.activation == "relu6":
@@ -164,44 +134,10 @@ def expected(case: Case) -> dict[str, np.ndarray]:
         "dbias": dz.sum((0, 1)),
         "dshortcut": dz,
     }
-    return {name: results[name] for name in case.results}
+    return {name: results[name] for name in result_kinds(case)}
 
 
 def errors(case: Case, want: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> dict[str, float]:
-    """For each result, the largest error as a multiple of what is allowed; NaN where one is not a number.
-
-    Allowed are one rounding of the maps to T and 16 roundings in U of the largest term that went into a result; in half
-    and bfloat16, where a fused activation takes z from the rounded y, 4 roundings to T.
-    """
-    epsilon, epsilon_u = _EPSILON[case.dtype], _EPSILON[parameter_dtype(case.dtype)]
-    from_rounded_y = set()
-    if case.dtype in ("float16", "bfloat16") and case.activation != "linear":
-        from_rounded_y = {"dgain"}
-        if case.activation == "elu":
-            from_rounded_y = {"dx", "dgain", "dmean_scale", "dbias", "dshortcut"}
-
-    gain, mean_scale, slope = np.abs(case.gain), np.abs(case.mean_scale), max(1.0, case.alpha)
-    u = np.abs(case.x - case.mean_scale * want["mean"][:, np.newaxis])
-    x_max = np.abs(case.x).max((0, 1), initial=0)
-    dy = np.abs(case.dy)
-    added = _added(case, np.abs)
-    largest = {
-        "y": (gain * x_max * (1 + mean_scale) + added) * slope,
-        "mean": x_max,
-        "dx": gain * slope * dy.max((0, 1), initial=0) * (1 + mean_scale)
-        + np.abs(case.dmean).max(initial=0) / case.x.shape[1],
-        # elu finds z as log1p(y / alpha): an absolute error of about epsilon, so one of 1 / gain. What is added to z is
-        # subtracted again.
-        "dgain": slope * (dy * (u + (1 + added) / gain)).sum((0, 1)),
-        # A mean of terms that cancel has the error of the terms.
-        "dmean_scale": gain * x_max * slope * dy.sum((0, 1)),
-        "dbias": slope * dy.sum((0, 1)),
-        "dshortcut": slope * dy,
-    }
-    worst = {}
-    for name, kind in case.results.items():
-        roundings = 4 * epsilon if name in from_rounded_y else 16 * epsilon_u
-        of_result = epsilon if kind == "maps" else epsilon_u
-        allowed = of_result * np.abs(want[name]) + roundings * largest[name] + _SMALLEST_NORMAL[case.dtype]
-        worst[name] = float((np.abs(got[name] - want[name]) / allowed).max(initial=0))
-    return worst
+    """For each result, the largest error as a multiple of what is allowed; NaN where one is not a number."""
+    allowed = agc_numerics.allowed_errors(case, want)
+    return {name: float((np.abs(got[name] - want[name]) / allowed[name]).max(initial=0)) for name in want}
