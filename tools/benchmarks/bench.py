@@ -240,105 +240,87 @@ def read_csv(path: pathlib.Path) -> tuple[list, dict[str, str]]:
         sys.exit(f"{path} is not a result of `bench.py cpu` or `bench.py model`")
 
 
+def _table(header: str, rows: list[list[str]], meta: dict[str, str]) -> str:
+    """Returns a Markdown table and a line of what it was measured on; `header` has its columns between " | "."""
+    measured_on = "; ".join(f"{key} {value}" for key, value in meta.items())
+    return f"{result_files.markdown_table(header.split(' | '), rows)}\n\n{measured_on}\n"
+
+
 def model_table(rows: list, meta: dict[str, str]) -> str:
     """Returns a Markdown table of networks; figures also as fractions of those of two other normalizations."""
-    lines = [
-        "| network, batch | normalization | jit | ms a step | ± | of BatchNorm | of none | kept MiB | of BatchNorm | "
-        "peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = (
+        "network, batch | normalization | jit | ms a step | ± | of BatchNorm | of none | kept MiB | of BatchNorm | "
+        "peak MiB"
+    )
+    cells = []
     for row in rows:
         batch_norm, none = (
             next(r for r in rows if (r.network, r.normalization, r.jit) == (row.network, name, row.jit))
             for name in ("batch_norm", "none")
         )
-        lines.append(
-            f"| {row.network}, {row.batch} | {row.normalization} | {'yes' if row.jit else 'no'} | "
-            f"{row.step_ms:.4g} | {row.spread_ms:.2g} | "
-            f"{row.step_ms / batch_norm.step_ms:.2f} | {row.step_ms / none.step_ms:.2f} | "
-            + (
-                "| | |"
-                if row.jit
-                else f"{row.kept_mib:.4g} | {row.kept_mib / batch_norm.kept_mib:.2f} | {row.peak_mib:.4g} |"
-            )
-        )
-    return "\n".join([*lines, "", _footer(meta), ""])
+        times = [f"{row.step_ms:.4g}", f"{row.spread_ms:.2g}"]
+        times += [f"{row.step_ms / other.step_ms:.2f}" for other in (batch_norm, none)]
+        memory = [f"{row.kept_mib:.4g}", f"{row.kept_mib / batch_norm.kept_mib:.2f}", f"{row.peak_mib:.4g}"]
+        names = [f"{row.network}, {row.batch}", row.normalization, "yes" if row.jit else "no"]
+        cells.append([*names, *times, *([""] * 3 if row.jit else memory)])
+    return _table(header, cells, meta)
 
 
 def monitor_table(rows: list, meta: dict[str, str]) -> str:
     """Returns a Markdown table of networks; shares are of CPU time, at one record an epoch."""
-    lines = [
-        "| network, batch | AGC layers | ms a step | ± | in epochs with a record | ms a record | ± | "
-        "% of an epoch of 391 steps | steps for 2 % |",
-        "|---|---|---|---|---|---|---|---|---|",
+    header = (
+        "network, batch | AGC layers | ms a step | ± | in epochs with a record | ms a record | ± | "
+        "% of an epoch of 391 steps | steps for 2 %"
+    )
+    cells = [
+        [
+            *(f"{row.network}, {row.batch}", f"{row.layers}", f"{row.step_ms:.4g}", f"{row.step_spread_ms:.2g}"),
+            *(f"{row.monitored_step_ms:.4g}", f"{row.record_ms:.4g}", f"{row.record_spread_ms:.2g}"),
+            *(f"{100 * row.share(391):.2g}", f"{row.steps_for(0.02)}"),
+        ]
+        for row in rows
     ]
+    return _table(header, cells, meta)
+
+
+def cpu_table(rows: list, meta: dict[str, str], passes: str = "") -> str:
+    """Returns a Markdown table: ours, its ratio to the limit, the fastest peer; of `passes` alone, where it has peers."""
+    cells = []
     for row in rows:
-        lines.append(
-            f"| {row.network}, {row.batch} | {row.layers} | {row.step_ms:.4g} | {row.step_spread_ms:.2g} | "
-            f"{row.monitored_step_ms:.4g} | {row.record_ms:.4g} | {row.record_spread_ms:.2g} | "
-            f"{100 * row.share(391):.2g} | {row.steps_for(0.02)} |"
-        )
-    return "\n".join([*lines, "", _footer(meta), ""])
-
-
-def _footer(meta: dict[str, str]) -> str:
-    return "; ".join(f"{key} {value}" for key, value in meta.items())
-
-
-def cpu_table(rows: list, meta: dict[str, str]) -> str:
-    """Returns a Markdown table: ours, its ratio to the limit, and the best peer of each line."""
-    lines = [
-        "| N x H x W x C | layout | type | ours | pass | ms | ± | x limit | best peer | ms | speed-up |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row.role != "ours":
+        best = best_peer(rows, row)
+        if row.role != "ours" or (passes and (row.passes != passes or not best)):
             continue
-        best = best_peer(rows, row)
-        peer = f"{best.candidate} | {best.ms:.3g} | {best.ms / row.ms:.1f}" if best else "| | "
-        lines.append(
-            f"| {'x'.join(map(str, row.shape))} | {row.data_format} | {row.dtype} | {row.candidate} | "
-            f"{row.passes} | {row.ms:.3g} | "
-            f"{row.spread_ms:.2g} | {row.ms / row.limit_ms:.2f} | {peer} |"
-        )
-    return "\n".join([*lines, "", _footer(meta), ""])
-
-
-def cpu_summary(rows: list, meta: dict[str, str]) -> str:
-    """Returns the README's Markdown table: forward + backward of every shape that has peers."""
-    lines = [
-        "| N x H x W x C | layout | type | tf_agc, ms | ± | x limit | fastest peer + relu | ms | speed-up |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        best = best_peer(rows, row)
-        if best and (row.candidate, row.passes) == ("tf_agc", "forward + backward"):
-            lines.append(
-                f"| {'x'.join(map(str, row.shape))} | {row.data_format} | {row.dtype} | {row.ms:.3g} | "
-                f"{row.spread_ms:.1g} | {row.ms / row.limit_ms:.1f} | {best.candidate} | {best.ms:.3g} | "
-                f"{best.ms / row.ms:.1f} |"
-            )
-    return "\n".join([*lines, "", _footer(meta), ""])
+        name = row.passes if row.candidate == "tf_agc" else f"{row.candidate}, {row.passes}"
+        cells.append([*_case(row), name, _time(row), f"{row.ms / row.limit_ms:.2f}", *_against(best, row)])
+    return _table("N x H x W x C | layout, type | pass | ms | x limit | fastest peer, ms | speed-up", cells, meta)
 
 
 def junction_table(rows: list, meta: dict[str, str]) -> str:
     """Returns a Markdown table: forward + backward of junctions, against three ops, the peers and the limit."""
-    lines = [
-        "| N x H x W x C | layout | type | junction, ms | ± | x limit | AGC + Add + relu, ms | junction of it | "
-        "fastest peer + Add + relu | ms | speed-up |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = (
+        "N x H x W x C | layout, type | junction, ms | x limit | of AGC + Add + relu | fastest peer + Add + relu, ms | "
+        "speed-up"
+    )
+    cells = []
     for row in rows:
         if (row.candidate, row.passes) != ("tf_agc", "junction forward + backward"):
             continue
         three_ops = next(r for r in rows if r.candidate == "tf_agc + Add + relu" and _same_work(r, row))
-        best = best_peer(rows, row)
-        lines.append(
-            f"| {'x'.join(map(str, row.shape))} | {row.data_format} | {row.dtype} | {row.ms:.3g} | "
-            f"{row.spread_ms:.1g} | {row.ms / row.limit_ms:.2f} | {three_ops.ms:.3g} | {row.ms / three_ops.ms:.2f} | "
-            f"{best.candidate} | {best.ms:.3g} | {best.ms / row.ms:.1f} |"
-        )
-    return "\n".join([*lines, "", _footer(meta), ""])
+        ratios = [f"{row.ms / row.limit_ms:.2f}", f"{row.ms / three_ops.ms:.2f}"]
+        cells.append([*_case(row), _time(row), *ratios, *_against(best_peer(rows, row), row)])
+    return _table(header, cells, meta)
+
+
+def _case(row) -> list[str]:
+    return ["x".join(map(str, row.shape)), f"{row.data_format}, {row.dtype}"]
+
+
+def _time(row) -> str:
+    return f"{row.ms:.3g} ± {row.spread_ms:.1g}"
+
+
+def _against(peer, row) -> list[str]:
+    return [f"{peer.candidate}: {peer.ms:.3g}", f"{peer.ms / row.ms:.1f}"] if peer else ["", ""]
 
 
 def _same_work(one, other) -> bool:
@@ -363,7 +345,7 @@ def run_report(options: argparse.Namespace) -> None:
         return
     junctions = [row for row in rows if row.passes.startswith("junction")]
     if len(junctions) < len(rows):
-        print(cpu_summary(rows, meta))
+        print(cpu_table(rows, meta, "forward + backward"))
     if junctions:
         print(junction_table(junctions, meta))
     if options.plot:

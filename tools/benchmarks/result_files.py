@@ -1,4 +1,4 @@
-"""Results as CSV: dataclasses are the rows, comment lines above them say what they were measured on.
+"""Results as CSV and as Markdown. Dataclasses are the rows of CSV, comments above say what they were measured on.
 
 What is in a row is not known here.
 """
@@ -8,7 +8,7 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -69,6 +69,11 @@ def read_csv(path: pathlib.Path, *row_types: type) -> tuple[list, dict[str, str]
             raise ForeignFileError(f"{path} has a line that is not a row of {','.join(header)}: {cells}") from None
         rows.append(row_type(*values))
     return rows, dict(comments)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _sizes(cell: str) -> tuple[int, ...]:

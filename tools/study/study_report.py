@@ -10,6 +10,7 @@ from typing import Any
 import scipy.stats
 from matplotlib.figure import Figure
 
+from benchmarks.result_files import markdown_table
 from study.study_results import Results, Run, StudyError
 
 TITLES = {
@@ -100,11 +101,6 @@ def _grouped(runs: Iterable[Run]) -> dict[tuple[str, int, str], list[Run]]:
     return {key: groups[key] for key in sorted(groups, key=lambda key: (key[0], -key[1], order.index(key[2])))}
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(header), ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def _search_table(runs: list[Run]) -> str:
     if not runs:
         return ""
@@ -123,7 +119,7 @@ def _search_table(runs: list[Run]) -> str:
         for (dataset, epochs, precision, network, batch, method), found in groups.items()
     ]  # fmt: skip
     title = "Validation accuracy % by learning rate, one seed; the best one is used:"
-    return title + "\n\n" + _markdown(["data set", "network", "batch", "method", "rate: accuracy"], rows)
+    return title + "\n\n" + markdown_table(["data set", "network", "batch", "method", "rate: accuracy"], rows)
 
 
 def _by_batch(runs: list[Run], cell: Callable[[list[Run]], str]) -> str:
@@ -135,7 +131,7 @@ def _by_batch(runs: list[Run], cell: Callable[[list[Run]], str]) -> str:
         [network, TITLES[method], *(cell(groups.get((network, batch, method), [])) for batch in batches)]
         for network, method in sorted(lines, key=lambda line: (line[0], list(TITLES).index(line[1])))
     ]
-    return _markdown(["network", "method", *(f"batch {batch}" for batch in batches)], rows)
+    return markdown_table(["network", "method", *(f"batch {batch}" for batch in batches)], rows)
 
 
 def _accuracy_table(runs: list[Run]) -> str:
@@ -173,7 +169,7 @@ def _difference_table(runs: list[Run]) -> str:
         "the other's step time over AGC's, medians over seeds on the same machine:"
     )
     header = ["network", "batch", "against", "difference", "margin", "p", "AGC is", "step time, x AGC's"]
-    return title + "\n\n" + _markdown(header, rows)
+    return title + "\n\n" + markdown_table(header, rows)
 
 
 def _step_ratio(ours: list[Run], theirs: list[Run]) -> str:
@@ -203,7 +199,7 @@ def _smallest_batches(runs: list[Run]) -> str:
     if not rows:
         return ""
     title = "Every method's smallest batch against its largest, in points of test accuracy:"
-    return title + "\n\n" + _markdown(["network", "method", "batches", "difference", "margin"], rows)
+    return title + "\n\n" + markdown_table(["network", "method", "batches", "difference", "margin"], rows)
 
 
 def _step_table(runs: list[Run]) -> str:
