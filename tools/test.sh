@@ -16,11 +16,8 @@ if ((MMAP_RANDOM_BITS > 28)); then
   tests+=(--test_tag_filters=-sanitizer)
 fi
 
-# The one that bazel/cuda.bzl takes.
-nvcc=${CUDA_HOME:+${CUDA_HOME}/bin/nvcc}
-nvcc=${nvcc:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
-release=$("${nvcc}" --version 2>/dev/null | sed -n 's/.* release \([0-9]*\)\..*/\1/p') || release=
-if ((${release:-0} >= 12)); then
+# bazel/cuda.bzl finds nvcc, and refuses one that is too old.
+if run_bazel query @local_cuda//:toolkit >/dev/null 2>&1; then
   # For the oldest architecture and the newest, which take different ways through device.h: this is about whether
   # everything compiles and links. Before the build, whose libraries lie in the same place and are the ones that tests in
   # Python take.
