@@ -3,6 +3,8 @@
 import argparse
 import collections
 import dataclasses
+import pathlib
+import re
 
 import matplotlib.image
 import numpy as np
@@ -11,6 +13,8 @@ import tensorflow as tf
 
 import tf_agc
 from tf_agc import native
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class _Copy:
@@ -234,6 +238,15 @@ def test_junctions_are_timed_at_large_shapes():
     assert not any(job.junction for job in bench.cpu_jobs(options))
     options.only = None
     assert len(bench.cpu_jobs(options)) == len(set(bench.cpu_jobs(options)))
+
+
+def test_the_loops_alone_are_timed_at_the_same_shapes():
+    from benchmarks import bench_shapes
+
+    source = (ROOT / "cc" / "core" / "agc_bench.cc").read_text(encoding="utf-8")
+    (sizes,) = re.findall(r"kSizes\[\] = \{(.*?)\};", source, re.DOTALL)
+    found = re.findall(r"\{(\d+), (\d+) \* (\d+), (\d+)\}", sizes)
+    assert tuple(tuple(map(int, shape)) for shape in found) == bench_shapes.SHAPES
 
 
 def test_the_plot_has_what_was_timed(tmp_path):

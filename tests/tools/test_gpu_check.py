@@ -293,8 +293,8 @@ def check(tmp_path, fake, launchers, monkeypatch):
     from gpu import gpu_check
 
     monkeypatch.setattr(gpu_check, "ODD_SHAPES", ((0, 3, 3, 8), (2, 1, 1, 5), (2, 3, 5, 7)))
-    monkeypatch.setattr(gpu_check, "LARGE_SHAPES", ((2, 3, 5, 8),))
-    monkeypatch.setattr(gpu_check, "LATENCY_SHAPE", (1, 2, 2, 8))
+    monkeypatch.setattr(bench_shapes, "LARGE_SHAPES", ((2, 3, 5, 8),))
+    monkeypatch.setattr(bench_shapes, "LATENCY_SHAPE", (1, 2, 2, 8))
     monkeypatch.setattr(bench_shapes, "SHAPES", ((1, 4, 4, 8),))
     monkeypatch.setattr(bench_shapes, "CHANNELS_FIRST_SHAPES", ((1, 4, 4, 8),))
     monkeypatch.setenv("PATH", os.defpath)  # no compute-sanitizer

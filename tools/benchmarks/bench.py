@@ -7,6 +7,7 @@ bench_plot.py.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -178,8 +179,9 @@ def count_instructions() -> None:
     for kind, function in kinds.items():
         for dtype in ("float", "bfloat16", "half"):
             for data_format in ("channels_last", "channels_first"):
-                for batch, positions, channels in ((1, 3136, 64), (8, 784, 513)):
-                    name = f"{kind}/{dtype}/{data_format}/{batch}x{positions}x{channels}"
+                for shape in bench_shapes.QUICK_SHAPES[1:]:
+                    batch, height, width, channels = shape
+                    name = f"{kind}/{dtype}/{data_format}/{batch}x{height * width}x{channels}"
                     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
                     command += [f"--toggle-collect=tf_agc::core::{function}*", program, "--once", name]
                     try:
@@ -189,7 +191,7 @@ def count_instructions() -> None:
                     except subprocess.CalledProcessError as error:
                         sys.exit(f"{name} failed under valgrind:\n{error.stderr}")
                     count = int(re.search(r"Collected : (\d+)", output)[1])
-                    print(f"{name:60} {count / (batch * positions * channels):.3f}")
+                    print(f"{name:60} {count / math.prod(shape):.3f}")
 
 
 def run_model(options: argparse.Namespace) -> None:
@@ -284,7 +286,10 @@ def monitor_table(rows: list, meta: dict[str, str]) -> str:
 
 
 def cpu_table(rows: list, meta: dict[str, str], passes: str = "") -> str:
-    """Returns a Markdown table: ours, its ratio to the limit, the fastest peer; of `passes` alone, where it has peers."""
+    """Returns a Markdown table: ours, its ratio to the limit, the fastest peer.
+
+    With `passes`, it has these alone, where a peer does them too.
+    """
     cells = []
     for row in rows:
         best = best_peer(rows, row)

@@ -1,4 +1,7 @@
-"""The shapes and types that the benchmarks of the op time, on the CPU and on a GPU. Knows no TensorFlow."""
+"""The shapes and types that the benchmarks of the op time, on the CPU and on a GPU. Knows no TensorFlow.
+
+cc/core/agc_bench.cc, which times the loops alone, has `SHAPES` once more in C++; a test compares them.
+"""
 
 import math
 
@@ -22,3 +25,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Of 8 MB and more in float32.
 JUNCTION_SHAPES = tuple(shape for shape in SHAPES if math.prod(shape) >= 2**21)
 JUNCTION_DTYPES = DTYPES[:2]
+
+# On a GPU besides `SHAPES`. Its goals are for the last two, of 64 MB and more in bfloat16.
+LARGE_SHAPES = ((32, 56, 56, 256), (32, 28, 28, 512), (32, 14, 14, 1024), (64, 112, 112, 64), (128, 56, 56, 256))
+# One sample that stays in the cache.
+LATENCY_SHAPE = (1, 56, 56, 64)

@@ -46,9 +46,6 @@ ODD_SHAPES = (
 )
 # For the sanitizers, which take a hundred times as long.
 SMALL_SHAPES = ((2, 5, 7, 3), (2, 9, 11, 64), (1, 17, 13, 40))
-# Beyond those that the CPU is timed at. The goals are for the last two, of 64 MB and more in bfloat16.
-LARGE_SHAPES = ((32, 56, 56, 256), (32, 28, 28, 512), (32, 14, 14, 1024), (64, 112, 112, 64), (128, 56, 56, 256))
-LATENCY_SHAPE = (1, 56, 56, 64)
 
 # Of //cc/core/cuda:agc_cuda, in that directory.
 _SOURCES = ("agc_kernels.cu", "plan.cc")
@@ -112,7 +109,7 @@ class Check:
             # In turn, so that every activation and every type meets each.
             yield from ((*case, addends, (False, True)) for addends in ((), next(turns)))
         # Two samples of the largest: how a sample is laid out does not depend on how many there are.
-        large = sorted({(2, *shape[1:]) for shape in LARGE_SHAPES})
+        large = sorted({(2, *shape[1:]) for shape in bench_shapes.LARGE_SHAPES})
         for case in itertools.product((*bench_shapes.SHAPES, *large), DTYPES, ("relu",)):
             yield from ((*case, addends, (False,)) for addends in ((), both))
 
@@ -139,13 +136,13 @@ class Check:
 
     def bandwidth(self, report: Report) -> None:
         """Each pass against a copy of the same bytes, both in graphs that walk through more than the L2 cache."""
-        shapes = [(shape, "channels_last") for shape in (*reversed(LARGE_SHAPES), *bench_shapes.SHAPES)]
+        shapes = [(shape, "channels_last") for shape in (*reversed(bench_shapes.LARGE_SHAPES), *bench_shapes.SHAPES)]
         shapes += [(shape, "channels_first") for shape in bench_shapes.CHANNELS_FIRST_SHAPES]
         for dtype, (shape, layout) in itertools.product(("bfloat16", "float32", "float16"), shapes):
             if time.monotonic() > self.deadline:
                 report.note(f"left out for want of time, from {shape} {layout} {dtype} on")
                 return
-            for junction in (False, True) if shape in LARGE_SHAPES else (False,):
+            for junction in (False, True) if shape in bench_shapes.LARGE_SHAPES else (False,):
                 candidate, passes = ("tf_agc, junction", _JUNCTION_TRAFFIC) if junction else ("tf_agc", _TRAFFIC)
                 calls = self.calls(shape, layout, dtype, junction)
                 copy_ms = self._copy_ms(calls)
@@ -179,14 +176,16 @@ class Check:
         """One sample in the cache, in a graph, against a kernel that does nothing."""
         empty = self.driver.empty_kernel()
         empty_ms, spread = self.driver.time_graph([empty] * 100)
-        n, h, w, c = LATENCY_SHAPE
-        report.row(Row("latency", LATENCY_SHAPE, "", "", "", "empty kernel", empty_ms, spread))
+        n, h, w, c = bench_shapes.LATENCY_SHAPE
+        report.row(Row("latency", bench_shapes.LATENCY_SHAPE, "", "", "", "empty kernel", empty_ms, spread))
         for dtype in ("bfloat16", "float32"):
             case = numerics.make_timing_case(n, h * w, c, dtype, "relu")
             call = Call(self.driver, self.launchers, case, "channels_last")
             for passes in _TRAFFIC:
                 ms, spread = self.driver.time_graph([getattr(call, passes)] * 100)
-                report.row(Row("latency", LATENCY_SHAPE, "channels_last", dtype, passes, "tf_agc", ms, spread))
+                report.row(
+                    Row("latency", bench_shapes.LATENCY_SHAPE, "channels_last", dtype, passes, "tf_agc", ms, spread)
+                )
                 report.note(f"{dtype} {passes}: {ms / empty_ms:.1f} x an empty kernel")
 
     def pytorch(self, report: Report) -> None:
@@ -196,7 +195,7 @@ class Check:
         except ImportError as error:
             report.note(f"left out: PyTorch cannot be imported ({error})")
             return
-        gpu_peers.compare(self, report, LARGE_SHAPES)
+        gpu_peers.compare(self, report)
 
     # ---- Tools ----
 

@@ -14,21 +14,19 @@ from gpu import gpu_driver
 from gpu.gpu_report import Row
 
 
-def compare(check, report, large_shapes: tuple) -> None:
+def compare(check, report) -> None:
     """Times ours and every peer, the large shapes first; leaves out what is not begun before the deadline.
 
     Args:
         check: gpu_check.Check.
         report: gpu_report.Report.
-        large_shapes: (N, H, W, C), beyond those of the CPU's benchmark.
     """
     if not torch.cuda.is_available():  # it was built without CUDA, or for a newer driver
         report.note("left out: this PyTorch finds no GPU")
         return
     report.note(f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
-    cases = [
-        (dtype, shape) for dtype in ("bfloat16", "float32") for shape in (*large_shapes[::-1], *bench_shapes.SHAPES)
-    ]
+    large = bench_shapes.LARGE_SHAPES
+    cases = [(dtype, shape) for dtype in ("bfloat16", "float32") for shape in (*large[::-1], *bench_shapes.SHAPES)]
     for dtype, shape in cases:
         if time.monotonic() > check.deadline:
             report.note(f"left out for want of time, from {shape} {dtype} on")
@@ -37,7 +35,7 @@ def compare(check, report, large_shapes: tuple) -> None:
         # Or it has compiled the same code for so many shapes that it runs the next ones as they are.
         torch.compiler.reset()
         _compare_at(check, report, shape, dtype, junction=False)
-        if shape in large_shapes:
+        if shape in large:
             _compare_at(check, report, shape, dtype, junction=True)
 
 
