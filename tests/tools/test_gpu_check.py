@@ -130,7 +130,7 @@ class _Launchers:
 def test_expectations_are_the_reference(activation, addends):
     from gpu import gpu_numerics
 
-    case = gpu_numerics.make_case(3, 35, 7, "float64", activation, 1, addends)
+    case = gpu_numerics.make_case((3, 35, 7), "float64", activation, 1, addends)
     inputs = {name: tf.constant(getattr(case, name)) for name in ("x", "gain", "mean_scale", *addends)}
     with tf.GradientTape() as tape:
         tape.watch(inputs)
@@ -167,7 +167,7 @@ def test_storage(dtype):
 def test_what_is_wrong_is_seen(name, dtype):
     from gpu import gpu_numerics
 
-    case = gpu_numerics.make_case(2, 35, 6, dtype, "relu", 2, ("bias", "shortcut"))
+    case = gpu_numerics.make_case((2, 35, 6), dtype, "relu", 2, ("bias", "shortcut"))
     want = gpu_numerics.expected(case)
     assert set(gpu_numerics.errors(case, want, want).values()) == {0.0}
     off = 2 if name.startswith("d") else 1 + 200 * EPSILON[dtype]
@@ -385,7 +385,7 @@ def test_the_deadline_leaves_timings_out(check):
 def test_huge_tensors_repeat_a_sample(fake, launchers, monkeypatch, tmp_path):
     from gpu import gpu_call, gpu_driver, gpu_numerics
 
-    driver, case = gpu_driver.Driver(), gpu_numerics.make_case(1, 9, 8, "float16", "relu", seed=1)
+    driver, case = gpu_driver.Driver(), gpu_numerics.make_case((1, 9, 8), "float16", "relu", seed=1)
     one, many = (gpu_call.Call(driver, launchers(None), case, "channels_last", repeat=n) for n in (1, 5))
     one.run()
     many.run()
@@ -399,7 +399,7 @@ def test_a_call_like_another_has_its_maps(fake, launchers):
     from gpu import gpu_call, gpu_driver, gpu_numerics
 
     driver = gpu_driver.Driver()
-    case = gpu_numerics.make_case(2, 9, 8, "bfloat16", "relu", 1, ("bias", "shortcut"))
+    case = gpu_numerics.make_case((2, 9, 8), "bfloat16", "relu", 1, ("bias", "shortcut"))
     first = gpu_call.Call(driver, launchers(None), case, "channels_first")
     second = gpu_call.Call(driver, launchers(None), case, "channels_first", like=first)
     first.run()

@@ -76,7 +76,7 @@ class Check:
         count, worst = 0, (0.0, "")
         for seed, (shape, dtype, activation, addends, offsets) in enumerate(self._cases()):
             n, h, w, c = shape
-            case = numerics.make_case(n, h * w, c, dtype, activation, seed, addends)
+            case = numerics.make_case((n, h * w, c), dtype, activation, seed, addends)
             want = numerics.expected(case)
             for layout, misaligned in itertools.product(DATA_FORMATS, offsets):
                 words = ["x".join(map(str, shape)), layout, dtype, activation, *addends]
@@ -121,7 +121,7 @@ class Check:
         if self.driver.free_bytes < 4 * batch * size + 2**30:
             report.note(f"left out: {4 * batch * size / 2**30 + 1:.0f} GiB are needed")
             return
-        case = numerics.make_case(1, positions, channels, dtype, "relu", seed=1)
+        case = numerics.make_case((1, positions, channels), dtype, "relu", seed=1)
         one = Call(self.driver, self.launchers, case, "channels_last")
         one.run()
         many = Call(self.driver, self.launchers, case, "channels_last", repeat=batch)
@@ -162,7 +162,7 @@ class Check:
     def calls(self, shape: tuple[int, int, int, int], layout: str, dtype: str, junction: bool = False) -> list[Call]:
         """Calls of one shape, with memory of their own, that together go through more than the L2 cache holds."""
         n, h, w, c = shape
-        case = numerics.make_timing_case(n, h * w, c, dtype, "relu", junction)
+        case = numerics.make_timing_case((n, h * w, c), dtype, "relu", junction)
         first = Call(self.driver, self.launchers, case, layout)
         others = range(1, self.sets(shape, dtype))
         return [first, *(Call(self.driver, self.launchers, case, layout, like=first) for _ in others)]
@@ -179,7 +179,7 @@ class Check:
         n, h, w, c = bench_shapes.LATENCY_SHAPE
         report.row(Row("latency", bench_shapes.LATENCY_SHAPE, "", "", "", "empty kernel", empty_ms, spread))
         for dtype in ("bfloat16", "float32"):
-            case = numerics.make_timing_case(n, h * w, c, dtype, "relu")
+            case = numerics.make_timing_case((n, h * w, c), dtype, "relu")
             call = Call(self.driver, self.launchers, case, "channels_last")
             for passes in _TRAFFIC:
                 ms, spread = self.driver.time_graph([getattr(call, passes)] * 100)

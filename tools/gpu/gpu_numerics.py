@@ -50,25 +50,17 @@ def result_kinds(case: Case) -> dict[str, str]:
     return kinds
 
 
-def make_case(
-    batch: int,
-    positions: int,
-    channels: int,
-    dtype: str,
-    activation: str,
-    seed: int,
-    addends: Sequence[str] = (),
-) -> Case:
+def make_case(shape: tuple[int, ...], dtype: str, activation: str, seed: int, addends: Sequence[str] = ()) -> Case:
     """Random maps and parameters; dy is 0 where z is too near a kink for every right kernel to fall on one side.
 
-    `addends`: which of "bias" and "shortcut" there are.
+    `shape`: (N, P, C). `addends`: which of "bias" and "shortcut" there are.
     """
     rng = np.random.default_rng(seed)
 
     def rounded(values, dtype=dtype):
         return decode(encode(values, dtype), dtype)
 
-    shape, u = (batch, positions, channels), parameter_dtype(dtype)
+    (batch, _, channels), u = shape, parameter_dtype(dtype)
     x = 2 * rng.standard_normal(shape, np.float32) + rng.standard_normal(channels, np.float32)
     case = Case(
         x=rounded(x),
@@ -86,19 +78,16 @@ def make_case(
     return case
 
 
-def make_timing_case(
-    batch: int, positions: int, channels: int, dtype: str, activation: str, junction: bool = False
-) -> Case:
+def make_timing_case(shape: tuple[int, ...], dtype: str, activation: str, junction: bool = False) -> Case:
     """Maps for timing, in which a block of random numbers is repeated. Their results are not to be compared.
 
     With `junction` there are a bias and a shortcut.
     """
     rng = np.random.default_rng(0)
     x, dy, shortcut = (
-        np.resize(rng.standard_normal(2**20 + 1, np.float32), (batch, positions, channels)).astype(np.float64)
-        for _ in range(3)
+        np.resize(rng.standard_normal(2**20 + 1, np.float32), shape).astype(np.float64) for _ in range(3)
     )
-    ones, zeros = np.ones(channels), np.zeros((batch, channels))
+    ones, zeros = np.ones(shape[-1]), np.zeros((shape[0], shape[-1]))
     alpha = ALPHA.get(activation, 0.0)
     return Case(x, ones, ones, dy, zeros, dtype, activation, alpha, *((ones, shortcut) if junction else ()))
 
