@@ -21,7 +21,7 @@ nvcc=${CUDA_HOME:+${CUDA_HOME}/bin/nvcc}
 nvcc=${nvcc:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 release=$("${nvcc}" --version 2>/dev/null | sed -n 's/.* release \([0-9]*\)\..*/\1/p') || release=
 if ((${release:-0} >= 12)); then
-  # For the oldest architecture and the newest, which take different ways through device.h: this is about whether
+  # For the oldest architecture and the newest, which take different ways through primitives.h: this is about whether
   # everything compiles and links. Before the build, whose libraries lie in the same place and are the ones that tests in
   # Python take.
   run_bazel test --config=cuda --repo_env=TF_AGC_CUDA_ARCHITECTURES="75 90" \

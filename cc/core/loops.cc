@@ -1,7 +1,7 @@
 // The arithmetic of both passes, compiled once per instruction-set level (TF_AGC_ISA_LEVEL is the namespace).
 //
-// Nothing from the standard library may be called here (see simd.h), and nothing here knows of threads or caches:
-// agc.cc decides who does what.
+// Nothing from the standard library may be called here (see simd_per_level.h), and nothing here knows of threads or
+// caches: agc.cc decides who does what.
 //
 // Why the loops look as they do:
 // - Everything is bound by memory, so each pass touches each element once and does all it can with it.
@@ -17,7 +17,7 @@
 
 #include "cc/core/loops.h"
 
-#include "cc/core/simd.h"
+#include "cc/core/simd_per_level.h"
 
 namespace tf_agc {
 namespace core {
@@ -28,7 +28,7 @@ constexpr int64_t kBlockSteps = 8;  // Sums in the compute type between two flus
 
 inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-#include "cc/core/activations.h"
+#include "cc/core/activations_per_level.h"
 
 // ---- Terms of the sums and maps of the elements ----
 //

@@ -23,7 +23,7 @@
 // - Forward, shortcuts are read where y is written. Backward, they are read for the sums alone, and dshortcut is the dz
 //   that is held, or computed again, where dx is written.
 //
-// Not run on a GPU yet: the tests run this source on the CPU (emulation.h), and its speed is unknown.
+// Not run on a GPU yet: the tests run this source on the CPU (emulation/emulation.h), and its speed is unknown.
 
 #include <cstdint>
 #include <mutex>
@@ -32,9 +32,9 @@
 
 #include "cc/core/agc.h"
 #include "cc/core/cuda/agc_cuda.h"
-#include "cc/core/cuda/device.h"
-#include "cc/core/cuda/launch.h"
+#include "cc/core/cuda/launchers.h"
 #include "cc/core/cuda/plan.h"
+#include "cc/core/cuda/primitives.h"
 #include "cc/core/scheduling.h"
 
 namespace tf_agc {
@@ -60,7 +60,7 @@ TF_AGC_DEVICE double Expm1(double z) { return expm1(z); }
 TF_AGC_DEVICE float Log1p(float t) { return log1pf(t); }
 TF_AGC_DEVICE double Log1p(double t) { return log1p(t); }
 
-#include "cc/core/activations.h"
+#include "cc/core/activations_per_level.h"
 
 template <class S, class Body>
 TF_AGC_DEVICE void WithActivation(Activation activation, double alpha, const Body& body) {

@@ -6,8 +6,8 @@
 // or plain C: a template of the standard library would become a weak symbol of this level in a library that also runs
 // on lower ones.
 
-#ifndef TF_AGC_CC_CORE_SIMD_H_
-#define TF_AGC_CC_CORE_SIMD_H_
+#ifndef TF_AGC_CC_CORE_SIMD_PER_LEVEL_H_
+#define TF_AGC_CC_CORE_SIMD_PER_LEVEL_H_
 
 #include <cstdint>
 #include <cstring>
@@ -400,4 +400,4 @@ inline DoubleVector Log1p(DoubleVector t) {
 }  // namespace core
 }  // namespace tf_agc
 
-#endif  // TF_AGC_CC_CORE_SIMD_H_
+#endif  // TF_AGC_CC_CORE_SIMD_PER_LEVEL_H_

@@ -1,6 +1,6 @@
 // The emulation itself: what it must compute, and what it must not let pass.
 
-#include "cc/core/cuda/emulation.h"
+#include "cc/core/cuda/emulation/emulation.h"
 
 #include <cmath>
 #include <cstdint>

@@ -1,13 +1,13 @@
 // What the kernels need of the machine below them: CUDA's, or the CPU's emulation of it in tests. Elements and how they
 // are converted, shared memory and its asynchronous copies, clusters, launches. Nothing here knows the op.
 
-#ifndef TF_AGC_CC_CORE_CUDA_DEVICE_H_
-#define TF_AGC_CC_CORE_CUDA_DEVICE_H_
+#ifndef TF_AGC_CC_CORE_CUDA_PRIMITIVES_H_
+#define TF_AGC_CC_CORE_CUDA_PRIMITIVES_H_
 
 #include <cstdint>
 
 #if defined(TF_AGC_CUDA_EMULATION)
-#include "cc/core/cuda/emulation.h"
+#include "cc/core/cuda/emulation/emulation.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -179,4 +179,4 @@ __device__ __forceinline__ void Store(T* to, const Vector<T, kSize>& vector) {
 }  // namespace core
 }  // namespace tf_agc
 
-#endif  // TF_AGC_CC_CORE_CUDA_DEVICE_H_
+#endif  // TF_AGC_CC_CORE_CUDA_PRIMITIVES_H_

@@ -1,0 +1,3 @@
+// The kernels as C++, for tests: -DTF_AGC_CUDA_EMULATION makes primitives.h take emulation.h for CUDA.
+
+#include "cc/core/cuda/agc_kernels.cu"
