@@ -610,7 +610,7 @@ struct BackwardPass {
 template <class T, template <class, class> class ActivationOf, Addends kAddends>
 const Loops& LoopsOf() {
   using Forward = ForwardPass<T, ActivationOf, kAddends>;
-  // What keeps the input has no shortcut backward (agc.h).
+  // What keeps the input has no shortcut backward (types.h).
   constexpr bool kKeepsInput = ActivationOf<typename Compute<T>::Vector, typename Compute<T>::Scalar>::kKeepsInput;
   using Backward = BackwardPass<T, ActivationOf, kAddends == Addends::kShortcut && !kKeepsInput>;
   static constexpr Loops kLoops = {Forward::Run,   Backward::Run, Forward::Sum,

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "absl/types/span.h"
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
 #include "cc/kernels/arguments.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"

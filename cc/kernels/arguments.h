@@ -9,7 +9,7 @@
 #include <cstring>
 #include <string>
 
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor_shape.h"
 

@@ -11,10 +11,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cc/core/agc.h"
 #include "cc/core/agc_test_util.h"
 #include "cc/core/cuda/emulation/emulation.h"
 #include "cc/core/cuda/launchers.h"
+#include "cc/core/types.h"
 #include "gtest/gtest.h"
 
 namespace tf_agc {

@@ -14,7 +14,8 @@
 // - Sums are in float over at most 64 terms, then in double. From there on they are added as one binary tree over the
 //   lanes of a column, however the lanes lie in warps, then over blocks in order: no atomics, and the same bits
 //   whatever the batch.
-// - An output may be an input's memory (agc.h): each element belongs to one thread, which reads all that it needs of it
+// - An output may be an input's memory (types.h): each element belongs to one thread, which reads all that it needs of
+// it
 //   before it writes, no pointer is __restrict__, and nothing is loaded through the read-only cache.
 // - The activation is a switch around a loop, not a template argument of a kernel: a fifth of the code to compile.
 // - What is added to z makes other kernels, whose registers those without it do not pay for: two forward and two
@@ -30,12 +31,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "cc/core/agc.h"
 #include "cc/core/cuda/agc_cuda.h"
 #include "cc/core/cuda/launchers.h"
 #include "cc/core/cuda/plan.h"
 #include "cc/core/cuda/primitives.h"
 #include "cc/core/scheduling.h"
+#include "cc/core/types.h"
 
 namespace tf_agc {
 namespace core {
@@ -551,7 +552,7 @@ struct BackwardPass {
     };
   }
 
-  // WithActivation, but for kLinear where there is a shortcut: agc.h has no such call.
+  // WithActivation, but for kLinear where there is a shortcut: types.h has no such call.
   template <class Body>
   static TF_AGC_DEVICE void WithActivationOf(const Job<Args>& job, const Body& body) {
     WithActivation<S>(job.args.activation, job.args.alpha, [&](auto act) {

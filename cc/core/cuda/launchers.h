@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "cc/core/agc.h"
 #include "cc/core/cuda/plan.h"
+#include "cc/core/types.h"
 
 namespace tf_agc {
 namespace core {

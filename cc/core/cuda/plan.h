@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
 
 #if defined(__CUDACC__)
 #define TF_AGC_HOST_DEVICE __host__ __device__ inline
