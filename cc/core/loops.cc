@@ -359,22 +359,22 @@ void ApplyRows(const Map& map, const Parameters<T, Map::kParameters>& parameters
 // One chunk of a part, whose sample's elements count from 0.
 struct Chunk {
   const Shape& shape;
-  const Plan& plan;
+  const Chunking& chunking;
   const Part& part;
   int64_t first;  // Position.
   int64_t count;  // Of positions.
 
-  Chunk(const Shape& s, const Plan& p, const Part& c)
-      : shape(s), plan(p), part(c), first(c.chunk * p.chunk), count(Min(p.chunk, s.positions - first)) {}
+  Chunk(const Shape& s, const Chunking& p, const Part& c)
+      : shape(s), chunking(p), part(c), first(c.chunk * p.chunk), count(Min(p.chunk, s.positions - first)) {}
 
   int64_t channels() const { return part.end - part.begin; }
   // channels_last: whole rows, and what is left of the positions as one shorter row.
   int64_t element() const { return first * shape.channels + part.begin; }
-  int64_t rows() const { return count / plan.fold; }
-  int64_t stride() const { return plan.fold * shape.channels; }
-  int64_t width() const { return plan.fold * channels(); }
+  int64_t rows() const { return count / chunking.fold; }
+  int64_t stride() const { return chunking.fold * shape.channels; }
+  int64_t width() const { return chunking.fold * channels(); }
   int64_t last_element() const { return element() + rows() * stride(); }
-  int64_t last_width() const { return count % plan.fold * channels(); }
+  int64_t last_width() const { return count % chunking.fold * channels(); }
   // channels_first; `channel` counts from the part's first.
   int64_t map_element(int64_t channel) const { return (part.begin + channel) * shape.positions + first; }
 };
@@ -453,9 +453,9 @@ struct ForwardPass {
   using Map = ForwardMap<T, Act, kAddends>;
   using MapParameters = Parameters<T, Map::kParameters>;
 
-  static void Sum(const ForwardArgs& args, const Plan& plan, const Part& part, double* sums) {
+  static void Sum(const ForwardArgs& args, const Chunking& chunking, const Part& part, double* sums) {
     const ForwardTerms<T> terms{Sample(static_cast<const T*>(args.x), args.shape, part)};
-    SumChunk<T>([&](int64_t) { return terms; }, Chunk(args.shape, plan, part), sums);
+    SumChunk<T>([&](int64_t) { return terms; }, Chunk(args.shape, chunking, part), sums);
   }
 
   // Turns sums into means and parameters. Every chunk of a map does this for itself; the first one writes the means.
@@ -475,34 +475,34 @@ struct ForwardPass {
     }
   }
 
-  static void Write(const ForwardArgs& args, const Plan& plan, const Part& part, MapParameters* parameters) {
+  static void Write(const ForwardArgs& args, const Chunking& chunking, const Part& part, MapParameters* parameters) {
     const Map map{Sample(static_cast<const T*>(args.x), args.shape, part),
                   Sample(static_cast<const T*>(args.shortcut), args.shape, part),
                   {Sample(static_cast<T*>(args.y), args.shape, part)},
-                  plan.stream,
+                  chunking.stream,
                   Act(args.alpha)};
-    ApplyChunk<T>(map, parameters, Chunk(args.shape, plan, part));
+    ApplyChunk<T>(map, parameters, Chunk(args.shape, chunking, part));
   }
 
-  static void Apply(const ForwardArgs& args, const Plan& plan, const Part& part, const double* totals) {
+  static void Apply(const ForwardArgs& args, const Chunking& chunking, const Part& part, const double* totals) {
     MapParameters parameters;
     MakeParameters(args, part, totals, &parameters);
-    Write(args, plan, part, &parameters);
+    Write(args, chunking, part, &parameters);
   }
 
-  static void Run(const ForwardArgs& args, const Plan& plan, const Part& whole) {
+  static void Run(const ForwardArgs& args, const Chunking& chunking, const Part& whole) {
     double totals[kForwardSums * kMaxColumns], sums[kForwardSums * kMaxColumns];
     Part part = whole;
     part.chunk = 0;
-    Sum(args, plan, part, totals);
-    for (part.chunk = 1; part.chunk < plan.chunks; ++part.chunk) {
-      Sum(args, plan, part, sums);
+    Sum(args, chunking, part, totals);
+    for (part.chunk = 1; part.chunk < chunking.chunks; ++part.chunk) {
+      Sum(args, chunking, part, sums);
       for (int64_t i = 0; i < kForwardSums * (part.end - part.begin); ++i) totals[i] += sums[i];
     }
     MapParameters parameters;
     part.chunk = 0;
     MakeParameters(args, part, totals, &parameters);
-    for (part.chunk = plan.chunks - 1; part.chunk >= 0; --part.chunk) Write(args, plan, part, &parameters);
+    for (part.chunk = chunking.chunks - 1; part.chunk >= 0; --part.chunk) Write(args, chunking, part, &parameters);
   }
 };
 
@@ -518,8 +518,8 @@ struct BackwardPass {
     return static_cast<const S*>(args.mean) + part.sample * args.shape.channels + part.begin;
   }
 
-  static void Sum(const BackwardArgs& args, const Plan& plan, const Part& part, double* sums) {
-    const Chunk chunk(args.shape, plan, part);
+  static void Sum(const BackwardArgs& args, const Chunking& chunking, const Part& part, double* sums) {
+    const Chunk chunk(args.shape, chunking, part);
     const S* mean = Means(args, part);
     const S* mean_scale = OfChannels<S>(args.mean_scale, part);
     S offset[kMaxColumns];
@@ -573,37 +573,38 @@ struct BackwardPass {
     }
   }
 
-  static void Write(const BackwardArgs& args, const Plan& plan, const Part& part, MapParameters* parameters) {
+  static void Write(const BackwardArgs& args, const Chunking& chunking, const Part& part, MapParameters* parameters) {
     Map map{Sample(static_cast<const T*>(args.kept), args.shape, part),
             Sample(static_cast<const T*>(args.dy), args.shape, part),
             {Sample(static_cast<T*>(args.dx), args.shape, part)},
-            plan.stream,
+            chunking.stream,
             Act(args.alpha)};
     if constexpr (kShortcut) map.out[1] = Sample(static_cast<T*>(args.dshortcut), args.shape, part);
-    ApplyChunk<T>(map, parameters, Chunk(args.shape, plan, part));
+    ApplyChunk<T>(map, parameters, Chunk(args.shape, chunking, part));
   }
 
-  static void Apply(const BackwardArgs& args, const Plan& plan, const Part& part, const double* totals,
+  static void Apply(const BackwardArgs& args, const Chunking& chunking, const Part& part, const double* totals,
                     const ParameterSums& sums) {
     if (part.chunk == 0) AddToParameterSums(args, part, totals, sums);
     MapParameters parameters;
     MakeParameters(args, part, totals, &parameters);
-    Write(args, plan, part, &parameters);
+    Write(args, chunking, part, &parameters);
   }
 
-  static void Run(const BackwardArgs& args, const Plan& plan, const Part& whole, const ParameterSums& parameter_sums) {
+  static void Run(const BackwardArgs& args, const Chunking& chunking, const Part& whole,
+                  const ParameterSums& parameter_sums) {
     double totals[kBackwardSums * kMaxColumns], sums[kBackwardSums * kMaxColumns];
     Part part = whole;
     part.chunk = 0;
-    Sum(args, plan, part, totals);
-    for (part.chunk = 1; part.chunk < plan.chunks; ++part.chunk) {
-      Sum(args, plan, part, sums);
+    Sum(args, chunking, part, totals);
+    for (part.chunk = 1; part.chunk < chunking.chunks; ++part.chunk) {
+      Sum(args, chunking, part, sums);
       for (int64_t i = 0; i < kBackwardSums * (part.end - part.begin); ++i) totals[i] += sums[i];
     }
     AddToParameterSums(args, part, totals, parameter_sums);
     MapParameters parameters;
     MakeParameters(args, part, totals, &parameters);
-    for (part.chunk = plan.chunks - 1; part.chunk >= 0; --part.chunk) Write(args, plan, part, &parameters);
+    for (part.chunk = chunking.chunks - 1; part.chunk >= 0; --part.chunk) Write(args, chunking, part, &parameters);
   }
 };
 

@@ -24,15 +24,15 @@ constexpr int kTreeRows = 8;
 //
 // channels_last: `fold` positions are taken together as one row of fold * channels columns, so that short rows fill
 // vectors. channels_first: a map is one row of `positions` elements, and fold is 1.
-struct Plan {
+struct Chunking {
   int64_t fold;
   int64_t chunk;   // Positions in a chunk: the unit in which threads share a map, a multiple of fold.
   int64_t chunks;  // Chunks in a map; the last one may be shorter.
   bool stream;     // Write a new y or dx past the caches, where it is too large to be found there later.
 };
 
-// What a loop works on: the channels [begin, end) of one sample, at most kMaxColumns. With plan.fold > 1 that is all of
-// them, and begin is 0.
+// What a loop works on: the channels [begin, end) of one sample, at most kMaxColumns. With chunking.fold > 1 that is
+// all of them, and begin is 0.
 struct Part {
   int64_t sample;
   int64_t begin;
@@ -53,15 +53,15 @@ enum class Addends { kNone, kBias, kShortcut };  // kShortcut: with or without a
 // Sums are in double.
 struct Loops {
   // Both passes over whole maps. Backward adds the sample's share to the parameters' sums.
-  void (*forward)(const ForwardArgs&, const Plan&, const Part&);
-  void (*backward)(const BackwardArgs&, const Plan&, const Part&, const ParameterSums&);
+  void (*forward)(const ForwardArgs&, const Chunking&, const Part&);
+  void (*backward)(const BackwardArgs&, const Chunking&, const Part&, const ParameterSums&);
 
   // The same in two steps, for maps that threads share. Step one writes the sums of one chunk; step two takes their
   // total over all chunks, and finishes one chunk. Chunk 0 adds the sample's share to the parameters' sums.
-  void (*forward_sum)(const ForwardArgs&, const Plan&, const Part&, double* sums);
-  void (*forward_apply)(const ForwardArgs&, const Plan&, const Part&, const double* totals);
-  void (*backward_sum)(const BackwardArgs&, const Plan&, const Part&, double* sums);
-  void (*backward_apply)(const BackwardArgs&, const Plan&, const Part&, const double* totals, const ParameterSums&);
+  void (*forward_sum)(const ForwardArgs&, const Chunking&, const Part&, double* sums);
+  void (*forward_apply)(const ForwardArgs&, const Chunking&, const Part&, const double* totals);
+  void (*backward_sum)(const BackwardArgs&, const Chunking&, const Part&, double* sums);
+  void (*backward_apply)(const BackwardArgs&, const Chunking&, const Part&, const double* totals, const ParameterSums&);
 };
 
 // Doubles that one chunk's sums take for `channels` channels: one sum forward, two backward.

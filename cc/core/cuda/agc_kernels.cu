@@ -83,7 +83,7 @@ TF_AGC_DEVICE void WithActivation(Activation activation, double alpha, const Bod
 // ---- One launch's work, and one thread's ----
 
 template <class Args>
-struct Job {
+struct LaunchArgs {
   Args args;  // With the effective activation.
   Walk walk;
   int64_t first_tile;
@@ -317,17 +317,18 @@ struct ForwardPass {
     S mean_scale;
     S bias;
   };
-  static TF_AGC_DEVICE OfMap Read(const Job<Args>& job, int64_t map) {
-    const int64_t channel = Remainder(map, job.walk.channels);
+  static TF_AGC_DEVICE OfMap Read(const LaunchArgs<Args>& launch, int64_t map) {
+    const int64_t channel = Remainder(map, launch.walk.channels);
     // A shortcut alone: adding -0 changes nothing, not even the sign of a zero.
-    const S bias = kAddends && job.args.bias != nullptr ? static_cast<const S*>(job.args.bias)[channel] : S(-0.0);
-    return {static_cast<const S*>(job.args.gain)[channel], static_cast<const S*>(job.args.mean_scale)[channel], bias};
+    const S bias = kAddends && launch.args.bias != nullptr ? static_cast<const S*>(launch.args.bias)[channel] : S(-0.0);
+    return {static_cast<const S*>(launch.args.gain)[channel], static_cast<const S*>(launch.args.mean_scale)[channel],
+            bias};
   }
 
-  static TF_AGC_DEVICE void Finish(const Job<Args>& job, int64_t map, const OfMap& of_map, const double* totals,
-                                   bool first, S* parameters) {
-    const S mean = static_cast<S>(totals[0] / static_cast<double>(job.walk.positions));
-    if (first) static_cast<S*>(job.args.mean)[map] = mean;
+  static TF_AGC_DEVICE void Finish(const LaunchArgs<Args>& launch, int64_t map, const OfMap& of_map,
+                                   const double* totals, bool first, S* parameters) {
+    const S mean = static_cast<S>(totals[0] / static_cast<double>(launch.walk.positions));
+    if (first) static_cast<S*>(launch.args.mean)[map] = mean;
     parameters[0] = of_map.gain;
     parameters[1] = of_map.mean_scale * mean;
     if constexpr (kAddends) parameters[2] = of_map.bias;
@@ -335,11 +336,11 @@ struct ForwardPass {
 
   // Sums x on the way to shared memory.
   template <class ThreadType>
-  static TF_AGC_DEVICE void SumAndHold(const Job<Args>& job, const ThreadType& thread, unsigned char* held,
+  static TF_AGC_DEVICE void SumAndHold(const LaunchArgs<Args>& launch, const ThreadType& thread, unsigned char* held,
                                        S (&sums)[kSums][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector;
     using Input = Vector<T, kVector>;
-    const T* x = static_cast<const T*>(job.args.x);
+    const T* x = static_cast<const T*>(launch.args.x);
     auto* slots = reinterpret_cast<Input*>(held) + threadIdx.x;
     const int threads = static_cast<int>(blockDim.x);
     auto terms = [](const Input& in, int i, S* out) { out[0] = ToCompute(in.values[i]); };
@@ -360,28 +361,29 @@ struct ForwardPass {
   }
 
   template <class ThreadType>
-  static TF_AGC_DEVICE void Sum(const Job<Args>& job, const ThreadType& thread,
+  static TF_AGC_DEVICE void Sum(const LaunchArgs<Args>& launch, const ThreadType& thread,
                                 double (&totals)[kSums][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector;
-    const T* x = static_cast<const T*>(job.args.x);
+    const T* x = static_cast<const T*>(launch.args.x);
     auto load = [&](int step) { return Load<kVector>(x + thread.Element(step)); };
     auto terms = [](const Vector<T, kVector>& in, int i, S* out) { out[0] = ToCompute(in.values[i]); };
     SumAll<S>(thread, load, terms, totals);
   }
 
   template <class ThreadType>
-  static TF_AGC_DEVICE void WriteHeld(const Job<Args>& job, const ThreadType& thread, const unsigned char* held,
+  static TF_AGC_DEVICE void WriteHeld(const LaunchArgs<Args>& launch, const ThreadType& thread,
+                                      const unsigned char* held,
                                       const S (&parameters)[kParameters][ThreadType::kMaps]) {
     auto* slots = reinterpret_cast<const Vector<T, ThreadType::kVector>*>(held) + threadIdx.x;
     const int threads = static_cast<int>(blockDim.x);
-    Write(job, thread, [&](int step) { return slots[step * threads]; }, parameters);
+    Write(launch, thread, [&](int step) { return slots[step * threads]; }, parameters);
   }
 
   template <class ThreadType>
-  static TF_AGC_DEVICE void WriteAgain(const Job<Args>& job, const ThreadType& thread,
+  static TF_AGC_DEVICE void WriteAgain(const LaunchArgs<Args>& launch, const ThreadType& thread,
                                        const S (&parameters)[kParameters][ThreadType::kMaps]) {
-    const T* x = static_cast<const T*>(job.args.x);
-    Write(job, thread, [&](int step) { return Load<ThreadType::kVector>(x + thread.Element(step)); }, parameters);
+    const T* x = static_cast<const T*>(launch.args.x);
+    Write(launch, thread, [&](int step) { return Load<ThreadType::kVector>(x + thread.Element(step)); }, parameters);
   }
 
  private:
@@ -394,11 +396,11 @@ struct ForwardPass {
   // y = act(gain * (x - offset) + bias + shortcut). The difference comes first: where the mean is large against the
   // deviation, gain * x - gain * offset would lose the digits that the sum was careful to keep.
   template <class ThreadType, class LoadX>
-  static TF_AGC_DEVICE void Write(const Job<Args>& job, const ThreadType& thread, const LoadX& load_x,
+  static TF_AGC_DEVICE void Write(const LaunchArgs<Args>& launch, const ThreadType& thread, const LoadX& load_x,
                                   const S (&parameters)[kParameters][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector, kMaps = ThreadType::kMaps;
-    const T* shortcut = static_cast<const T*>(job.args.shortcut);
-    T* y = static_cast<T*>(job.args.y);
+    const T* shortcut = static_cast<const T*>(launch.args.shortcut);
+    T* y = static_cast<T*>(launch.args.y);
     auto load = [&](int step) {
       Inputs<kVector> in{load_x(step), {}};
       if constexpr (kAddends) {
@@ -406,7 +408,7 @@ struct ForwardPass {
       }
       return in;
     };
-    WithActivation<S>(job.args.activation, job.args.alpha, [&](auto act) {
+    WithActivation<S>(launch.args.activation, launch.args.alpha, [&](auto act) {
       WriteSteps(thread.count, load, [&](int step, const Inputs<kVector>& in) {
         S out[kVector];
 #pragma unroll
@@ -450,36 +452,36 @@ struct BackwardPass {
     S dmean;
     S mean;
   };
-  static TF_AGC_DEVICE OfMap Read(const Job<Args>& job, int64_t map) {
-    const int64_t channel = Remainder(map, job.walk.channels);
-    return {static_cast<const S*>(job.args.gain)[channel], static_cast<const S*>(job.args.mean_scale)[channel],
-            static_cast<const S*>(job.args.dmean)[map], static_cast<const S*>(job.args.mean)[map]};
+  static TF_AGC_DEVICE OfMap Read(const LaunchArgs<Args>& launch, int64_t map) {
+    const int64_t channel = Remainder(map, launch.walk.channels);
+    return {static_cast<const S*>(launch.args.gain)[channel], static_cast<const S*>(launch.args.mean_scale)[channel],
+            static_cast<const S*>(launch.args.dmean)[map], static_cast<const S*>(launch.args.mean)[map]};
   }
 
-  static TF_AGC_DEVICE void Finish(const Job<Args>& job, int64_t map, const OfMap& of_map, const double* totals,
-                                   bool first, S* parameters) {
-    const double positions = static_cast<double>(job.walk.positions);
+  static TF_AGC_DEVICE void Finish(const LaunchArgs<Args>& launch, int64_t map, const OfMap& of_map,
+                                   const double* totals, bool first, S* parameters) {
+    const double positions = static_cast<double>(launch.walk.positions);
     parameters[0] = of_map.gain;
     parameters[1] = static_cast<S>(static_cast<double>(of_map.mean_scale) * totals[0] / positions);
     parameters[2] = static_cast<S>(static_cast<double>(of_map.dmean) / positions);
     if (!first) return;
-    if (job.dz_sums != nullptr) job.dz_sums[map] = totals[0];
+    if (launch.dz_sums != nullptr) launch.dz_sums[map] = totals[0];
     const double gain_term = totals[1];
     const double mean_scale_term = static_cast<double>(of_map.mean) * totals[0];
-    if (job.sample_sums != nullptr) {
-      job.sample_sums[map] = gain_term;
-      job.sample_sums[job.walk.batch * job.walk.channels + map] = mean_scale_term;
+    if (launch.sample_sums != nullptr) {
+      launch.sample_sums[map] = gain_term;
+      launch.sample_sums[launch.walk.batch * launch.walk.channels + map] = mean_scale_term;
     } else {
-      WriteParameterGradients<T>(job.args, map, gain_term, mean_scale_term);  // Of one sample, a map is a channel.
+      WriteParameterGradients<T>(launch.args, map, gain_term, mean_scale_term);  // Of one sample, a map is a channel.
     }
   }
 
   template <class ThreadType>
-  static TF_AGC_DEVICE void SumAndHold(const Job<Args>& job, const ThreadType& thread, unsigned char* held,
+  static TF_AGC_DEVICE void SumAndHold(const LaunchArgs<Args>& launch, const ThreadType& thread, unsigned char* held,
                                        S (&sums)[kSums][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector;
     const int threads = static_cast<int>(blockDim.x);
-    WithTerms(job, thread, [&](auto load, auto terms, auto act) {
+    WithTerms(launch, thread, [&](auto load, auto terms, auto act) {
       using Held = std::conditional_t<decltype(act)::kSlopeIsZeroOrOne, T, S>;
       auto* slots = reinterpret_cast<Vector<Held, kVector>*>(held) + threadIdx.x;
       using WithHeld = InputsWithHeld<Held, kVector>;
@@ -494,32 +496,33 @@ struct BackwardPass {
   }
 
   template <class ThreadType>
-  static TF_AGC_DEVICE void Sum(const Job<Args>& job, const ThreadType& thread,
+  static TF_AGC_DEVICE void Sum(const LaunchArgs<Args>& launch, const ThreadType& thread,
                                 double (&totals)[kSums][ThreadType::kMaps]) {
-    WithTerms(job, thread, [&](auto load, auto terms, auto) { SumAll<S>(thread, load, terms, totals); });
+    WithTerms(launch, thread, [&](auto load, auto terms, auto) { SumAll<S>(thread, load, terms, totals); });
   }
 
   template <class ThreadType>
-  static TF_AGC_DEVICE void WriteHeld(const Job<Args>& job, const ThreadType& thread, const unsigned char* held,
+  static TF_AGC_DEVICE void WriteHeld(const LaunchArgs<Args>& launch, const ThreadType& thread,
+                                      const unsigned char* held,
                                       const S (&parameters)[kParameters][ThreadType::kMaps]) {
-    if (HoldsDzInT(job.args.activation)) {
-      WriteHeldAs<T>(job, thread, held, parameters);
+    if (HoldsDzInT(launch.args.activation)) {
+      WriteHeldAs<T>(launch, thread, held, parameters);
     } else {
-      WriteHeldAs<S>(job, thread, held, parameters);
+      WriteHeldAs<S>(launch, thread, held, parameters);
     }
   }
 
   template <class ThreadType>
-  static TF_AGC_DEVICE void WriteAgain(const Job<Args>& job, const ThreadType& thread,
+  static TF_AGC_DEVICE void WriteAgain(const LaunchArgs<Args>& launch, const ThreadType& thread,
                                        const S (&parameters)[kParameters][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector;
-    WithActivationOf(job, [&](auto act) {
-      auto load = LoadInputs</*kForSums=*/false>(job, thread);
+    WithActivationOf(launch, [&](auto act) {
+      auto load = LoadInputs</*kForSums=*/false>(launch, thread);
       WriteSteps(thread.count, load, [&](int step, const Inputs<kVector, false>& in) {
         S dz[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) dz[i] = ToCompute(in.dy.values[i]) * act.Slope(ToCompute(in.kept.values[i]));
-        WriteMaps(job, thread, step, dz, parameters);
+        WriteMaps(launch, thread, step, dz, parameters);
       });
     });
   }
@@ -539,11 +542,11 @@ struct BackwardPass {
   };
 
   template <bool kForSums, class ThreadType>
-  static TF_AGC_DEVICE auto LoadInputs(const Job<Args>& job, const ThreadType& thread) {
+  static TF_AGC_DEVICE auto LoadInputs(const LaunchArgs<Args>& launch, const ThreadType& thread) {
     constexpr int kVector = ThreadType::kVector;
-    const T* dy = static_cast<const T*>(job.args.dy);
-    const T* kept = static_cast<const T*>(job.args.kept);
-    const T* shortcut = static_cast<const T*>(job.args.shortcut);
+    const T* dy = static_cast<const T*>(launch.args.dy);
+    const T* kept = static_cast<const T*>(launch.args.kept);
+    const T* shortcut = static_cast<const T*>(launch.args.shortcut);
     return [=, &thread](int step) {
       const int64_t element = thread.Element(step);
       Inputs<kVector, kForSums> in{Load<kVector>(dy + element), Load<kVector>(kept + element), {}};
@@ -554,17 +557,17 @@ struct BackwardPass {
 
   // WithActivation, but for kLinear where there is a shortcut: types.h has no such call.
   template <class Body>
-  static TF_AGC_DEVICE void WithActivationOf(const Job<Args>& job, const Body& body) {
-    WithActivation<S>(job.args.activation, job.args.alpha, [&](auto act) {
+  static TF_AGC_DEVICE void WithActivationOf(const LaunchArgs<Args>& launch, const Body& body) {
+    WithActivation<S>(launch.args.activation, launch.args.alpha, [&](auto act) {
       if constexpr (!(kShortcut && decltype(act)::kKeepsInput)) body(act);
     });
   }
 
   // Calls body(load, terms, act).
   template <class ThreadType, class Body>
-  static TF_AGC_DEVICE void WithTerms(const Job<Args>& job, const ThreadType& thread, const Body& body) {
+  static TF_AGC_DEVICE void WithTerms(const LaunchArgs<Args>& launch, const ThreadType& thread, const Body& body) {
     constexpr int kVector = ThreadType::kVector, kMaps = ThreadType::kMaps;
-    WithActivationOf(job, [&](auto act) {
+    WithActivationOf(launch, [&](auto act) {
       using Act = decltype(act);
       S offset[kMaps];
 #pragma unroll
@@ -572,8 +575,8 @@ struct BackwardPass {
         offset[i] = S(0);
         if (Act::kKeepsInput && thread.count > 0) {
           const int64_t map = thread.map + i;
-          offset[i] = static_cast<const S*>(job.args.mean_scale)[Remainder(map, job.walk.channels)] *
-                      static_cast<const S*>(job.args.mean)[map];
+          offset[i] = static_cast<const S*>(launch.args.mean_scale)[Remainder(map, launch.walk.channels)] *
+                      static_cast<const S*>(launch.args.mean)[map];
         }
       }
       auto terms = [&](const Inputs<kVector, true>& in, int i, S* out) {
@@ -583,12 +586,13 @@ struct BackwardPass {
         out[0] = dy * act.Slope(kept);
         out[1] = act.template GainTerm<kShortcut>(kept, dy, out[0], offset[i % kMaps], shortcut);
       };
-      body(LoadInputs</*kForSums=*/true>(job, thread), terms, act);
+      body(LoadInputs</*kForSums=*/true>(launch, thread), terms, act);
     });
   }
 
   template <class Held, class ThreadType>
-  static TF_AGC_DEVICE void WriteHeldAs(const Job<Args>& job, const ThreadType& thread, const unsigned char* held,
+  static TF_AGC_DEVICE void WriteHeldAs(const LaunchArgs<Args>& launch, const ThreadType& thread,
+                                        const unsigned char* held,
                                         const S (&parameters)[kParameters][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector;
     auto* slots = reinterpret_cast<const Vector<Held, kVector>*>(held) + threadIdx.x;
@@ -598,22 +602,22 @@ struct BackwardPass {
       S dz[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) dz[i] = ToCompute(in.values[i]);
-      WriteMaps(job, thread, step, dz, parameters);
+      WriteMaps(launch, thread, step, dz, parameters);
     });
   }
 
   // dx = gain * (dz - offset) + shift, and dshortcut = dz.
   template <class ThreadType, int kVector>
-  static TF_AGC_DEVICE void WriteMaps(const Job<Args>& job, const ThreadType& thread, int step, const S (&dz)[kVector],
-                                      const S (&parameters)[kParameters][ThreadType::kMaps]) {
+  static TF_AGC_DEVICE void WriteMaps(const LaunchArgs<Args>& launch, const ThreadType& thread, int step,
+                                      const S (&dz)[kVector], const S (&parameters)[kParameters][ThreadType::kMaps]) {
     constexpr int kMaps = ThreadType::kMaps;
-    if constexpr (kShortcut) Store(static_cast<T*>(job.args.dshortcut) + thread.Element(step), FromCompute<T>(dz));
+    if constexpr (kShortcut) Store(static_cast<T*>(launch.args.dshortcut) + thread.Element(step), FromCompute<T>(dz));
     S out[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       out[i] = (dz[i] - parameters[1][i % kMaps]) * parameters[0][i % kMaps] + parameters[2][i % kMaps];
     }
-    Store(static_cast<T*>(job.args.dx) + thread.Element(step), FromCompute<T>(out));
+    Store(static_cast<T*>(launch.args.dx) + thread.Element(step), FromCompute<T>(out));
   }
 };
 
@@ -621,30 +625,30 @@ struct BackwardPass {
 
 // What the first of the maps that a thread finishes needs beside its sums.
 template <class PassType>
-TF_AGC_DEVICE typename PassType::OfMap ReadFirst(const Job<typename PassType::Args>& job, int64_t tile) {
+TF_AGC_DEVICE typename PassType::OfMap ReadFirst(const LaunchArgs<typename PassType::Args>& launch, int64_t tile) {
   const int i = static_cast<int>(threadIdx.x);
-  const int64_t map = i < TileMaps(job.walk) ? MapOf(job.walk, tile, i) : -1;
-  return map < 0 ? typename PassType::OfMap{} : PassType::Read(job, map);
+  const int64_t map = i < TileMaps(launch.walk) ? MapOf(launch.walk, tile, i) : -1;
+  return map < 0 ? typename PassType::OfMap{} : PassType::Read(launch, map);
 }
 
 // Turns a tile's sums into parameters[kParameters][maps of the tile]: total(i) is the sum of all blocks, of_first comes
 // from ReadFirst(). Ends with a barrier.
 template <class PassType, class Total>
-TF_AGC_DEVICE void FinishTile(const Job<typename PassType::Args>& job, int64_t tile,
+TF_AGC_DEVICE void FinishTile(const LaunchArgs<typename PassType::Args>& launch, int64_t tile,
                               const typename PassType::OfMap& of_first, bool first, const Total& total,
                               typename PassType::S* parameters) {
   constexpr int kSums = PassType::kSums, kParameters = PassType::kParameters;
-  const int maps = TileMaps(job.walk);
+  const int maps = TileMaps(launch.walk);
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < maps; i += static_cast<int>(blockDim.x)) {
-    const int64_t map = MapOf(job.walk, tile, i);
+    const int64_t map = MapOf(launch.walk, tile, i);
     if (map < 0) continue;
-    const typename PassType::OfMap of_map = i == thread ? of_first : PassType::Read(job, map);
+    const typename PassType::OfMap of_map = i == thread ? of_first : PassType::Read(launch, map);
     double totals[kSums];
 #pragma unroll
     for (int s = 0; s < kSums; ++s) totals[s] = total(s * maps + i);
     typename PassType::S out[kParameters];
-    PassType::Finish(job, map, of_map, totals, first, out);
+    PassType::Finish(launch, map, of_map, totals, first, out);
 #pragma unroll
     for (int k = 0; k < kParameters; ++k) parameters[k * maps + i] = out[k];
   }
@@ -666,24 +670,25 @@ TF_AGC_DEVICE void ReadParameters(const Walk& walk, const ThreadType& thread, co
 
 // One launch for tiles that fit on chip: a cluster (or a block alone) sums, exchanges, writes.
 template <class PassType, int kVector, Layout kLayout>
-__global__ void __launch_bounds__(kMaxThreads) OnChip(const __grid_constant__ Job<typename PassType::Args> job) {
+__global__ void __launch_bounds__(kMaxThreads)
+    OnChip(const __grid_constant__ LaunchArgs<typename PassType::Args> launch) {
   using ThreadType = Thread<kVector, kLayout>;
   using S = typename PassType::S;
   constexpr int kSums = PassType::kSums, kParameters = PassType::kParameters, kMaps = ThreadType::kMaps;
-  const Walk& walk = job.walk;
+  const Walk& walk = launch.walk;
   unsigned char* shared = SharedMemory();
   const SharedLayout layout = MakeSharedLayout(walk, kSums, kParameters, 0);
   double* tile_sums = reinterpret_cast<double*>(shared);
   S* parameters = reinterpret_cast<S*>(shared + layout.parameters);
-  const ThreadType thread(walk, job.first_tile);
+  const ThreadType thread(walk, launch.first_tile);
 
   S sums[kSums][kMaps];
-  PassType::SumAndHold(job, thread, shared + layout.held, sums);
-  const typename PassType::OfMap of_first = ReadFirst<PassType>(job, thread.tile);
+  PassType::SumAndHold(launch, thread, shared + layout.held, sums);
+  const typename PassType::OfMap of_first = ReadFirst<PassType>(launch, thread.tile);
   AddThreads<ThreadType, kSums>(walk, thread, sums, reinterpret_cast<double*>(shared + layout.warp_sums), tile_sums);
   if (walk.blocks == 1) {
     __syncthreads();
-    FinishTile<PassType>(job, thread.tile, of_first, true, [&](int i) { return tile_sums[i]; }, parameters);
+    FinishTile<PassType>(launch, thread.tile, of_first, true, [&](int i) { return tile_sums[i]; }, parameters);
   } else {
     ClusterArrive();
     ClusterWait();
@@ -693,51 +698,53 @@ __global__ void __launch_bounds__(kMaxThreads) OnChip(const __grid_constant__ Jo
       for (int rank = 0; rank < walk.blocks; ++rank) sum += OfRank(tile_sums, rank)[i];
       return sum;
     };
-    FinishTile<PassType>(job, thread.tile, of_first, thread.block == 0, total, parameters);
+    FinishTile<PassType>(launch, thread.tile, of_first, thread.block == 0, total, parameters);
     ClusterArrive();  // This block has read what it needs of the others.
   }
   S own[kParameters][kMaps];
   ReadParameters(walk, thread, parameters, own);
-  PassType::WriteHeld(job, thread, shared + layout.held, own);
+  PassType::WriteHeld(launch, thread, shared + layout.held, own);
   if (walk.blocks > 1) ClusterWait();  // Shared memory must live until all others have read it.
 }
 
 // Two launches for all others. The first one sums.
 template <class PassType, int kVector, Layout kLayout>
-__global__ void __launch_bounds__(kMaxThreads) SumTiles(const __grid_constant__ Job<typename PassType::Args> job) {
+__global__ void __launch_bounds__(kMaxThreads)
+    SumTiles(const __grid_constant__ LaunchArgs<typename PassType::Args> launch) {
   using ThreadType = Thread<kVector, kLayout>;
   constexpr int kSums = PassType::kSums;
   unsigned char* shared = SharedMemory();
-  const SharedLayout layout = MakeSharedLayout(job.walk, kSums, PassType::kParameters, 0);
-  const ThreadType thread(job.walk, job.first_tile);
+  const SharedLayout layout = MakeSharedLayout(launch.walk, kSums, PassType::kParameters, 0);
+  const ThreadType thread(launch.walk, launch.first_tile);
   double totals[kSums][ThreadType::kMaps];
-  PassType::Sum(job, thread, totals);
-  AddThreads<ThreadType, kSums>(job.walk, thread, totals, reinterpret_cast<double*>(shared + layout.warp_sums),
-                                job.block_sums + int64_t{blockIdx.x} * kSums * TileMaps(job.walk));
+  PassType::Sum(launch, thread, totals);
+  AddThreads<ThreadType, kSums>(launch.walk, thread, totals, reinterpret_cast<double*>(shared + layout.warp_sums),
+                                launch.block_sums + int64_t{blockIdx.x} * kSums * TileMaps(launch.walk));
 }
 
 // The second one reads again and writes.
 template <class PassType, int kVector, Layout kLayout>
-__global__ void __launch_bounds__(kMaxThreads) WriteTiles(const __grid_constant__ Job<typename PassType::Args> job) {
+__global__ void __launch_bounds__(kMaxThreads)
+    WriteTiles(const __grid_constant__ LaunchArgs<typename PassType::Args> launch) {
   using ThreadType = Thread<kVector, kLayout>;
   using S = typename PassType::S;
   constexpr int kSums = PassType::kSums, kParameters = PassType::kParameters;
-  const Walk& walk = job.walk;
+  const Walk& walk = launch.walk;
   const SharedLayout layout = MakeSharedLayout(walk, kSums, kParameters, 0);
   S* parameters = reinterpret_cast<S*>(SharedMemory() + layout.parameters);
-  const ThreadType thread(walk, job.first_tile);
-  const typename PassType::OfMap of_first = ReadFirst<PassType>(job, thread.tile);
+  const ThreadType thread(walk, launch.first_tile);
+  const typename PassType::OfMap of_first = ReadFirst<PassType>(launch, thread.tile);
   const int tile_sums = kSums * TileMaps(walk);
-  const double* sums = job.block_sums + (thread.tile - job.first_tile) * walk.blocks * tile_sums;
+  const double* sums = launch.block_sums + (thread.tile - launch.first_tile) * walk.blocks * tile_sums;
   auto total = [&](int i) {
     double sum = 0;
     for (int block = 0; block < walk.blocks; ++block) sum += sums[block * tile_sums + i];
     return sum;
   };
-  FinishTile<PassType>(job, thread.tile, of_first, thread.block == 0, total, parameters);
+  FinishTile<PassType>(launch, thread.tile, of_first, thread.block == 0, total, parameters);
   S own[kParameters][ThreadType::kMaps];
   ReadParameters(walk, thread, parameters, own);
-  PassType::WriteAgain(job, thread, own);
+  PassType::WriteAgain(launch, thread, own);
 }
 
 // Adds the terms of all samples, and of one where there is a bias, so that the kernels above need not know of it: for
@@ -746,10 +753,10 @@ constexpr int kGradientChannels = 8;  // 64 bytes of doubles.
 constexpr int kGradientLanes = kMaxThreads / kGradientChannels;
 
 template <class T, bool kBias>
-__global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant__ Job<BackwardArgs> job) {
+__global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant__ LaunchArgs<BackwardArgs> launch) {
   constexpr int kGradients = ChannelGradients(kBias);
   double* lane_sums = reinterpret_cast<double*>(SharedMemory());  // [kGradients][kGradientLanes][kGradientChannels]
-  const Shape& shape = job.args.shape;
+  const Shape& shape = launch.args.shape;
   const int in_block = static_cast<int>(threadIdx.x) % kGradientChannels;
   const int lane = static_cast<int>(threadIdx.x) / kGradientChannels;
   const int64_t channel = int64_t{blockIdx.x} * kGradientChannels + in_block;
@@ -758,7 +765,8 @@ __global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant_
 #pragma unroll 4
     for (int64_t n = lane; n < shape.batch; n += kGradientLanes) {
 #pragma unroll
-      for (int g = 0; g < kGradients; ++g) sums[g] += job.sample_sums[(g * shape.batch + n) * shape.channels + channel];
+      for (int g = 0; g < kGradients; ++g)
+        sums[g] += launch.sample_sums[(g * shape.batch + n) * shape.channels + channel];
     }
 #pragma unroll
     for (int g = 0; g < kGradients; ++g) lane_sums[g * kMaxThreads + threadIdx.x] = sums[g];
@@ -772,14 +780,14 @@ __global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant_
   }
   if constexpr (kBias) {
     using S = Compute<T>;
-    static_cast<S*>(job.args.dbias)[channel] = static_cast<S>(sums[2]);
+    static_cast<S*>(launch.args.dbias)[channel] = static_cast<S>(sums[2]);
     // What is kept of z has the bias in it, the same one all over the channel; kLinear keeps x. Where dz adds up to 0,
     // as where the activation is flat, an infinite bias does not count.
-    if (job.args.activation != Activation::kLinear && sums[2] != 0) {
-      sums[0] -= static_cast<double>(static_cast<const S*>(job.args.bias)[channel]) * sums[2];
+    if (launch.args.activation != Activation::kLinear && sums[2] != 0) {
+      sums[0] -= static_cast<double>(static_cast<const S*>(launch.args.bias)[channel]) * sums[2];
     }
   }
-  WriteParameterGradients<T>(job.args, channel, sums[0], sums[1]);
+  WriteParameterGradients<T>(launch.args, channel, sums[0], sums[1]);
 }
 
 // ---- Launchers ----
@@ -796,22 +804,22 @@ bool Aligned(const BackwardArgs& args) {
 bool Empty(const Shape& shape) { return shape.batch == 0 || shape.channels == 0; }
 
 template <class PassType, int kVector, Layout kLayout>
-int LaunchWalk(const Plan& plan, const Device& device, Job<typename PassType::Args> job, void* stream) {
+int LaunchWalk(const Plan& plan, const Device& device, LaunchArgs<typename PassType::Args> launch, void* stream) {
   const int threads = plan.walk.columns * plan.walk.lanes;
   for (int64_t tile = 0; tile < plan.walk.tiles; tile += plan.tiles_per_launch) {
     const int64_t rest = plan.walk.tiles - tile;
     const int64_t blocks = (rest < plan.tiles_per_launch ? rest : plan.tiles_per_launch) * plan.walk.blocks;
-    job.first_tile = tile;
+    launch.first_tile = tile;
     int error;
     if (plan.on_chip) {
       error = Launch(&OnChip<PassType, kVector, kLayout>, blocks, threads, plan.walk.blocks, plan.shared_bytes,
-                     device.shared_bytes_per_block, stream, job);
+                     device.shared_bytes_per_block, stream, launch);
     } else {
       error = Launch(&SumTiles<PassType, kVector, kLayout>, blocks, threads, 1, plan.shared_bytes,
-                     device.shared_bytes_per_block, stream, job);
+                     device.shared_bytes_per_block, stream, launch);
       if (error == 0) {
         error = Launch(&WriteTiles<PassType, kVector, kLayout>, blocks, threads, 1, plan.shared_bytes,
-                       device.shared_bytes_per_block, stream, job);
+                       device.shared_bytes_per_block, stream, launch);
       }
     }
     if (error != 0) return error;
@@ -820,14 +828,15 @@ int LaunchWalk(const Plan& plan, const Device& device, Job<typename PassType::Ar
 }
 
 template <class PassType>
-int LaunchPass(const Plan& plan, const Device& device, const Job<typename PassType::Args>& job, void* stream) {
+int LaunchPass(const Plan& plan, const Device& device, const LaunchArgs<typename PassType::Args>& launch,
+               void* stream) {
   constexpr int kWide = 16 / sizeof(typename PassType::Element);
   if (plan.walk.layout == Layout::kChannelsLast) {
-    return plan.walk.vector == 1 ? LaunchWalk<PassType, 1, Layout::kChannelsLast>(plan, device, job, stream)
-                                 : LaunchWalk<PassType, kWide, Layout::kChannelsLast>(plan, device, job, stream);
+    return plan.walk.vector == 1 ? LaunchWalk<PassType, 1, Layout::kChannelsLast>(plan, device, launch, stream)
+                                 : LaunchWalk<PassType, kWide, Layout::kChannelsLast>(plan, device, launch, stream);
   }
-  return plan.walk.vector == 1 ? LaunchWalk<PassType, 1, Layout::kChannelsFirst>(plan, device, job, stream)
-                               : LaunchWalk<PassType, kWide, Layout::kChannelsFirst>(plan, device, job, stream);
+  return plan.walk.vector == 1 ? LaunchWalk<PassType, 1, Layout::kChannelsFirst>(plan, device, launch, stream)
+                               : LaunchWalk<PassType, kWide, Layout::kChannelsFirst>(plan, device, launch, stream);
 }
 
 template <class Args>
@@ -837,16 +846,16 @@ Call CallOf(Pass pass, const Args& args) {
 }
 
 template <class Args>
-Job<Args> MakeJob(const Args& args, const Plan& plan, void* workspace) {
-  Job<Args> job{args, plan.walk, 0, nullptr, nullptr, nullptr};
-  job.args.activation = Effective(args.activation, args.alpha);
+LaunchArgs<Args> MakeLaunchArgs(const Args& args, const Plan& plan, void* workspace) {
+  LaunchArgs<Args> launch{args, plan.walk, 0, nullptr, nullptr, nullptr};
+  launch.args.activation = Effective(args.activation, args.alpha);
   double* doubles = static_cast<double*>(workspace);
-  if (plan.sample_sums > 0) job.sample_sums = doubles;
+  if (plan.sample_sums > 0) launch.sample_sums = doubles;
   if (plan.sample_sums > 0 && args.bias != nullptr) {
-    job.dz_sums = doubles + ChannelGradients(false) * plan.walk.batch * plan.walk.channels;
+    launch.dz_sums = doubles + ChannelGradients(false) * plan.walk.batch * plan.walk.channels;
   }
-  if (plan.block_sums > 0) job.block_sums = doubles + plan.sample_sums;
-  return job;
+  if (plan.block_sums > 0) launch.block_sums = doubles + plan.sample_sums;
+  return launch;
 }
 
 int64_t Bytes(const Plan& plan) { return (plan.block_sums + plan.sample_sums) * int64_t{sizeof(double)}; }
@@ -855,10 +864,10 @@ template <class T>
 int RunForward(const ForwardArgs& args, const Device& device, void* workspace, void* stream) {
   const Plan plan = PlanOf(args, device);
   if (workspace == nullptr && Bytes(plan) > 0) return kInvalidValue;
-  const Job<ForwardArgs> job = MakeJob(args, plan, workspace);
+  const LaunchArgs<ForwardArgs> launch = MakeLaunchArgs(args, plan, workspace);
   const bool addends = args.bias != nullptr || args.shortcut != nullptr;
-  return addends ? LaunchPass<ForwardPass<T, true>>(plan, device, job, stream)
-                 : LaunchPass<ForwardPass<T, false>>(plan, device, job, stream);
+  return addends ? LaunchPass<ForwardPass<T, true>>(plan, device, launch, stream)
+                 : LaunchPass<ForwardPass<T, false>>(plan, device, launch, stream);
 }
 
 template <class T>
@@ -867,15 +876,15 @@ int RunBackward(const BackwardArgs& args, const Device& device, void* workspace,
   if (args.shape.batch > 0) {
     plan = PlanOf(args, device);
     if (workspace == nullptr && Bytes(plan) > 0) return kInvalidValue;
-    const Job<BackwardArgs> job = MakeJob(args, plan, workspace);
-    const int error = args.shortcut != nullptr ? LaunchPass<BackwardPass<T, true>>(plan, device, job, stream)
-                                               : LaunchPass<BackwardPass<T, false>>(plan, device, job, stream);
+    const LaunchArgs<BackwardArgs> launch = MakeLaunchArgs(args, plan, workspace);
+    const int error = args.shortcut != nullptr ? LaunchPass<BackwardPass<T, true>>(plan, device, launch, stream)
+                                               : LaunchPass<BackwardPass<T, false>>(plan, device, launch, stream);
     if (error != 0 || plan.sample_sums == 0) return error;
   }
   const bool bias = args.bias != nullptr;
   return Launch(bias ? &AddSamples<T, true> : &AddSamples<T, false>, CeilDiv(args.shape.channels, kGradientChannels),
                 kMaxThreads, 1, ChannelGradients(bias) * kMaxThreads * int64_t{sizeof(double)},
-                device.shared_bytes_per_block, stream, MakeJob(args, plan, workspace));
+                device.shared_bytes_per_block, stream, MakeLaunchArgs(args, plan, workspace));
 }
 
 }  // namespace
