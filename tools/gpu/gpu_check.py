@@ -50,7 +50,7 @@ LARGE_SHAPES = ((32, 56, 56, 256), (32, 28, 28, 512), (32, 14, 14, 1024), (64, 1
 LATENCY_SHAPE = (1, 56, 56, 64)
 
 # Of //cc/core/cuda:agc_cuda, in that directory.
-_SOURCES = ("agc_kernels.cu", "plan.cc")
+_SOURCES = ("agc_cuda.cu", "backward.cu", "forward.cu", "launchers.cc", "plan.cc")
 
 # Passes over memory; of a junction, which has a bias and a shortcut.
 _TRAFFIC = {"forward": 2, "backward": 3}

@@ -91,6 +91,10 @@ struct Plan {
   int64_t sample_sums;
 };
 
+inline int64_t WorkspaceBytes(const Plan& plan) {
+  return (plan.block_sums + plan.sample_sums) * int64_t{sizeof(double)};
+}
+
 // The rule, in order:
 // 1. One channel is walked as channels_first and one position as channels_last: the layouts are the same there, and
 //    these are the fuller rows.

@@ -15,6 +15,8 @@
 #include <cuda_runtime.h>
 #endif
 
+#define TF_AGC_DEVICE __device__ __forceinline__
+
 namespace tf_agc {
 namespace core {
 namespace cuda {
