@@ -278,17 +278,8 @@ int RunBackward(const BackwardArgs& args, const Device& device, void* workspace,
 
 int Backward(const BackwardArgs& args, const Device& device, void* workspace, void* stream) {
   if (args.shape.channels == 0) return 0;
-  switch (args.data_type) {
-    case DataType::kHalf:
-      return RunBackward<Half>(args, device, workspace, stream);
-    case DataType::kBfloat16:
-      return RunBackward<Bfloat16>(args, device, workspace, stream);
-    case DataType::kDouble:
-      return RunBackward<double>(args, device, workspace, stream);
-    case DataType::kFloat:
-      break;
-  }
-  return RunBackward<float>(args, device, workspace, stream);
+  return WithElementType(args.data_type,
+                         [&](auto element) { return RunBackward<decltype(element)>(args, device, workspace, stream); });
 }
 
 }  // namespace cuda

@@ -155,17 +155,8 @@ int RunForward(const ForwardArgs& args, const Device& device, void* workspace, v
 
 int Forward(const ForwardArgs& args, const Device& device, void* workspace, void* stream) {
   if (args.shape.batch == 0 || args.shape.channels == 0) return 0;
-  switch (args.data_type) {
-    case DataType::kHalf:
-      return RunForward<Half>(args, device, workspace, stream);
-    case DataType::kBfloat16:
-      return RunForward<Bfloat16>(args, device, workspace, stream);
-    case DataType::kDouble:
-      return RunForward<double>(args, device, workspace, stream);
-    case DataType::kFloat:
-      break;
-  }
-  return RunForward<float>(args, device, workspace, stream);
+  return WithElementType(args.data_type,
+                         [&](auto element) { return RunForward<decltype(element)>(args, device, workspace, stream); });
 }
 
 }  // namespace cuda

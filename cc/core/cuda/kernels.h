@@ -1,5 +1,29 @@
 // The kernels that both passes are made of.
 //
+// The simplest kernel that is right, for maps that are channels_first, gives each map a block of 256 threads:
+//
+//   __global__ void Forward(const float* x, const float* gain, const float* mean_scale, float* y, float* mean,
+//                           int positions, int channels) {
+//     __shared__ double sums[256];
+//     const int map = blockIdx.x, thread = threadIdx.x;
+//     double sum = 0;
+//     for (int p = thread; p < positions; p += 256) sum += x[map * positions + p];
+//     sums[thread] = sum;
+//     for (int half = 128; half > 0; half /= 2) {
+//       __syncthreads();
+//       if (thread < half) sums[thread] += sums[thread + half];
+//     }
+//     __syncthreads();
+//     const float m = sums[0] / positions, offset = mean_scale[map % channels] * m;
+//     if (thread == 0) mean[map] = m;
+//     for (int p = thread; p < positions; p += 256) {
+//       y[map * positions + p] = max(gain[map % channels] * (x[map * positions + p] - offset), 0.0f);
+//     }
+//   }
+//
+// Sum, share the sum, write: those below do the same, and differ in where a map waits between the two loops and in
+// which elements are whose.
+//
 // Why they look as they do:
 // - Everything is bound by memory, so a map is read once where it fits on chip: the blocks of a cluster copy their
 //   parts into shared memory, add, exchange their sums through distributed shared memory, and write from shared memory.

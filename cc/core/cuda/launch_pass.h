@@ -53,6 +53,22 @@ int LaunchPass(const Plan& plan, const Device& device, const LaunchArgs<typename
                                : LaunchWalk<PassType, kWide, Layout::kChannelsFirst>(plan, device, launch, stream);
 }
 
+// Calls body(T{}) for the type of the maps' elements and returns what it returns.
+template <class Body>
+int WithElementType(DataType data_type, const Body& body) {
+  switch (data_type) {
+    case DataType::kHalf:
+      return body(Half{});
+    case DataType::kBfloat16:
+      return body(Bfloat16{});
+    case DataType::kDouble:
+      return body(double{});
+    case DataType::kFloat:
+      break;
+  }
+  return body(float{});
+}
+
 template <class Args>
 LaunchArgs<Args> MakeLaunchArgs(const Args& args, const Plan& plan, void* workspace) {
   LaunchArgs<Args> launch{args, plan.walk, 0, nullptr, nullptr, nullptr};
