@@ -39,7 +39,7 @@ constexpr int64_t kMaxTaskChannels = kMaxColumns / 2;
 constexpr int64_t kMaxGroups = 64;
 
 Chunking MakeChunking(const Shape& shape) {
-  Chunking chunking{1, 0, 0, false};
+  Chunking chunking{1, 0, 0};
   if (shape.layout == Layout::kChannelsLast) {
     while (chunking.fold * shape.channels < kMinColumns || chunking.fold * shape.channels % kColumnMultiple != 0) {
       ++chunking.fold;
@@ -134,14 +134,14 @@ class ChunkSums {
     return core::Allocate(samples_ * blocks_.count * chunking_.chunks * blocks_.Widest() * sums_per_channel_, &sums_);
   }
 
-  // Calls sum(part, sums of the chunk) for every chunk, adds the chunks of each map in their order, and calls
-  // apply(part, sums of the map) for every chunk. `cycles`: of one such call.
+  // Calls sum(sample, block, chunk, sums of the chunk) for every chunk, adds the chunks of each map in their order, and
+  // calls apply(sample, block, chunk, sums of the map) for every chunk. `cycles`: of one such call.
   template <class Sum, class Apply>
   void Run(const Parallel& parallel, int64_t cycles, const Sum& sum, const Apply& apply) {
     const int64_t maps = samples_ * blocks_.count;
     auto sum_chunk = [&](int64_t task) {
       const int64_t map = task / chunking_.chunks, chunk = task % chunking_.chunks;
-      sum(PartOf(map, chunk), OfMap(map) + chunk * Count(map % blocks_.count));
+      sum(map / blocks_.count, map % blocks_.count, chunk, OfMap(map) + chunk * Count(map % blocks_.count));
     };
     auto add_up = [&](int64_t map) {
       const int64_t count = Count(map % blocks_.count);
@@ -152,7 +152,7 @@ class ChunkSums {
     };
     auto apply_chunk = [&](int64_t task) {
       const int64_t map = task / chunking_.chunks, chunk = task % chunking_.chunks;
-      apply(PartOf(map, chunk), OfMap(map));
+      apply(map / blocks_.count, map % blocks_.count, chunk, OfMap(map));
     };
     const Phase phases[] = {MakePhase(maps * chunking_.chunks, cycles, sum_chunk), MakePhase(maps, 0, add_up),
                             MakePhase(maps * chunking_.chunks, cycles, apply_chunk)};
@@ -161,11 +161,6 @@ class ChunkSums {
   }
 
  private:
-  Part PartOf(int64_t map, int64_t chunk) const {
-    const int64_t block = map % blocks_.count;
-    return {map / blocks_.count, blocks_.Begin(block), blocks_.End(block), chunk};
-  }
-
   // How many a chunk has, and where those of a block of a sample begin: the first chunk's, later the map's.
   int64_t Count(int64_t block) const { return (blocks_.End(block) - blocks_.Begin(block)) * sums_per_channel_; }
   double* OfMap(int64_t map) { return sums_.data() + map * chunking_.chunks * blocks_.Widest() * sums_per_channel_; }
@@ -245,15 +240,15 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   const Loops& loops = FindLoops(level, args.data_type, Effective(args.activation, args.alpha), AddendsOf(args));
   const int64_t bytes = ElementBytes(args.data_type);
   const int64_t tensors = args.shortcut == nullptr ? 2 : 3;
-  Chunking chunking = MakeChunking(shape);
-  chunking.stream = args.y != args.x && args.y != args.shortcut && Stream(shape, tensors, bytes);
+  const Chunking chunking = MakeChunking(shape);
+  const bool stream = args.y != args.x && args.y != args.shortcut && Stream(shape, tensors, bytes);
   const Blocks blocks(shape.channels, ChannelsPerTask(shape, chunking, bytes, 1, parallel.threads));
+  auto task_of = [&](int64_t sample, int64_t block, int64_t chunk) -> ForwardTask {
+    return {args, chunking, stream, sample, blocks.Begin(block), blocks.End(block), chunk};
+  };
   const int64_t whole_maps = shape.batch * blocks.count;
   if (whole_maps >= parallel.threads || chunking.chunks == 1) {
-    auto forward = [&](int64_t task) {
-      const int64_t block = task % blocks.count;
-      loops.forward(args, chunking, {task / blocks.count, blocks.Begin(block), blocks.End(block), 0});
-    };
+    auto forward = [&](int64_t task) { loops.forward(task_of(task / blocks.count, task % blocks.count, 0)); };
     const Phase phase = MakePhase(whole_maps, Cycles(shape.positions * blocks.Widest(), tensors, bytes), forward);
     parallel.run(parallel.pool, &phase, 1);
     return true;
@@ -263,8 +258,12 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   if (!sums.Allocate()) return false;
   sums.Run(
       parallel, Cycles(CeilDiv(shape.positions, chunking.chunks) * blocks.Widest(), 1, bytes),
-      [&](const Part& part, double* of_chunk) { loops.forward_sum(args, chunking, part, of_chunk); },
-      [&](const Part& part, const double* of_map) { loops.forward_apply(args, chunking, part, of_map); });
+      [&](int64_t sample, int64_t block, int64_t chunk, double* of_chunk) {
+        loops.forward_sum(task_of(sample, block, chunk), of_chunk);
+      },
+      [&](int64_t sample, int64_t block, int64_t chunk, const double* of_map) {
+        loops.forward_apply(task_of(sample, block, chunk), of_map);
+      });
   return true;
 }
 
@@ -288,11 +287,14 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
   if (shape.batch > 0 && shape.channels > 0) {
     const Loops& loops = FindLoops(level, args.data_type, activation, AddendsOf(args));
     const int64_t inputs = args.shortcut == nullptr ? 2 : 3, outputs = inputs - 1;
-    Chunking chunking = MakeChunking(shape);
+    const Chunking chunking = MakeChunking(shape);
     // Without a shortcut dx lies where dy or the kept tensor was, as a rule. With one, dshortcut lies there.
-    chunking.stream = args.shortcut != nullptr && args.dx != args.shortcut && args.dx != args.kept &&
-                      Stream(shape, inputs + outputs, bytes);
+    const bool stream = args.shortcut != nullptr && args.dx != args.shortcut && args.dx != args.kept &&
+                        Stream(shape, inputs + outputs, bytes);
     const Blocks blocks(shape.channels, ChannelsPerTask(shape, chunking, bytes, inputs, parallel.threads));
+    auto task_of = [&](int64_t sample, int64_t block, int64_t chunk) -> BackwardTask {
+      return {args, chunking, stream, sample, blocks.Begin(block), blocks.End(block), chunk};
+    };
     const int64_t whole_maps = groups * blocks.count;
     // Threads share maps only where each sample is a group of its own: the samples of one are added one by one.
     if (whole_maps >= parallel.threads || chunking.chunks == 1 || group_samples > 1) {
@@ -301,7 +303,7 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
         const int64_t block = task % blocks.count, group = task / blocks.count;
         const int64_t last = std::min((group + 1) * group_samples, shape.batch);
         for (int64_t sample = group * group_samples; sample < last; ++sample) {
-          loops.backward(args, chunking, {sample, blocks.Begin(block), blocks.End(block), 0}, sums_of(group));
+          loops.backward(task_of(sample, block, 0), sums_of(group));
         }
       };
       const Phase phase = MakePhase(whole_maps, cycles, backward);
@@ -311,9 +313,11 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
       if (!sums.Allocate()) return false;
       sums.Run(
           parallel, Cycles(CeilDiv(shape.positions, chunking.chunks) * blocks.Widest(), inputs, bytes),
-          [&](const Part& part, double* of_chunk) { loops.backward_sum(args, chunking, part, of_chunk); },
-          [&](const Part& part, const double* of_map) {
-            loops.backward_apply(args, chunking, part, of_map, sums_of(part.sample));
+          [&](int64_t sample, int64_t block, int64_t chunk, double* of_chunk) {
+            loops.backward_sum(task_of(sample, block, chunk), of_chunk);
+          },
+          [&](int64_t sample, int64_t block, int64_t chunk, const double* of_map) {
+            loops.backward_apply(task_of(sample, block, chunk), of_map, sums_of(sample));
           });
     }
     double* first = partial.data();
