@@ -464,12 +464,10 @@ E* OfMaps(E* values, const Task<Args>& task) {
 
 // A pass has three steps: Sum() adds what one chunk has, Finish() makes parameters of the sums of all chunks, and where
 // task.chunk is 0 also what there is once for each map, and Write() writes one chunk.
-template <class T, template <class, class> class ActivationOf, Addends kAddends>
+template <class T, class Act, Addends kAddends>
 struct ForwardPass {
   using Args = ForwardArgs;
   using S = typename Compute<T>::Scalar;
-  using V = typename Compute<T>::Vector;
-  using Act = ActivationOf<V, S>;
   using Map = ForwardMap<T, Act, kAddends>;
   using MapParameters = Parameters<T, Map::kParameters>;
   static constexpr int64_t kSums = kForwardSums;
@@ -507,12 +505,10 @@ struct ForwardPass {
   }
 };
 
-template <class T, template <class, class> class ActivationOf, bool kShortcut>
+template <class T, class Act, bool kShortcut>
 struct BackwardPass {
   using Args = BackwardArgs;
   using S = typename Compute<T>::Scalar;
-  using V = typename Compute<T>::Vector;
-  using Act = ActivationOf<V, S>;
   using Map = BackwardMap<T, Act, kShortcut>;
   using MapParameters = Parameters<T, Map::kParameters>;
   static constexpr int64_t kSums = kBackwardSums;
@@ -613,45 +609,32 @@ void Run(const Task<typename Pass::Args>& whole, const Sums&... parameter_sums) 
   for (task.chunk = task.chunking.chunks - 1; task.chunk >= 0; --task.chunk) Pass::Write(task, &parameters);
 }
 
-template <class T, template <class, class> class ActivationOf, Addends kAddends>
+template <class T, class Act, Addends kAddends>
 const Loops& LoopsOf() {
-  using Forward = ForwardPass<T, ActivationOf, kAddends>;
+  using Forward = ForwardPass<T, Act, kAddends>;
   // What keeps the input has no shortcut backward (types.h).
-  constexpr bool kKeepsInput = ActivationOf<typename Compute<T>::Vector, typename Compute<T>::Scalar>::kKeepsInput;
-  using Backward = BackwardPass<T, ActivationOf, kAddends == Addends::kShortcut && !kKeepsInput>;
+  using Backward = BackwardPass<T, Act, kAddends == Addends::kShortcut && !Act::kKeepsInput>;
   static constexpr Loops kLoops = {Run<Forward>,  Run<Backward, ParameterSums>,  Forward::Sum, Apply<Forward>,
                                    Backward::Sum, Apply<Backward, ParameterSums>};
   return kLoops;
 }
 
-template <class T, template <class, class> class ActivationOf>
-const Loops& FindLoopsOf(Addends addends) {
-  switch (addends) {
-    case Addends::kBias:
-      return LoopsOf<T, ActivationOf, Addends::kBias>();
-    case Addends::kShortcut:
-      return LoopsOf<T, ActivationOf, Addends::kShortcut>();
-    case Addends::kNone:
-      break;
-  }
-  return LoopsOf<T, ActivationOf, Addends::kNone>();
-}
-
 template <class T>
 const Loops& FindLoopsOf(Activation activation, Addends addends) {
-  switch (activation) {
-    case Activation::kRelu:
-      return FindLoopsOf<T, Relu>(addends);
-    case Activation::kRelu6:
-      return FindLoopsOf<T, Relu6>(addends);
-    case Activation::kLeakyRelu:
-      return FindLoopsOf<T, LeakyRelu>(addends);
-    case Activation::kElu:
-      return FindLoopsOf<T, Elu>(addends);
-    case Activation::kLinear:
-      break;
-  }
-  return FindLoopsOf<T, Linear>(addends);
+  using V = typename Compute<T>::Vector;
+  using S = typename Compute<T>::Scalar;
+  return WithActivation<V, S>(activation, /*alpha=*/0, [&](auto act) -> const Loops& {
+    using Act = decltype(act);
+    switch (addends) {
+      case Addends::kBias:
+        return LoopsOf<T, Act, Addends::kBias>();
+      case Addends::kShortcut:
+        return LoopsOf<T, Act, Addends::kShortcut>();
+      case Addends::kNone:
+        break;
+    }
+    return LoopsOf<T, Act, Addends::kNone>();
+  });
 }
 
 }  // namespace

@@ -78,6 +78,16 @@ template <class V, class S>
 inline V Broadcast(S value) {
   return V{} + value;
 }
+template <class V, class S>
+inline V FullLike(V, S value) {
+  return Broadcast<V>(value);
+}
+
+// Lane by lane. `condition` is what comparisons of V give.
+template <class Condition, class V>
+inline V Select(Condition condition, V a, V b) {
+  return condition ? a : b;
+}
 
 // ---- Half precision ----
 

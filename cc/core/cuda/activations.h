@@ -12,8 +12,12 @@ namespace tf_agc {
 namespace core {
 namespace cuda {
 
-template <class V, class S>
-TF_AGC_DEVICE V Broadcast(S value) {
+template <class V>
+TF_AGC_DEVICE V Select(bool condition, V a, V b) {
+  return condition ? a : b;
+}
+template <class V>
+TF_AGC_DEVICE V FullLike(V, V value) {
   return value;
 }
 // max(z, 0); NaN stays.
@@ -27,23 +31,6 @@ TF_AGC_DEVICE float Log1p(float t) { return log1pf(t); }
 TF_AGC_DEVICE double Log1p(double t) { return log1p(t); }
 
 #include "cc/core/activations_per_level.h"
-
-template <class S, class Body>
-TF_AGC_DEVICE void WithActivation(Activation activation, double alpha, const Body& body) {
-  switch (activation) {
-    case Activation::kRelu:
-      return body(Relu<S, S>(alpha));
-    case Activation::kRelu6:
-      return body(Relu6<S, S>(alpha));
-    case Activation::kLeakyRelu:
-      return body(LeakyRelu<S, S>(alpha));
-    case Activation::kElu:
-      return body(Elu<S, S>(alpha));
-    case Activation::kLinear:
-      break;
-  }
-  body(Linear<S, S>(alpha));
-}
 
 }  // namespace cuda
 }  // namespace core

@@ -151,7 +151,7 @@ struct BackwardPass {
   // WithActivation, but for kLinear where there is a shortcut: types.h has no such call.
   template <class Body>
   static TF_AGC_DEVICE void WithActivationOf(const LaunchArgs<Args>& launch, const Body& body) {
-    WithActivation<S>(launch.args.activation, launch.args.alpha, [&](auto act) {
+    WithActivation<S, S>(launch.args.activation, launch.args.alpha, [&](auto act) {
       if constexpr (!(kShortcut && decltype(act)::kKeepsInput)) body(act);
     });
   }

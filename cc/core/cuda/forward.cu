@@ -123,7 +123,7 @@ struct ForwardPass {
       }
       return in;
     };
-    WithActivation<S>(launch.args.activation, launch.args.alpha, [&](auto act) {
+    WithActivation<S, S>(launch.args.activation, launch.args.alpha, [&](auto act) {
       WriteSteps(thread.count, load, [&](int step, const Inputs<kVector>& in) {
         S out[kVector];
 #pragma unroll
