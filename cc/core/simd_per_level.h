@@ -23,6 +23,8 @@
 #pragma GCC diagnostic pop
 #endif
 
+#include "cc/core/types.h"
+
 namespace tf_agc {
 namespace core {
 namespace TF_AGC_ISA_LEVEL {
@@ -34,14 +36,6 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-
-// Storage only: arithmetic is in float.
-struct Half {
-  uint16_t bits;
-};
-struct Bfloat16 {
-  uint16_t bits;
-};
 
 constexpr int kFloatLanes = kVectorBytes / 4;
 constexpr int kDoubleLanes = kVectorBytes / 8;

@@ -12,6 +12,14 @@ namespace core {
 // The element type T of the maps. Parameters and means have type U: double for kDouble, float for all others.
 enum class DataType { kHalf, kBfloat16, kFloat, kDouble };
 
+// Elements of 16 bits, as they lie in memory; arithmetic is in float.
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
 enum class Activation { kLinear, kRelu, kRelu6, kLeakyRelu, kElu };
 
 enum class Layout {

@@ -15,19 +15,13 @@
 #include <cuda_runtime.h>
 #endif
 
+#include "cc/core/types.h"
+
 #define TF_AGC_DEVICE __device__ __forceinline__
 
 namespace tf_agc {
 namespace core {
 namespace cuda {
-
-// Storage only: arithmetic is in float.
-struct Half {
-  uint16_t bits;
-};
-struct Bfloat16 {
-  uint16_t bits;
-};
 
 // What T is computed in.
 template <class T>
@@ -47,23 +41,19 @@ struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Vector {
   T values[kSize];
 };
 
-__device__ __forceinline__ float ToFloat(Half value) { return __half2float(__ushort_as_half(value.bits)); }
-__device__ __forceinline__ float ToFloat(Bfloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
+TF_AGC_DEVICE float ToFloat(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+TF_AGC_DEVICE float ToFloat(Bfloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
 
 // Nearest, ties to even; NaN becomes the usual one.
-__device__ __forceinline__ void FromFloat(float value, Half* to) {
-  to->bits = __half_as_ushort(__float2half_rn(value));
-}
-__device__ __forceinline__ void FromFloat(float value, Bfloat16* to) {
-  to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
-}
+TF_AGC_DEVICE void FromFloat(float value, Half* to) { to->bits = __half_as_ushort(__float2half_rn(value)); }
+TF_AGC_DEVICE void FromFloat(float value, Bfloat16* to) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 // Two at once are one instruction.
-__device__ __forceinline__ void FromFloats(float first, float second, Half* to) {
+TF_AGC_DEVICE void FromFloats(float first, float second, Half* to) {
   const __half2 both = __floats2half2_rn(first, second);
   to[0].bits = __half_as_ushort(both.x);
   to[1].bits = __half_as_ushort(both.y);
 }
-__device__ __forceinline__ void FromFloats(float first, float second, Bfloat16* to) {
+TF_AGC_DEVICE void FromFloats(float first, float second, Bfloat16* to) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
   to[0].bits = __bfloat16_as_ushort(both.x);
   to[1].bits = __bfloat16_as_ushort(both.y);
@@ -72,7 +62,7 @@ __device__ __forceinline__ void FromFloats(float first, float second, Bfloat16* 
 #if defined(TF_AGC_CUDA_EMULATION)
 using emulation::SharedMemory;
 #else
-__device__ __forceinline__ unsigned char* SharedMemory() {
+TF_AGC_DEVICE unsigned char* SharedMemory() {
   extern __shared__ __align__(16) unsigned char tf_agc_shared_memory[];
   return tf_agc_shared_memory;
 }
@@ -81,31 +71,31 @@ __device__ __forceinline__ unsigned char* SharedMemory() {
 // Starts a copy of global into shared memory, past the registers on sm_80 and later, of a V of 4, 8 or 16 bytes. Only
 // the thread that started it may read, after it has ended the batch of copies and waited for it.
 template <class V>
-__device__ __forceinline__ void StartCopy(V* to, const V* from) {
+TF_AGC_DEVICE void StartCopy(V* to, const V* from) {
   __pipeline_memcpy_async(to, from, sizeof(V));
 }
-__device__ __forceinline__ void EndBatch() { __pipeline_commit(); }
+TF_AGC_DEVICE void EndBatch() { __pipeline_commit(); }
 // Waits for all batches but those that were ended last, `later` of them. The toolkit has no number above 7: then it
 // waits for more.
-__device__ __forceinline__ void WaitForBatches(int later) {
+TF_AGC_DEVICE void WaitForBatches(int later) {
   __pipeline_wait_prior(static_cast<size_t>(later < 7 ? later : 7));
   asm volatile("" ::: "memory");  // Not in the toolkit's: what is read next must not be read before.
 }
 
 // Clusters. Code compiled for less than 9.0 has none, nor has its plan: the other branches are never reached.
-__device__ __forceinline__ void ClusterArrive() {
+TF_AGC_DEVICE void ClusterArrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
 #endif
 }
-__device__ __forceinline__ void ClusterWait() {
+TF_AGC_DEVICE void ClusterWait() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();
 #endif
 }
 // The same address in the shared memory of another block of the cluster.
 template <class E>
-__device__ __forceinline__ const E* OfRank(const E* shared, int rank) {
+TF_AGC_DEVICE const E* OfRank(const E* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
   return static_cast<const E*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
 #else
@@ -142,20 +132,20 @@ int Launch(void (*kernel)(Argument), int64_t blocks, int threads, int cluster, i
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, argument));
 }
 
-__device__ __forceinline__ float ToCompute(Half value) { return ToFloat(value); }
-__device__ __forceinline__ float ToCompute(Bfloat16 value) { return ToFloat(value); }
-__device__ __forceinline__ float ToCompute(float value) { return value; }
-__device__ __forceinline__ double ToCompute(double value) { return value; }
+TF_AGC_DEVICE float ToCompute(Half value) { return ToFloat(value); }
+TF_AGC_DEVICE float ToCompute(Bfloat16 value) { return ToFloat(value); }
+TF_AGC_DEVICE float ToCompute(float value) { return value; }
+TF_AGC_DEVICE double ToCompute(double value) { return value; }
 
 template <class T>
-__device__ __forceinline__ void FromCompute(float value, T* to) {
+TF_AGC_DEVICE void FromCompute(float value, T* to) {
   FromFloat(value, to);
 }
-__device__ __forceinline__ void FromCompute(float value, float* to) { *to = value; }
-__device__ __forceinline__ void FromCompute(double value, double* to) { *to = value; }
+TF_AGC_DEVICE void FromCompute(float value, float* to) { *to = value; }
+TF_AGC_DEVICE void FromCompute(double value, double* to) { *to = value; }
 
 template <class T, int kSize>
-__device__ __forceinline__ Vector<T, kSize> FromCompute(const Compute<T> (&values)[kSize]) {
+TF_AGC_DEVICE Vector<T, kSize> FromCompute(const Compute<T> (&values)[kSize]) {
   Vector<T, kSize> vector;
   if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
 #pragma unroll
@@ -169,11 +159,11 @@ __device__ __forceinline__ Vector<T, kSize> FromCompute(const Compute<T> (&value
 
 // The first `kSize` elements at an address that is aligned to all of them.
 template <int kSize, class T>
-__device__ __forceinline__ Vector<T, kSize> Load(const T* from) {
+TF_AGC_DEVICE Vector<T, kSize> Load(const T* from) {
   return *reinterpret_cast<const Vector<T, kSize>*>(from);
 }
 template <class T, int kSize>
-__device__ __forceinline__ void Store(T* to, const Vector<T, kSize>& vector) {
+TF_AGC_DEVICE void Store(T* to, const Vector<T, kSize>& vector) {
   *reinterpret_cast<Vector<T, kSize>*>(to) = vector;
 }
 
