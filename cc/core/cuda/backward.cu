@@ -269,9 +269,10 @@ int RunBackward(const BackwardArgs& args, const Device& device, void* workspace,
     if (error != 0 || plan.sample_sums == 0) return error;
   }
   const bool bias = args.bias != nullptr;
-  return Launch(bias ? &AddSamples<T, true> : &AddSamples<T, false>, CeilDiv(args.shape.channels, kGradientChannels),
-                kMaxThreads, 1, ChannelGradients(bias) * kMaxThreads * int64_t{sizeof(double)},
-                device.shared_bytes_per_block, stream, MakeLaunchArgs(args, plan, workspace));
+  const Grid grid{CeilDiv(args.shape.channels, kGradientChannels), kMaxThreads, 1,
+                  ChannelGradients(bias) * kMaxThreads * int64_t{sizeof(double)}, device.shared_bytes_per_block};
+  return Launch(bias ? &AddSamples<T, true> : &AddSamples<T, false>, grid, stream,
+                MakeLaunchArgs(args, plan, workspace));
 }
 
 }  // namespace

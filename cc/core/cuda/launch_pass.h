@@ -23,18 +23,15 @@ int LaunchWalk(const Plan& plan, const Device& device, LaunchArgs<typename PassT
   for (int64_t tile = 0; tile < plan.walk.tiles; tile += plan.tiles_per_launch) {
     const int64_t rest = plan.walk.tiles - tile;
     const int64_t blocks = (rest < plan.tiles_per_launch ? rest : plan.tiles_per_launch) * plan.walk.blocks;
+    const Grid grid{blocks, threads, plan.on_chip ? plan.walk.blocks : 1, plan.shared_bytes,
+                    device.shared_bytes_per_block};
     launch.first_tile = tile;
     int error;
     if (plan.on_chip) {
-      error = Launch(&OnChip<PassType, kVector, kLayout>, blocks, threads, plan.walk.blocks, plan.shared_bytes,
-                     device.shared_bytes_per_block, stream, launch);
+      error = Launch(&OnChip<PassType, kVector, kLayout>, grid, stream, launch);
     } else {
-      error = Launch(&SumTiles<PassType, kVector, kLayout>, blocks, threads, 1, plan.shared_bytes,
-                     device.shared_bytes_per_block, stream, launch);
-      if (error == 0) {
-        error = Launch(&WriteTiles<PassType, kVector, kLayout>, blocks, threads, 1, plan.shared_bytes,
-                       device.shared_bytes_per_block, stream, launch);
-      }
+      error = Launch(&SumTiles<PassType, kVector, kLayout>, grid, stream, launch);
+      if (error == 0) error = Launch(&WriteTiles<PassType, kVector, kLayout>, grid, stream, launch);
     }
     if (error != 0) return error;
   }

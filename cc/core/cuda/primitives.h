@@ -104,31 +104,37 @@ TF_AGC_DEVICE const E* OfRank(const E* shared, int rank) {
 #endif
 }
 
-// Starts a kernel whose blocks form clusters of `cluster` along x. Returns a cudaError_t. `most_shared_bytes`: that a
-// block may opt into on this device.
+struct Grid {
+  int64_t blocks;
+  int threads;                // Of each block.
+  int cluster;                // So many neighbouring blocks form one.
+  int64_t shared_bytes;       // Of each block.
+  int64_t most_shared_bytes;  // That a block may opt into on this device.
+};
+
+// Starts a kernel. Returns a cudaError_t.
 template <class Argument>
-int Launch(void (*kernel)(Argument), int64_t blocks, int threads, int cluster, int64_t shared_bytes,
-           int64_t most_shared_bytes, void* stream, const Argument& argument) {
+int Launch(void (*kernel)(Argument), const Grid& grid, void* stream, const Argument& argument) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
+  if (grid.shared_bytes > kWithoutAsking) {
     // Always the same limit: it is the kernel's, not the launch's, and another thread may be about to launch it.
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(most_shared_bytes));
+                             static_cast<int>(grid.most_shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
   attribute.val.clusterDim.y = 1;
   attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, argument));
 }
 
