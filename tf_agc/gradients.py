@@ -148,7 +148,7 @@ def _agc_grad_gradient(ops: Any, op: tf.Operation, *gradients: Any) -> Sequence[
 class _Activation:
     """What the second derivatives need of an activation, from what was kept of it, k.
 
-    The same selects as in cc/core/activations.h, so that both fall on the same side of every kink.
+    The same selects as in cc/core/activations_per_level.h, so that both fall on the same side of every kink.
     """
 
     def __init__(self, name: str, alpha: float) -> None:

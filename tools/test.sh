@@ -18,7 +18,7 @@ fi
 
 # bazel/cuda.bzl finds nvcc, and refuses one that is too old.
 if run_bazel query @local_cuda//:toolkit >/dev/null 2>&1; then
-  # For the oldest architecture and the newest, which take different ways through device.h: this is about whether
+  # For the oldest architecture and the newest, which take different ways through primitives.h: this is about whether
   # everything compiles and links. Before the build, whose libraries lie in the same place and are the ones that tests in
   # Python take.
   run_bazel test --config=cuda --repo_env=TF_AGC_CUDA_ARCHITECTURES="75 90" \

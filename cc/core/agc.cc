@@ -38,32 +38,33 @@ constexpr int64_t kMaxTaskChannels = kMaxColumns / 2;
 // Samples are added up in at most this many groups, which bounds the memory for partial parameter gradients.
 constexpr int64_t kMaxGroups = 64;
 
-Plan MakePlan(const Shape& shape) {
-  Plan plan{1, 0, 0, false};
+Chunking MakeChunking(const Shape& shape) {
+  Chunking chunking{1, 0, 0};
   if (shape.layout == Layout::kChannelsLast) {
-    while (plan.fold * shape.channels < kMinColumns || plan.fold * shape.channels % kColumnMultiple != 0) {
-      ++plan.fold;
-      if (plan.fold * shape.channels > kMaxFoldedColumns) {
-        plan.fold = 1;  // Long enough, and the end of each row is one overlapping vector.
+    while (chunking.fold * shape.channels < kMinColumns || chunking.fold * shape.channels % kColumnMultiple != 0) {
+      ++chunking.fold;
+      if (chunking.fold * shape.channels > kMaxFoldedColumns) {
+        chunking.fold = 1;  // Long enough, and the end of each row is one overlapping vector.
         break;
       }
     }
     // About a multiple of four, so that threads can share them evenly.
-    const int64_t rows = CeilDiv(shape.positions, plan.fold);
-    const int64_t columns = std::min(plan.fold * shape.channels, kMaxTaskChannels);
+    const int64_t rows = CeilDiv(shape.positions, chunking.fold);
+    const int64_t columns = std::min(chunking.fold * shape.channels, kMaxTaskChannels);
     const int64_t chunks = CeilDiv(rows * columns, kChunkElements);
     const int64_t chunk_rows = chunks == 1 ? rows : CeilDiv(rows, CeilDiv(chunks, 4) * 4);
-    plan.chunk = plan.fold * CeilDiv(chunk_rows, kTreeRows) * kTreeRows;
+    chunking.chunk = chunking.fold * CeilDiv(chunk_rows, kTreeRows) * kTreeRows;
   } else {
-    plan.chunk = kChunkElements;
+    chunking.chunk = kChunkElements;
   }
-  plan.chunks = CeilDiv(shape.positions, plan.chunk);
-  return plan;
+  chunking.chunks = CeilDiv(shape.positions, chunking.chunk);
+  return chunking;
 }
 
 // How many channels one task takes. Sums do not depend on it: channels never meet.
-int64_t ChannelsPerTask(const Shape& shape, const Plan& plan, int64_t element_bytes, int64_t tensors, int threads) {
-  if (plan.fold > 1) return shape.channels;
+int64_t ChannelsPerTask(const Shape& shape, const Chunking& chunking, int64_t element_bytes, int64_t tensors,
+                        int threads) {
+  if (chunking.fold > 1) return shape.channels;
   // Below a cache line, two tasks would share lines.
   const int64_t unit = shape.layout == Layout::kChannelsLast ? kCacheLine / element_bytes : 1;
   const int64_t most = std::min(CeilDiv(shape.channels, unit) * unit, kMaxTaskChannels);
@@ -126,50 +127,45 @@ bool Allocate(int64_t count, std::vector<double>* sums) {
 // The sums of maps that threads share: some per channel for every chunk of every block of every sample.
 class ChunkSums {
  public:
-  ChunkSums(const Plan& plan, const Blocks& blocks, int64_t samples, int64_t sums_per_channel)
-      : plan_(plan), blocks_(blocks), samples_(samples), sums_per_channel_(sums_per_channel) {}
+  ChunkSums(const Chunking& chunking, const Blocks& blocks, int64_t samples, int64_t sums_per_channel)
+      : chunking_(chunking), blocks_(blocks), samples_(samples), sums_per_channel_(sums_per_channel) {}
 
   bool Allocate() {
-    return core::Allocate(samples_ * blocks_.count * plan_.chunks * blocks_.Widest() * sums_per_channel_, &sums_);
+    return core::Allocate(samples_ * blocks_.count * chunking_.chunks * blocks_.Widest() * sums_per_channel_, &sums_);
   }
 
-  // Calls sum(part, sums of the chunk) for every chunk, adds the chunks of each map in their order, and calls
-  // apply(part, sums of the map) for every chunk. `cycles`: of one such call.
+  // Calls sum(sample, block, chunk, sums of the chunk) for every chunk, adds the chunks of each map in their order, and
+  // calls apply(sample, block, chunk, sums of the map) for every chunk. `cycles`: of one such call.
   template <class Sum, class Apply>
   void Run(const Parallel& parallel, int64_t cycles, const Sum& sum, const Apply& apply) {
     const int64_t maps = samples_ * blocks_.count;
     auto sum_chunk = [&](int64_t task) {
-      const int64_t map = task / plan_.chunks, chunk = task % plan_.chunks;
-      sum(PartOf(map, chunk), OfMap(map) + chunk * Count(map % blocks_.count));
+      const int64_t map = task / chunking_.chunks, chunk = task % chunking_.chunks;
+      sum(map / blocks_.count, map % blocks_.count, chunk, OfMap(map) + chunk * Count(map % blocks_.count));
     };
     auto add_up = [&](int64_t map) {
       const int64_t count = Count(map % blocks_.count);
       double* totals = OfMap(map);
-      for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
+      for (int64_t chunk = 1; chunk < chunking_.chunks; ++chunk) {
         for (int64_t i = 0; i < count; ++i) totals[i] += totals[chunk * count + i];
       }
     };
     auto apply_chunk = [&](int64_t task) {
-      const int64_t map = task / plan_.chunks, chunk = task % plan_.chunks;
-      apply(PartOf(map, chunk), OfMap(map));
+      const int64_t map = task / chunking_.chunks, chunk = task % chunking_.chunks;
+      apply(map / blocks_.count, map % blocks_.count, chunk, OfMap(map));
     };
-    const Phase phases[] = {MakePhase(maps * plan_.chunks, cycles, sum_chunk), MakePhase(maps, 0, add_up),
-                            MakePhase(maps * plan_.chunks, cycles, apply_chunk)};
+    const Phase phases[] = {MakePhase(maps * chunking_.chunks, cycles, sum_chunk), MakePhase(maps, 0, add_up),
+                            MakePhase(maps * chunking_.chunks, cycles, apply_chunk)};
     static_assert(std::size(phases) <= kMaxPhases);
     parallel.run(parallel.pool, phases, std::size(phases));
   }
 
  private:
-  Part PartOf(int64_t map, int64_t chunk) const {
-    const int64_t block = map % blocks_.count;
-    return {map / blocks_.count, blocks_.Begin(block), blocks_.End(block), chunk};
-  }
-
   // How many a chunk has, and where those of a block of a sample begin: the first chunk's, later the map's.
   int64_t Count(int64_t block) const { return (blocks_.End(block) - blocks_.Begin(block)) * sums_per_channel_; }
-  double* OfMap(int64_t map) { return sums_.data() + map * plan_.chunks * blocks_.Widest() * sums_per_channel_; }
+  double* OfMap(int64_t map) { return sums_.data() + map * chunking_.chunks * blocks_.Widest() * sums_per_channel_; }
 
-  const Plan& plan_;
+  const Chunking& chunking_;
   const Blocks& blocks_;
   const int64_t samples_;
   const int64_t sums_per_channel_;
@@ -244,26 +240,30 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   const Loops& loops = FindLoops(level, args.data_type, Effective(args.activation, args.alpha), AddendsOf(args));
   const int64_t bytes = ElementBytes(args.data_type);
   const int64_t tensors = args.shortcut == nullptr ? 2 : 3;
-  Plan plan = MakePlan(shape);
-  plan.stream = args.y != args.x && args.y != args.shortcut && Stream(shape, tensors, bytes);
-  const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, 1, parallel.threads));
+  const Chunking chunking = MakeChunking(shape);
+  const bool stream = args.y != args.x && args.y != args.shortcut && Stream(shape, tensors, bytes);
+  const Blocks blocks(shape.channels, ChannelsPerTask(shape, chunking, bytes, 1, parallel.threads));
+  auto task_of = [&](int64_t sample, int64_t block, int64_t chunk) -> ForwardTask {
+    return {args, chunking, stream, sample, blocks.Begin(block), blocks.End(block), chunk};
+  };
   const int64_t whole_maps = shape.batch * blocks.count;
-  if (whole_maps >= parallel.threads || plan.chunks == 1) {
-    auto forward = [&](int64_t task) {
-      const int64_t block = task % blocks.count;
-      loops.forward(args, plan, {task / blocks.count, blocks.Begin(block), blocks.End(block), 0});
-    };
+  if (whole_maps >= parallel.threads || chunking.chunks == 1) {
+    auto forward = [&](int64_t task) { loops.forward(task_of(task / blocks.count, task % blocks.count, 0)); };
     const Phase phase = MakePhase(whole_maps, Cycles(shape.positions * blocks.Widest(), tensors, bytes), forward);
     parallel.run(parallel.pool, &phase, 1);
     return true;
   }
   // Fewer maps than threads: the threads share them, chunk by chunk, once to add and once to write.
-  ChunkSums sums(plan, blocks, shape.batch, kForwardSums);
+  ChunkSums sums(chunking, blocks, shape.batch, kForwardSums);
   if (!sums.Allocate()) return false;
   sums.Run(
-      parallel, Cycles(CeilDiv(shape.positions, plan.chunks) * blocks.Widest(), 1, bytes),
-      [&](const Part& part, double* of_chunk) { loops.forward_sum(args, plan, part, of_chunk); },
-      [&](const Part& part, const double* of_map) { loops.forward_apply(args, plan, part, of_map); });
+      parallel, Cycles(CeilDiv(shape.positions, chunking.chunks) * blocks.Widest(), 1, bytes),
+      [&](int64_t sample, int64_t block, int64_t chunk, double* of_chunk) {
+        loops.forward_sum(task_of(sample, block, chunk), of_chunk);
+      },
+      [&](int64_t sample, int64_t block, int64_t chunk, const double* of_map) {
+        loops.forward_apply(task_of(sample, block, chunk), of_map);
+      });
   return true;
 }
 
@@ -287,32 +287,37 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
   if (shape.batch > 0 && shape.channels > 0) {
     const Loops& loops = FindLoops(level, args.data_type, activation, AddendsOf(args));
     const int64_t inputs = args.shortcut == nullptr ? 2 : 3, outputs = inputs - 1;
-    Plan plan = MakePlan(shape);
+    const Chunking chunking = MakeChunking(shape);
     // Without a shortcut dx lies where dy or the kept tensor was, as a rule. With one, dshortcut lies there.
-    plan.stream = args.shortcut != nullptr && args.dx != args.shortcut && args.dx != args.kept &&
-                  Stream(shape, inputs + outputs, bytes);
-    const Blocks blocks(shape.channels, ChannelsPerTask(shape, plan, bytes, inputs, parallel.threads));
+    const bool stream = args.shortcut != nullptr && args.dx != args.shortcut && args.dx != args.kept &&
+                        Stream(shape, inputs + outputs, bytes);
+    const Blocks blocks(shape.channels, ChannelsPerTask(shape, chunking, bytes, inputs, parallel.threads));
+    auto task_of = [&](int64_t sample, int64_t block, int64_t chunk) -> BackwardTask {
+      return {args, chunking, stream, sample, blocks.Begin(block), blocks.End(block), chunk};
+    };
     const int64_t whole_maps = groups * blocks.count;
     // Threads share maps only where each sample is a group of its own: the samples of one are added one by one.
-    if (whole_maps >= parallel.threads || plan.chunks == 1 || group_samples > 1) {
+    if (whole_maps >= parallel.threads || chunking.chunks == 1 || group_samples > 1) {
       const int64_t cycles = Cycles(group_samples * shape.positions * blocks.Widest(), inputs + outputs, bytes);
       auto backward = [&](int64_t task) {
         const int64_t block = task % blocks.count, group = task / blocks.count;
         const int64_t last = std::min((group + 1) * group_samples, shape.batch);
         for (int64_t sample = group * group_samples; sample < last; ++sample) {
-          loops.backward(args, plan, {sample, blocks.Begin(block), blocks.End(block), 0}, sums_of(group));
+          loops.backward(task_of(sample, block, 0), sums_of(group));
         }
       };
       const Phase phase = MakePhase(whole_maps, cycles, backward);
       parallel.run(parallel.pool, &phase, 1);
     } else {
-      ChunkSums sums(plan, blocks, shape.batch, kBackwardSums);
+      ChunkSums sums(chunking, blocks, shape.batch, kBackwardSums);
       if (!sums.Allocate()) return false;
       sums.Run(
-          parallel, Cycles(CeilDiv(shape.positions, plan.chunks) * blocks.Widest(), inputs, bytes),
-          [&](const Part& part, double* of_chunk) { loops.backward_sum(args, plan, part, of_chunk); },
-          [&](const Part& part, const double* of_map) {
-            loops.backward_apply(args, plan, part, of_map, sums_of(part.sample));
+          parallel, Cycles(CeilDiv(shape.positions, chunking.chunks) * blocks.Widest(), inputs, bytes),
+          [&](int64_t sample, int64_t block, int64_t chunk, double* of_chunk) {
+            loops.backward_sum(task_of(sample, block, chunk), of_chunk);
+          },
+          [&](int64_t sample, int64_t block, int64_t chunk, const double* of_map) {
+            loops.backward_apply(task_of(sample, block, chunk), of_map, sums_of(sample));
           });
     }
     double* first = partial.data();

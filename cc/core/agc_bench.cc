@@ -19,6 +19,7 @@
 #include "benchmark/benchmark.h"
 #include "cc/core/agc.h"
 #include "cc/core/job.h"
+#include "cc/core/scheduling.h"
 
 namespace tf_agc {
 namespace core {
@@ -101,8 +102,6 @@ Threads& Pool() {
 }
 
 int64_t Elements(const Size& s) { return s.batch * s.positions * s.channels; }
-
-int64_t ElementBytes(DataType type) { return type == DataType::kFloat ? 4 : 2; }
 
 // One call of Forward or Backward on memory of its own; of a junction with bias and shortcut, whose dshortcut lies over
 // dy and dx over what was kept.

@@ -16,6 +16,7 @@
 
 #include "cc/core/agc.h"
 #include "cc/core/cpu.h"
+#include "cc/core/scheduling.h"
 #include "gtest/gtest.h"
 
 namespace tf_agc {
@@ -23,7 +24,7 @@ namespace core {
 
 // ---- Elements of type T as bytes ----
 
-inline size_t Bytes(DataType type) { return type == DataType::kDouble ? 8 : type == DataType::kFloat ? 4 : 2; }
+inline size_t Bytes(DataType type) { return static_cast<size_t>(ElementBytes(type)); }
 
 inline double HalfToDouble(uint16_t h) {
   const int exponent = (h >> 10) & 31, mantissa = h & 1023;

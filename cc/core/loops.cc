@@ -1,7 +1,7 @@
 // The arithmetic of both passes, compiled once per instruction-set level (TF_AGC_ISA_LEVEL is the namespace).
 //
-// Nothing from the standard library may be called here (see simd.h), and nothing here knows of threads or caches:
-// agc.cc decides who does what.
+// Nothing from the standard library may be called here (see simd_per_level.h), and nothing here knows of threads or
+// caches: agc.cc decides who does what.
 //
 // Why the loops look as they do:
 // - Everything is bound by memory, so each pass touches each element once and does all it can with it.
@@ -17,7 +17,7 @@
 
 #include "cc/core/loops.h"
 
-#include "cc/core/simd.h"
+#include "cc/core/simd_per_level.h"
 
 namespace tf_agc {
 namespace core {
@@ -28,7 +28,7 @@ constexpr int64_t kBlockSteps = 8;  // Sums in the compute type between two flus
 
 inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-#include "cc/core/activations.h"
+#include "cc/core/activations_per_level.h"
 
 // ---- Terms of the sums and maps of the elements ----
 //
@@ -138,6 +138,14 @@ struct BackwardMap {
   }
 };
 
+// Rows of `width` elements, `stride` apart.
+struct Rows {
+  int64_t element;  // The first one.
+  int64_t count;    // Of rows.
+  int64_t stride;
+  int64_t width;
+};
+
 // ---- Pass one: sums ----
 
 // Adds kCount terms, `step` elements apart, as a balanced tree.
@@ -173,21 +181,21 @@ struct BlockSums {
   }
 };
 
-// Adds the column sums of `rows` rows of `width` columns, `stride` elements apart, to totals[kSums][kMaxColumns]:
-// kTogether rows as a tree, up to kBlockSteps such sums in the compute type, the rest in double.
+// Adds the rows' column sums to totals[kSums][kMaxColumns]: kTogether rows as a tree, up to kBlockSteps such sums in
+// the compute type, the rest in double.
 template <int kTogether, class T, class Terms>
-void SumRowsTogether(const Terms& terms, int64_t element, int64_t rows, int64_t stride, int64_t width,
-                     double (*totals)[kMaxColumns]) {
+void SumRowsTogether(const Terms& terms, const Rows& rows, double (*totals)[kMaxColumns]) {
   using V = typename Compute<T>::Vector;
   constexpr int kLanes = Compute<T>::kLanes;
-  const int64_t tail = width / kLanes * kLanes;
+  const int64_t stride = rows.stride, width = rows.width, tail = width / kLanes * kLanes;
   BlockSums<T> block[Terms::kSums];
   V sums[Terms::kSums];
   auto put = [&](int64_t slot, bool first) {
     for (int s = 0; s < Terms::kSums; ++s) block[s].Put(slot, sums[s], first);
   };
-  while (rows > 0) {
-    const int64_t block_rows = Min(rows, kBlockSteps * kTogether);
+  int64_t element = rows.element;
+  for (int64_t left = rows.count; left > 0;) {
+    const int64_t block_rows = Min(left, kBlockSteps * kTogether);
     int64_t row = 0;
     if (width < kLanes) {
       for (; row < block_rows; ++row) {
@@ -219,7 +227,7 @@ void SumRowsTogether(const Terms& terms, int64_t element, int64_t rows, int64_t 
     }
     for (int s = 0; s < Terms::kSums; ++s) block[s].AddTo(totals[s], width);
     element += block_rows * stride;
-    rows -= block_rows;
+    left -= block_rows;
   }
 }
 
@@ -227,18 +235,17 @@ void SumRowsTogether(const Terms& terms, int64_t element, int64_t rows, int64_t 
 // once, which the prefetchers follow only where these are within half a KiB: two rows of 512 bytes, out of the caches,
 // take twice as long as one by one. Rows of a page and more are pages of their own.
 template <class T, class Terms>
-void SumRows(const Terms& terms, int64_t element, int64_t rows, int64_t stride, int64_t width,
-             double (*totals)[kMaxColumns]) {
+void SumRows(const Terms& terms, const Rows& rows, double (*totals)[kMaxColumns]) {
   constexpr int64_t kPageBytes = 4096, kTogetherBytes = 512;
-  const int64_t row_bytes = stride * int64_t{sizeof(T)};
+  const int64_t row_bytes = rows.stride * int64_t{sizeof(T)};
   if (row_bytes >= kPageBytes) {
-    SumRowsTogether<Terms::kTree, T>(terms, element, rows, stride, width, totals);
+    SumRowsTogether<Terms::kTree, T>(terms, rows, totals);
   } else if (4 * row_bytes <= kTogetherBytes) {
-    SumRowsTogether<4, T>(terms, element, rows, stride, width, totals);
+    SumRowsTogether<4, T>(terms, rows, totals);
   } else if (2 * row_bytes <= kTogetherBytes) {
-    SumRowsTogether<2, T>(terms, element, rows, stride, width, totals);
+    SumRowsTogether<2, T>(terms, rows, totals);
   } else {
-    SumRowsTogether<1, T>(terms, element, rows, stride, width, totals);
+    SumRowsTogether<1, T>(terms, rows, totals);
   }
 }
 
@@ -296,12 +303,13 @@ struct Parameters {
   }
 };
 
+// The first kRows of the rows.
 template <int kRows, bool kPerColumn, class T, class Map>
-inline void ApplySomeRows(const Map& map, const Parameters<T, Map::kParameters>& parameters, int64_t element,
-                          int64_t stride, int64_t width, bool stream) {
+inline void ApplySomeRows(const Map& map, const Parameters<T, Map::kParameters>& parameters, const Rows& rows,
+                          bool stream) {
   using V = typename Compute<T>::Vector;
   constexpr int kLanes = Compute<T>::kLanes;
-  const int64_t tail = width / kLanes * kLanes;
+  const int64_t element = rows.element, stride = rows.stride, width = rows.width, tail = width / kLanes * kLanes;
   typename Map::Input in[kRows], last[kRows] = {};
   V p[Map::kParameters], values[Map::kOutputs];
   if (tail < width) {
@@ -328,62 +336,66 @@ inline void ApplySomeRows(const Map& map, const Parameters<T, Map::kParameters>&
 }
 
 template <bool kPerColumn, class T, class Map>
-void ApplyRows(const Map& map, const Parameters<T, Map::kParameters>& parameters, int64_t element, int64_t rows,
-               int64_t stride, int64_t width) {
+void ApplyRows(const Map& map, const Parameters<T, Map::kParameters>& parameters, Rows rows) {
   using V = typename Compute<T>::Vector;
-  if (width < Compute<T>::kLanes) {
+  if (rows.width < Compute<T>::kLanes) {
     V p[Map::kParameters], values[Map::kOutputs];
     parameters.Get(0, p);
-    for (int64_t row = 0; row < rows; ++row, element += stride) {
-      map.Values(p, map.ReadPartial(element, width), values);
-      for (int o = 0; o < Map::kOutputs; ++o) StorePartial(map.out[o] + element, width, values[o]);
+    for (; rows.count > 0; --rows.count, rows.element += rows.stride) {
+      map.Values(p, map.ReadPartial(rows.element, rows.width), values);
+      for (int o = 0; o < Map::kOutputs; ++o) StorePartial(map.out[o] + rows.element, rows.width, values[o]);
     }
     return;
   }
-  const int64_t first = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.out[0] + element));
+  const int64_t first = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.out[0] + rows.element));
   // Whole rows only: where an ordinary store finishes a line, what was streamed of it takes far longer than it saves.
-  const int64_t offsets = first | stride * int64_t{sizeof(T)} | width * int64_t{sizeof(T)};
+  const int64_t offsets = first | rows.stride * int64_t{sizeof(T)} | rows.width * int64_t{sizeof(T)};
   const bool stream = map.stream && offsets % kStreamBytes<T> == 0;
   // Four rows share one load of the parameters.
-  for (; rows >= 4; rows -= 4, element += 4 * stride) {
-    ApplySomeRows<4, kPerColumn>(map, parameters, element, stride, width, stream);
+  for (; rows.count >= 4; rows.count -= 4, rows.element += 4 * rows.stride) {
+    ApplySomeRows<4, kPerColumn>(map, parameters, rows, stream);
   }
-  for (; rows > 0; --rows, element += stride) {
-    ApplySomeRows<1, kPerColumn>(map, parameters, element, stride, width, stream);
+  for (; rows.count > 0; --rows.count, rows.element += rows.stride) {
+    ApplySomeRows<1, kPerColumn>(map, parameters, rows, stream);
   }
   if (stream) StreamFence();
 }
 
 // ---- Chunks of a sample, in both layouts ----
 
-// One chunk of a part, whose sample's elements count from 0.
+// The chunk of a task. Elements count from the sample's first.
 struct Chunk {
-  const Shape& shape;
-  const Plan& plan;
-  const Part& part;
-  int64_t first;  // Position.
-  int64_t count;  // Of positions.
+  Shape shape;
+  int64_t fold;
+  int64_t begin;     // Channel.
+  int64_t channels;  // Their number.
+  int64_t first;     // Position.
+  int64_t count;     // Of positions.
 
-  Chunk(const Shape& s, const Plan& p, const Part& c)
-      : shape(s), plan(p), part(c), first(c.chunk * p.chunk), count(Min(p.chunk, s.positions - first)) {}
+  template <class Args>
+  explicit Chunk(const Task<Args>& task)
+      : shape(task.args.shape),
+        fold(task.chunking.fold),
+        begin(task.begin),
+        channels(task.end - task.begin),
+        first(task.chunk * task.chunking.chunk),
+        count(Min(task.chunking.chunk, shape.positions - first)) {}
 
-  int64_t channels() const { return part.end - part.begin; }
-  // channels_last: whole rows, and what is left of the positions as one shorter row.
-  int64_t element() const { return first * shape.channels + part.begin; }
-  int64_t rows() const { return count / plan.fold; }
-  int64_t stride() const { return plan.fold * shape.channels; }
-  int64_t width() const { return plan.fold * channels(); }
-  int64_t last_element() const { return element() + rows() * stride(); }
-  int64_t last_width() const { return count % plan.fold * channels(); }
-  // channels_first; `channel` counts from the part's first.
-  int64_t map_element(int64_t channel) const { return (part.begin + channel) * shape.positions + first; }
+  // channels_last: whole rows, and what is left of the positions as one shorter row, or one of width 0.
+  int64_t width() const { return fold * channels; }
+  Rows rows() const { return {first * shape.channels + begin, count / fold, fold * shape.channels, width()}; }
+  Rows last_row() const {
+    const Rows whole = rows();
+    return {whole.element + whole.count * whole.stride, 1, whole.stride, count % fold * channels};
+  }
+  // channels_first: a map as one row; `channel` counts from the task's first.
+  Rows map(int64_t channel) const { return {(begin + channel) * shape.positions + first, 1, 0, count}; }
 };
 
 // Repeats what stands for each channel for the further positions of a row.
 template <class S>
 void Unfold(const Chunk& chunk, S* columns) {
-  const int64_t channels = chunk.channels();
-  for (int64_t i = channels; i < chunk.width(); ++i) columns[i] = columns[i - channels];
+  for (int64_t i = chunk.channels; i < chunk.width(); ++i) columns[i] = columns[i - chunk.channels];
 }
 
 // The sums of a chunk, sums[kSums][channels]. `terms_of(channel)` makes the terms of one map (channels_first) or of the
@@ -391,11 +403,11 @@ void Unfold(const Chunk& chunk, S* columns) {
 template <class T, class TermsOf>
 void SumChunk(const TermsOf& terms_of, const Chunk& chunk, double* sums) {
   using Terms = decltype(terms_of(int64_t{0}));
-  const int64_t channels = chunk.channels();
+  const int64_t channels = chunk.channels;
   if (chunk.shape.layout == Layout::kChannelsFirst) {
     for (int64_t c = 0; c < channels; ++c) {
       double totals[Terms::kSums];
-      SumMap<T>(terms_of(c), chunk.map_element(c), chunk.count, totals);
+      SumMap<T>(terms_of(c), chunk.map(c).element, chunk.count, totals);
       for (int s = 0; s < Terms::kSums; ++s) sums[s * channels + c] = totals[s];
     }
     return;
@@ -405,8 +417,8 @@ void SumChunk(const TermsOf& terms_of, const Chunk& chunk, double* sums) {
     for (int64_t i = 0; i < chunk.width(); ++i) totals[s][i] = 0;
   }
   const Terms terms = terms_of(0);
-  SumRows<T>(terms, chunk.element(), chunk.rows(), chunk.stride(), chunk.width(), totals);
-  if (chunk.last_width() > 0) SumRows<T>(terms, chunk.last_element(), 1, chunk.stride(), chunk.last_width(), totals);
+  SumRows<T>(terms, chunk.rows(), totals);
+  if (const Rows last = chunk.last_row(); last.width > 0) SumRows<T>(terms, last, totals);
   for (int s = 0; s < Terms::kSums; ++s) {
     for (int64_t i = channels; i < chunk.width(); i += channels) {
       for (int64_t c = 0; c < channels; ++c) totals[s][c] += totals[s][i + c];
@@ -419,55 +431,62 @@ void SumChunk(const TermsOf& terms_of, const Chunk& chunk, double* sums) {
 template <class T, class Map>
 void ApplyChunk(const Map& map, Parameters<T, Map::kParameters>* parameters, const Chunk& chunk) {
   if (chunk.shape.layout == Layout::kChannelsFirst) {
-    for (int64_t c = 0; c < chunk.channels(); ++c) {
+    for (int64_t c = 0; c < chunk.channels; ++c) {
       Parameters<T, Map::kParameters> one;
       for (int k = 0; k < Map::kParameters; ++k) {
         for (int l = 0; l < Compute<T>::kLanes; ++l) one.values[k][l] = parameters->values[k][c];
       }
-      ApplyRows<false>(map, one, chunk.map_element(c), 1, 0, chunk.count);
+      ApplyRows<false>(map, one, chunk.map(c));
     }
     return;
   }
   for (int k = 0; k < Map::kParameters; ++k) Unfold(chunk, parameters->values[k]);
-  ApplyRows<true>(map, *parameters, chunk.element(), chunk.rows(), chunk.stride(), chunk.width());
-  if (chunk.last_width() > 0) ApplyRows<true>(map, *parameters, chunk.last_element(), 1, 0, chunk.last_width());
+  ApplyRows<true>(map, *parameters, chunk.rows());
+  if (const Rows last = chunk.last_row(); last.width > 0) ApplyRows<true>(map, *parameters, last);
 }
 
 // ---- The two passes ----
 
-// Pointers to one sample, and to the values of a part's channels; null stays null.
-template <class E>
-E* Sample(E* base, const Shape& shape, const Part& part) {
-  return base == nullptr ? nullptr : base + part.sample * shape.positions * shape.channels;
+// Pointers to the sample of a task, and to the values of its channels; null stays null.
+template <class E, class Args>
+E* Sample(E* base, const Task<Args>& task) {
+  const Shape& shape = task.args.shape;
+  return base == nullptr ? nullptr : base + task.sample * shape.positions * shape.channels;
 }
-template <class S>
-const S* OfChannels(const void* values, const Part& part) {
-  return values == nullptr ? nullptr : static_cast<const S*>(values) + part.begin;
+template <class S, class Args>
+const S* OfChannels(const void* values, const Task<Args>& task) {
+  return values == nullptr ? nullptr : static_cast<const S*>(values) + task.begin;
+}
+template <class E, class Args>
+E* OfMaps(E* values, const Task<Args>& task) {
+  return values + task.sample * task.args.shape.channels + task.begin;
 }
 
-template <class T, template <class, class> class ActivationOf, Addends kAddends>
+// A pass has three steps: Sum() adds what one chunk has, Finish() makes parameters of the sums of all chunks, and where
+// task.chunk is 0 also what there is once for each map, and Write() writes one chunk.
+template <class T, class Act, Addends kAddends>
 struct ForwardPass {
+  using Args = ForwardArgs;
   using S = typename Compute<T>::Scalar;
-  using V = typename Compute<T>::Vector;
-  using Act = ActivationOf<V, S>;
   using Map = ForwardMap<T, Act, kAddends>;
   using MapParameters = Parameters<T, Map::kParameters>;
+  static constexpr int64_t kSums = kForwardSums;
 
-  static void Sum(const ForwardArgs& args, const Plan& plan, const Part& part, double* sums) {
-    const ForwardTerms<T> terms{Sample(static_cast<const T*>(args.x), args.shape, part)};
-    SumChunk<T>([&](int64_t) { return terms; }, Chunk(args.shape, plan, part), sums);
+  static void Sum(const ForwardTask& task, double* sums) {
+    const ForwardTerms<T> terms{Sample(static_cast<const T*>(task.args.x), task)};
+    SumChunk<T>([&](int64_t) { return terms; }, Chunk(task), sums);
   }
 
-  // Turns sums into means and parameters. Every chunk of a map does this for itself; the first one writes the means.
-  static void MakeParameters(const ForwardArgs& args, const Part& part, const double* totals,
-                             MapParameters* parameters) {
-    const S* gain = OfChannels<S>(args.gain, part);
-    const S* mean_scale = OfChannels<S>(args.mean_scale, part);
-    const S* bias = OfChannels<S>(args.bias, part);
-    S* mean = static_cast<S*>(args.mean) + part.sample * args.shape.channels + part.begin;
-    for (int64_t c = 0; c < part.end - part.begin; ++c) {
+  // Once for each map: its mean.
+  static void Finish(const ForwardTask& task, const double* totals, MapParameters* parameters) {
+    const ForwardArgs& args = task.args;
+    const S* gain = OfChannels<S>(args.gain, task);
+    const S* mean_scale = OfChannels<S>(args.mean_scale, task);
+    const S* bias = OfChannels<S>(args.bias, task);
+    S* mean = OfMaps(static_cast<S*>(args.mean), task);
+    for (int64_t c = 0; c < task.end - task.begin; ++c) {
       const S m = static_cast<S>(totals[c] / static_cast<double>(args.shape.positions));
-      if (part.chunk == 0) mean[c] = m;
+      if (task.chunk == 0) mean[c] = m;
       parameters->values[0][c] = QuietNan(gain[c]);
       parameters->values[1][c] = QuietNan(mean_scale[c] * m);
       if constexpr (kAddends != Addends::kNone)
@@ -475,63 +494,40 @@ struct ForwardPass {
     }
   }
 
-  static void Write(const ForwardArgs& args, const Plan& plan, const Part& part, MapParameters* parameters) {
-    const Map map{Sample(static_cast<const T*>(args.x), args.shape, part),
-                  Sample(static_cast<const T*>(args.shortcut), args.shape, part),
-                  {Sample(static_cast<T*>(args.y), args.shape, part)},
-                  plan.stream,
+  static void Write(const ForwardTask& task, MapParameters* parameters) {
+    const ForwardArgs& args = task.args;
+    const Map map{Sample(static_cast<const T*>(args.x), task),
+                  Sample(static_cast<const T*>(args.shortcut), task),
+                  {Sample(static_cast<T*>(args.y), task)},
+                  task.stream,
                   Act(args.alpha)};
-    ApplyChunk<T>(map, parameters, Chunk(args.shape, plan, part));
-  }
-
-  static void Apply(const ForwardArgs& args, const Plan& plan, const Part& part, const double* totals) {
-    MapParameters parameters;
-    MakeParameters(args, part, totals, &parameters);
-    Write(args, plan, part, &parameters);
-  }
-
-  static void Run(const ForwardArgs& args, const Plan& plan, const Part& whole) {
-    double totals[kForwardSums * kMaxColumns], sums[kForwardSums * kMaxColumns];
-    Part part = whole;
-    part.chunk = 0;
-    Sum(args, plan, part, totals);
-    for (part.chunk = 1; part.chunk < plan.chunks; ++part.chunk) {
-      Sum(args, plan, part, sums);
-      for (int64_t i = 0; i < kForwardSums * (part.end - part.begin); ++i) totals[i] += sums[i];
-    }
-    MapParameters parameters;
-    part.chunk = 0;
-    MakeParameters(args, part, totals, &parameters);
-    for (part.chunk = plan.chunks - 1; part.chunk >= 0; --part.chunk) Write(args, plan, part, &parameters);
+    ApplyChunk<T>(map, parameters, Chunk(task));
   }
 };
 
-template <class T, template <class, class> class ActivationOf, bool kShortcut>
+template <class T, class Act, bool kShortcut>
 struct BackwardPass {
+  using Args = BackwardArgs;
   using S = typename Compute<T>::Scalar;
-  using V = typename Compute<T>::Vector;
-  using Act = ActivationOf<V, S>;
   using Map = BackwardMap<T, Act, kShortcut>;
   using MapParameters = Parameters<T, Map::kParameters>;
+  static constexpr int64_t kSums = kBackwardSums;
 
-  static const S* Means(const BackwardArgs& args, const Part& part) {
-    return static_cast<const S*>(args.mean) + part.sample * args.shape.channels + part.begin;
-  }
-
-  static void Sum(const BackwardArgs& args, const Plan& plan, const Part& part, double* sums) {
-    const Chunk chunk(args.shape, plan, part);
-    const S* mean = Means(args, part);
-    const S* mean_scale = OfChannels<S>(args.mean_scale, part);
+  // sums[0..channels) are those of dz, the rest those of the gain's terms.
+  static void Sum(const BackwardTask& task, double* sums) {
+    const BackwardArgs& args = task.args;
+    const Chunk chunk(task);
+    const S* mean = OfMaps(static_cast<const S*>(args.mean), task);
+    const S* mean_scale = OfChannels<S>(args.mean_scale, task);
     S offset[kMaxColumns];
     const bool one_map = args.shape.layout == Layout::kChannelsFirst;
     if (Act::kKeepsInput && !one_map) {
-      for (int64_t c = 0; c < chunk.channels(); ++c) offset[c] = mean_scale[c] * mean[c];
+      for (int64_t c = 0; c < chunk.channels; ++c) offset[c] = mean_scale[c] * mean[c];
       Unfold(chunk, offset);
     }
-    const BackwardTerms<T, Act, kShortcut> terms{Sample(static_cast<const T*>(args.kept), args.shape, part),
-                                                 Sample(static_cast<const T*>(args.dy), args.shape, part),
-                                                 Sample(static_cast<const T*>(args.shortcut), args.shape, part), offset,
-                                                 Act(args.alpha)};
+    const BackwardTerms<T, Act, kShortcut> terms{
+        Sample(static_cast<const T*>(args.kept), task), Sample(static_cast<const T*>(args.dy), task),
+        Sample(static_cast<const T*>(args.shortcut), task), offset, Act(args.alpha)};
     auto terms_of = [&](int64_t c) {
       if (Act::kKeepsInput && one_map) {
         for (int l = 0; l < Compute<T>::kLanes; ++l) offset[l] = mean_scale[c] * mean[c];
@@ -541,111 +537,104 @@ struct BackwardPass {
     SumChunk<T>(terms_of, chunk, sums);
   }
 
-  // totals[0..channels) are the sums of dz, the rest those of the gain's terms.
-  static void MakeParameters(const BackwardArgs& args, const Part& part, const double* totals,
-                             MapParameters* parameters) {
-    const S* gain = OfChannels<S>(args.gain, part);
-    const S* mean_scale = OfChannels<S>(args.mean_scale, part);
-    const S* dmean = static_cast<const S*>(args.dmean) + part.sample * args.shape.channels + part.begin;
+  // Once for each map: its share of the parameters' sums.
+  static void Finish(const BackwardTask& task, const double* totals, MapParameters* parameters,
+                     const ParameterSums& sums) {
+    if (task.chunk == 0) AddToParameterSums(task, totals, sums);
+    const BackwardArgs& args = task.args;
+    const S* gain = OfChannels<S>(args.gain, task);
+    const S* mean_scale = OfChannels<S>(args.mean_scale, task);
+    const S* dmean = OfMaps(static_cast<const S*>(args.dmean), task);
     const double positions = static_cast<double>(args.shape.positions);
-    for (int64_t c = 0; c < part.end - part.begin; ++c) {
+    for (int64_t c = 0; c < task.end - task.begin; ++c) {
       parameters->values[0][c] = QuietNan(gain[c]);
       parameters->values[1][c] = QuietNan(static_cast<S>(static_cast<double>(mean_scale[c]) * totals[c] / positions));
       parameters->values[2][c] = QuietNan(static_cast<S>(static_cast<double>(dmean[c]) / positions));
     }
   }
 
-  static void AddToParameterSums(const BackwardArgs& args, const Part& part, const double* totals,
-                                 const ParameterSums& sums) {
-    const int64_t channels = part.end - part.begin;
-    const S* mean = Means(args, part);
-    const S* bias = OfChannels<S>(args.bias, part);
+  static void AddToParameterSums(const BackwardTask& task, const double* totals, const ParameterSums& sums) {
+    const int64_t channels = task.end - task.begin;
+    const S* mean = OfMaps(static_cast<const S*>(task.args.mean), task);
+    const S* bias = OfChannels<S>(task.args.bias, task);
     for (int64_t c = 0; c < channels; ++c) {
-      sums.gain[part.begin + c] += totals[channels + c];
-      sums.mean_scale[part.begin + c] += static_cast<double>(mean[c]) * totals[c];
+      sums.gain[task.begin + c] += totals[channels + c];
+      sums.mean_scale[task.begin + c] += static_cast<double>(mean[c]) * totals[c];
       if (bias == nullptr) continue;
       // What was kept of z has the bias in it: it is taken off once for each map, and not for each element. Not where
       // dz adds up to 0, as it does where the activation is flat: an infinite bias does not count there.
       if (!Act::kKeepsInput && totals[c] != 0) {
-        sums.gain[part.begin + c] -= static_cast<double>(bias[c]) * totals[c];
+        sums.gain[task.begin + c] -= static_cast<double>(bias[c]) * totals[c];
       }
-      sums.bias[part.begin + c] += totals[c];
+      sums.bias[task.begin + c] += totals[c];
     }
   }
 
-  static void Write(const BackwardArgs& args, const Plan& plan, const Part& part, MapParameters* parameters) {
-    Map map{Sample(static_cast<const T*>(args.kept), args.shape, part),
-            Sample(static_cast<const T*>(args.dy), args.shape, part),
-            {Sample(static_cast<T*>(args.dx), args.shape, part)},
-            plan.stream,
+  static void Write(const BackwardTask& task, MapParameters* parameters) {
+    const BackwardArgs& args = task.args;
+    Map map{Sample(static_cast<const T*>(args.kept), task),
+            Sample(static_cast<const T*>(args.dy), task),
+            {Sample(static_cast<T*>(args.dx), task)},
+            task.stream,
             Act(args.alpha)};
-    if constexpr (kShortcut) map.out[1] = Sample(static_cast<T*>(args.dshortcut), args.shape, part);
-    ApplyChunk<T>(map, parameters, Chunk(args.shape, plan, part));
-  }
-
-  static void Apply(const BackwardArgs& args, const Plan& plan, const Part& part, const double* totals,
-                    const ParameterSums& sums) {
-    if (part.chunk == 0) AddToParameterSums(args, part, totals, sums);
-    MapParameters parameters;
-    MakeParameters(args, part, totals, &parameters);
-    Write(args, plan, part, &parameters);
-  }
-
-  static void Run(const BackwardArgs& args, const Plan& plan, const Part& whole, const ParameterSums& parameter_sums) {
-    double totals[kBackwardSums * kMaxColumns], sums[kBackwardSums * kMaxColumns];
-    Part part = whole;
-    part.chunk = 0;
-    Sum(args, plan, part, totals);
-    for (part.chunk = 1; part.chunk < plan.chunks; ++part.chunk) {
-      Sum(args, plan, part, sums);
-      for (int64_t i = 0; i < kBackwardSums * (part.end - part.begin); ++i) totals[i] += sums[i];
-    }
-    AddToParameterSums(args, part, totals, parameter_sums);
-    MapParameters parameters;
-    MakeParameters(args, part, totals, &parameters);
-    for (part.chunk = plan.chunks - 1; part.chunk >= 0; --part.chunk) Write(args, plan, part, &parameters);
+    if constexpr (kShortcut) map.out[1] = Sample(static_cast<T*>(args.dshortcut), task);
+    ApplyChunk<T>(map, parameters, Chunk(task));
   }
 };
 
-template <class T, template <class, class> class ActivationOf, Addends kAddends>
-const Loops& LoopsOf() {
-  using Forward = ForwardPass<T, ActivationOf, kAddends>;
-  // What keeps the input has no shortcut backward (agc.h).
-  constexpr bool kKeepsInput = ActivationOf<typename Compute<T>::Vector, typename Compute<T>::Scalar>::kKeepsInput;
-  using Backward = BackwardPass<T, ActivationOf, kAddends == Addends::kShortcut && !kKeepsInput>;
-  static constexpr Loops kLoops = {Forward::Run,   Backward::Run, Forward::Sum,
-                                   Forward::Apply, Backward::Sum, Backward::Apply};
-  return kLoops;
+// ---- The loops of both passes ----
+
+// One chunk of a map whose sums are known. Every chunk makes the parameters for itself.
+template <class Pass, class... Sums>
+void Apply(const Task<typename Pass::Args>& task, const double* totals, const Sums&... parameter_sums) {
+  typename Pass::MapParameters parameters;
+  Pass::Finish(task, totals, &parameters, parameter_sums...);
+  Pass::Write(task, &parameters);
 }
 
-template <class T, template <class, class> class ActivationOf>
-const Loops& FindLoopsOf(Addends addends) {
-  switch (addends) {
-    case Addends::kBias:
-      return LoopsOf<T, ActivationOf, Addends::kBias>();
-    case Addends::kShortcut:
-      return LoopsOf<T, ActivationOf, Addends::kShortcut>();
-    case Addends::kNone:
-      break;
+// Whole maps.
+template <class Pass, class... Sums>
+void Run(const Task<typename Pass::Args>& whole, const Sums&... parameter_sums) {
+  double totals[Pass::kSums * kMaxColumns], sums[Pass::kSums * kMaxColumns];
+  Task<typename Pass::Args> task = whole;
+  task.chunk = 0;
+  Pass::Sum(task, totals);
+  for (task.chunk = 1; task.chunk < task.chunking.chunks; ++task.chunk) {
+    Pass::Sum(task, sums);
+    for (int64_t i = 0; i < Pass::kSums * (task.end - task.begin); ++i) totals[i] += sums[i];
   }
-  return LoopsOf<T, ActivationOf, Addends::kNone>();
+  typename Pass::MapParameters parameters;
+  task.chunk = 0;
+  Pass::Finish(task, totals, &parameters, parameter_sums...);
+  for (task.chunk = task.chunking.chunks - 1; task.chunk >= 0; --task.chunk) Pass::Write(task, &parameters);
+}
+
+template <class T, class Act, Addends kAddends>
+const Loops& LoopsOf() {
+  using Forward = ForwardPass<T, Act, kAddends>;
+  // What keeps the input has no shortcut backward (types.h).
+  using Backward = BackwardPass<T, Act, kAddends == Addends::kShortcut && !Act::kKeepsInput>;
+  static constexpr Loops kLoops = {Run<Forward>,  Run<Backward, ParameterSums>,  Forward::Sum, Apply<Forward>,
+                                   Backward::Sum, Apply<Backward, ParameterSums>};
+  return kLoops;
 }
 
 template <class T>
 const Loops& FindLoopsOf(Activation activation, Addends addends) {
-  switch (activation) {
-    case Activation::kRelu:
-      return FindLoopsOf<T, Relu>(addends);
-    case Activation::kRelu6:
-      return FindLoopsOf<T, Relu6>(addends);
-    case Activation::kLeakyRelu:
-      return FindLoopsOf<T, LeakyRelu>(addends);
-    case Activation::kElu:
-      return FindLoopsOf<T, Elu>(addends);
-    case Activation::kLinear:
-      break;
-  }
-  return FindLoopsOf<T, Linear>(addends);
+  using V = typename Compute<T>::Vector;
+  using S = typename Compute<T>::Scalar;
+  return WithActivation<V, S>(activation, /*alpha=*/0, [&](auto act) -> const Loops& {
+    using Act = decltype(act);
+    switch (addends) {
+      case Addends::kBias:
+        return LoopsOf<T, Act, Addends::kBias>();
+      case Addends::kShortcut:
+        return LoopsOf<T, Act, Addends::kShortcut>();
+      case Addends::kNone:
+        break;
+    }
+    return LoopsOf<T, Act, Addends::kNone>();
+  });
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
 
 namespace tf_agc {
 namespace core {
@@ -24,21 +24,26 @@ constexpr int kTreeRows = 8;
 //
 // channels_last: `fold` positions are taken together as one row of fold * channels columns, so that short rows fill
 // vectors. channels_first: a map is one row of `positions` elements, and fold is 1.
-struct Plan {
+struct Chunking {
   int64_t fold;
   int64_t chunk;   // Positions in a chunk: the unit in which threads share a map, a multiple of fold.
   int64_t chunks;  // Chunks in a map; the last one may be shorter.
-  bool stream;     // Write a new y or dx past the caches, where it is too large to be found there later.
 };
 
-// What a loop works on: the channels [begin, end) of one sample, at most kMaxColumns. With plan.fold > 1 that is all of
-// them, and begin is 0.
-struct Part {
+// What a loop works on: of a call, the channels [begin, end) of one sample, at most kMaxColumns. With chunking.fold > 1
+// that is all of them, and begin is 0.
+template <class Args>
+struct Task {
+  const Args& args;
+  const Chunking& chunking;
+  bool stream;  // Write a new y or dx past the caches, where it is too large to be found there later.
   int64_t sample;
   int64_t begin;
   int64_t end;
   int64_t chunk;  // Of the map, for those loops that take one.
 };
+using ForwardTask = Task<ForwardArgs>;
+using BackwardTask = Task<BackwardArgs>;
 
 // The sums over samples and positions that the parameters' gradients are made of, one for every channel of the call.
 struct ParameterSums {
@@ -53,15 +58,15 @@ enum class Addends { kNone, kBias, kShortcut };  // kShortcut: with or without a
 // Sums are in double.
 struct Loops {
   // Both passes over whole maps. Backward adds the sample's share to the parameters' sums.
-  void (*forward)(const ForwardArgs&, const Plan&, const Part&);
-  void (*backward)(const BackwardArgs&, const Plan&, const Part&, const ParameterSums&);
+  void (*forward)(const ForwardTask&);
+  void (*backward)(const BackwardTask&, const ParameterSums&);
 
   // The same in two steps, for maps that threads share. Step one writes the sums of one chunk; step two takes their
   // total over all chunks, and finishes one chunk. Chunk 0 adds the sample's share to the parameters' sums.
-  void (*forward_sum)(const ForwardArgs&, const Plan&, const Part&, double* sums);
-  void (*forward_apply)(const ForwardArgs&, const Plan&, const Part&, const double* totals);
-  void (*backward_sum)(const BackwardArgs&, const Plan&, const Part&, double* sums);
-  void (*backward_apply)(const BackwardArgs&, const Plan&, const Part&, const double* totals, const ParameterSums&);
+  void (*forward_sum)(const ForwardTask&, double* sums);
+  void (*forward_apply)(const ForwardTask&, const double* totals);
+  void (*backward_sum)(const BackwardTask&, double* sums);
+  void (*backward_apply)(const BackwardTask&, const double* totals, const ParameterSums&);
 };
 
 // Doubles that one chunk's sums take for `channels` channels: one sum forward, two backward.

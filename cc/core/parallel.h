@@ -1,4 +1,4 @@
-// What cc/core asks of whoever has threads. Plain data: loops.cc sees it too, and may not see the standard library.
+// What cc/core asks of whoever has threads. Plain data.
 
 #ifndef TF_AGC_CC_CORE_PARALLEL_H_
 #define TF_AGC_CC_CORE_PARALLEL_H_

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
 
 namespace tf_agc {
 namespace core {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cc/core/agc.h"
 #include "cc/core/cuda/agc_cuda.h"
+#include "cc/core/types.h"
 #include "cc/kernels/agc_op.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"

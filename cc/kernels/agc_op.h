@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "absl/types/span.h"
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
 #include "cc/kernels/arguments.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
@@ -57,6 +57,11 @@ const T* OptionalData(tensorflow::OpKernelContext* context, int input) {
   return input < 0 ? nullptr : Data<T>(context->input(input));
 }
 
+// The shape of an input, by its number.
+inline auto ShapesOf(tensorflow::OpKernelContext* context) {
+  return [context](int input) -> const tensorflow::TensorShape& { return context->input(input).shape(); };
+}
+
 // Device has two static functions,
 //
 //   absl::Status Forward(OpKernelContext*, const core::ForwardArgs&)
@@ -75,16 +80,8 @@ class AgcOp : public tensorflow::OpKernel {
     const tensorflow::Tensor& gain = context->input(1);
     const tensorflow::Tensor& mean_scale = context->input(2);
     core::Shape shape;
-    OP_REQUIRES_OK(context, ReadShape(x.shape(), attributes_.layout, &shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("gain", gain.shape(), shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", mean_scale.shape(), shape));
+    OP_REQUIRES_OK(context, CheckForwardInputs(attributes_, ShapesOf(context), &shape));
     const Optional inputs(attributes_, 3);
-    if (attributes_.has_bias) {
-      OP_REQUIRES_OK(context, CheckPerChannel("bias", context->input(inputs.bias).shape(), shape));
-    }
-    if (attributes_.has_shortcut) {
-      OP_REQUIRES_OK(context, CheckMaps("shortcut", context->input(inputs.shortcut).shape(), "x", x.shape()));
-    }
 
     // x is dead after this op unless somebody else holds it, and so is shortcut; TensorFlow knows.
     const T* x_data = Data<T>(x);
@@ -116,7 +113,8 @@ class AgcGradOp : public tensorflow::OpKernel {
  public:
   explicit AgcGradOp(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, attributes_.Read(context));
-    OP_REQUIRES_OK(context, attributes_.CheckGradient());
+    OP_REQUIRES_OK(
+        context, CheckGradientShortcut(attributes_.activation == core::Activation::kLinear, attributes_.has_shortcut));
   }
 
   void Compute(tensorflow::OpKernelContext* context) override {
@@ -127,19 +125,8 @@ class AgcGradOp : public tensorflow::OpKernel {
     const tensorflow::Tensor& gain = context->input(4);
     const tensorflow::Tensor& mean_scale = context->input(5);
     core::Shape shape;
-    OP_REQUIRES_OK(context, ReadShape(kept.shape(), attributes_.layout, &shape));
-    OP_REQUIRES_OK(context, CheckMaps("dy", dy.shape(), "kept", kept.shape()));
-    OP_REQUIRES_OK(context, CheckPerMap("dmean", dmean.shape(), shape));
-    OP_REQUIRES_OK(context, CheckPerMap("mean", mean.shape(), shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("gain", gain.shape(), shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", mean_scale.shape(), shape));
+    OP_REQUIRES_OK(context, CheckBackwardInputs(attributes_, ShapesOf(context), &shape));
     const Optional inputs(attributes_, 6), outputs(attributes_, 3);
-    if (attributes_.has_bias) {
-      OP_REQUIRES_OK(context, CheckPerChannel("bias", context->input(inputs.bias).shape(), shape));
-    }
-    if (attributes_.has_shortcut) {
-      OP_REQUIRES_OK(context, CheckMaps("shortcut", context->input(inputs.shortcut).shape(), "kept", kept.shape()));
-    }
 
     const T* dy_data = Data<T>(dy);
     const T* kept_data = Data<T>(kept);

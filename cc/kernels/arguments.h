@@ -9,7 +9,8 @@
 #include <cstring>
 #include <string>
 
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
+#include "cc/ops/checks.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor_shape.h"
 
@@ -59,20 +60,12 @@ struct Attributes {
     return ReadOptional(context, "shortcut", &has_shortcut);
   }
 
-  // Of the gradient's op alone.
-  absl::Status CheckGradient() const {
-    if (activation != core::Activation::kLinear || !has_shortcut) return absl::OkStatus();
-    return absl::InvalidArgumentError("shortcut must be absent where activation is linear: its gradient is dy");
-  }
-
  private:
-  // Optional inputs are lists of none or one.
   static absl::Status ReadOptional(tensorflow::OpKernelConstruction* context, const char* name, bool* present) {
     int count;
     TF_RETURN_IF_ERROR(context->GetAttr(absl::StrCat("num_", name), &count));
     *present = count > 0;
-    if (count == 0 || count == 1) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrCat(name, " must be absent or one tensor, got ", count));
+    return CheckOptionalCount(name, count);
   }
 };
 
@@ -87,10 +80,7 @@ struct Optional {
 
 inline absl::Status ReadShape(const tensorflow::TensorShape& maps, core::Layout layout, core::Shape* shape) {
   const int rank = maps.dims();
-  if (rank < 3 || rank > 8) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape ", maps.DebugString()));
-  }
+  TF_RETURN_IF_ERROR(CheckRank(rank, maps.DebugString()));
   const int channel_axis = layout == core::Layout::kChannelsLast ? rank - 1 : 1;
   *shape = {maps.dim_size(0), 1, maps.dim_size(channel_axis), layout};
   // The sizes of a map without elements may be anything: their product may overflow, and nobody will use it.
@@ -126,6 +116,37 @@ inline absl::Status CheckMaps(const char* name, const tensorflow::TensorShape& g
   if (got == maps) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat(name, " must have the shape of ", like, " ", maps.DebugString(), ", got ", got.DebugString()));
+}
+
+// Those of bias and shortcut that are there, among the inputs of an op with `others` before them.
+template <class ShapeOf>
+absl::Status CheckOptionalInputs(const Attributes& attributes, int others, const ShapeOf& shape_of, const char* like,
+                                 const tensorflow::TensorShape& maps, const core::Shape& shape) {
+  const Optional inputs(attributes, others);
+  if (attributes.has_bias) TF_RETURN_IF_ERROR(CheckPerChannel("bias", shape_of(inputs.bias), shape));
+  if (!attributes.has_shortcut) return absl::OkStatus();
+  return CheckMaps("shortcut", shape_of(inputs.shortcut), like, maps);
+}
+
+// All inputs of the two ops, whose shapes shape_of(input) gives, and the sizes of the maps.
+template <class ShapeOf>
+absl::Status CheckForwardInputs(const Attributes& attributes, const ShapeOf& shape_of, core::Shape* shape) {
+  const tensorflow::TensorShape& x = shape_of(0);
+  TF_RETURN_IF_ERROR(ReadShape(x, attributes.layout, shape));
+  TF_RETURN_IF_ERROR(CheckPerChannel("gain", shape_of(1), *shape));
+  TF_RETURN_IF_ERROR(CheckPerChannel("mean_scale", shape_of(2), *shape));
+  return CheckOptionalInputs(attributes, 3, shape_of, "x", x, *shape);
+}
+template <class ShapeOf>
+absl::Status CheckBackwardInputs(const Attributes& attributes, const ShapeOf& shape_of, core::Shape* shape) {
+  const tensorflow::TensorShape& kept = shape_of(2);
+  TF_RETURN_IF_ERROR(ReadShape(kept, attributes.layout, shape));
+  TF_RETURN_IF_ERROR(CheckMaps("dy", shape_of(0), "kept", kept));
+  TF_RETURN_IF_ERROR(CheckPerMap("dmean", shape_of(1), *shape));
+  TF_RETURN_IF_ERROR(CheckPerMap("mean", shape_of(3), *shape));
+  TF_RETURN_IF_ERROR(CheckPerChannel("gain", shape_of(4), *shape));
+  TF_RETURN_IF_ERROR(CheckPerChannel("mean_scale", shape_of(5), *shape));
+  return CheckOptionalInputs(attributes, 6, shape_of, "kept", kept, *shape);
 }
 
 }  // namespace tf_agc

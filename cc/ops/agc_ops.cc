@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cc/ops/checks.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -15,15 +16,9 @@ using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
-constexpr int kMinRank = 3;
-constexpr int kMaxRank = 8;
-
-// The optional inputs are lists of none or one, each with a length attribute: the form that TensorFlow's registry has
-// for them (its own fused batch normalization, for one). In the generated wrappers they are lists too.
 absl::Status GetOptional(InferenceContext* c, const char* name, int* count) {
   TF_RETURN_IF_ERROR(c->GetAttr(absl::StrCat("num_", name), count));
-  if (*count <= 1) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(name, " must be absent or one tensor, got ", *count));
+  return CheckOptionalCount(name, *count);
 }
 
 // The shapes of a map and of what goes with it, as far as they are known.
@@ -44,10 +39,7 @@ absl::Status MergeShapes(InferenceContext* c, const std::vector<int>& maps, cons
   const int channel_axis = data_format == "N...C" ? -1 : 1;
   const bool rank_known = c->RankKnown(shapes->maps);
   if (rank_known) {
-    if (c->Rank(shapes->maps) < kMinRank || c->Rank(shapes->maps) > kMaxRank) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "x must have rank 3 to 8 (batch, 1 to 6 spatial axes, channels), got shape ", c->DebugString(shapes->maps)));
-    }
+    TF_RETURN_IF_ERROR(CheckRank(c->Rank(shapes->maps), c->DebugString(shapes->maps)));
     batch = c->Dim(shapes->maps, 0);
     channels = c->Dim(shapes->maps, channel_axis);
   }
@@ -145,9 +137,7 @@ REGISTER_OP("TfAgc>AgcGrad")
       TF_RETURN_IF_ERROR(GetOptional(c, "shortcut", &num_shortcut));
       std::string activation;
       TF_RETURN_IF_ERROR(c->GetAttr("activation", &activation));
-      if (activation == "linear" && num_shortcut > 0) {
-        return absl::InvalidArgumentError("shortcut must be absent where activation is linear: its gradient is dy");
-      }
+      TF_RETURN_IF_ERROR(CheckGradientShortcut(activation == "linear", num_shortcut > 0));
       std::vector<int> maps = {0, 2}, parameters = {4, 5};
       if (num_bias == 1) parameters.push_back(6);
       if (num_shortcut == 1) maps.push_back(6 + num_bias);

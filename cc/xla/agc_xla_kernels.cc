@@ -60,6 +60,10 @@ struct Inputs {
     }
     return absl::OkStatus();
   }
+
+  auto ShapesOf() const {
+    return [this](int input) -> const TensorShape& { return tensor_shapes[static_cast<size_t>(input)]; };
+  }
 };
 
 // Whether the program will run in a process that has our calls, with maps whose sizes are known.
@@ -117,17 +121,7 @@ class AgcXlaOp : public XlaOpKernel {
     Inputs inputs;
     core::Shape shape;
     OP_REQUIRES_OK(context, inputs.Read(context));
-    const TensorShape& x = inputs.tensor_shapes[0];
-    OP_REQUIRES_OK(context, ReadShape(x, attributes_.layout, &shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("gain", inputs.tensor_shapes[1], shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", inputs.tensor_shapes[2], shape));
-    const Optional optional(attributes_, 3);
-    if (attributes_.has_bias) {
-      OP_REQUIRES_OK(context, CheckPerChannel("bias", inputs.tensor_shapes[optional.bias], shape));
-    }
-    if (attributes_.has_shortcut) {
-      OP_REQUIRES_OK(context, CheckMaps("shortcut", inputs.tensor_shapes[optional.shortcut], "x", x));
-    }
+    OP_REQUIRES_OK(context, CheckForwardInputs(attributes_, inputs.ShapesOf(), &shape));
 
     if (!CanCall(context, inputs)) {
       SetOutputs(context, hlo::Forward(attributes_, inputs.ops));
@@ -151,27 +145,15 @@ class AgcGradXlaOp : public XlaOpKernel {
  public:
   explicit AgcGradXlaOp(OpKernelConstruction* context) : XlaOpKernel(context) {
     OP_REQUIRES_OK(context, attributes_.Read(context));
-    OP_REQUIRES_OK(context, attributes_.CheckGradient());
+    OP_REQUIRES_OK(
+        context, CheckGradientShortcut(attributes_.activation == core::Activation::kLinear, attributes_.has_shortcut));
   }
 
   void Compile(XlaOpKernelContext* context) override {
     Inputs inputs;
     core::Shape shape;
     OP_REQUIRES_OK(context, inputs.Read(context));
-    const TensorShape& kept = inputs.tensor_shapes[2];
-    OP_REQUIRES_OK(context, ReadShape(kept, attributes_.layout, &shape));
-    OP_REQUIRES_OK(context, CheckMaps("dy", inputs.tensor_shapes[0], "kept", kept));
-    OP_REQUIRES_OK(context, CheckPerMap("dmean", inputs.tensor_shapes[1], shape));
-    OP_REQUIRES_OK(context, CheckPerMap("mean", inputs.tensor_shapes[3], shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("gain", inputs.tensor_shapes[4], shape));
-    OP_REQUIRES_OK(context, CheckPerChannel("mean_scale", inputs.tensor_shapes[5], shape));
-    const Optional optional(attributes_, 6);
-    if (attributes_.has_bias) {
-      OP_REQUIRES_OK(context, CheckPerChannel("bias", inputs.tensor_shapes[optional.bias], shape));
-    }
-    if (attributes_.has_shortcut) {
-      OP_REQUIRES_OK(context, CheckMaps("shortcut", inputs.tensor_shapes[optional.shortcut], "kept", kept));
-    }
+    OP_REQUIRES_OK(context, CheckBackwardInputs(attributes_, inputs.ShapesOf(), &shape));
 
     if (!CanCall(context, inputs)) {
       SetOutputs(context, hlo::Backward(attributes_, inputs.ops));

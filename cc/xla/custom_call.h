@@ -8,7 +8,7 @@
 
 #include <string>
 
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
 
 namespace tf_agc {
 namespace xla_calls {

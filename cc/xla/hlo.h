@@ -1,6 +1,5 @@
 // The two ops in XLA's own operations, for every platform and use where a custom call cannot run: GPUs without our CUDA
-// kernels, maps of dynamic size, ahead-of-time compilation. The same definition as cc/core, a second time and in fewer
-// lines.
+// kernels, maps of dynamic size, ahead-of-time compilation. The same definition as cc/core, with the same activations.
 //
 // No attribute is read and nothing is validated here.
 

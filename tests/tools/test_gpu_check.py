@@ -475,8 +475,9 @@ def test_compiles_what_bazel_does(monkeypatch, tmp_path):
     compiled = {pathlib.Path(argument) for argument in arguments}
     directory = ROOT / "cc" / "core" / "cuda"
     libraries = [rule for rule in (directory / "BUILD").read_text().split("\n)\n") if "library(" in rule]
-    sources = [re.findall(r'^    srcs = \["(.*)"\]', rule, re.M) for rule in libraries if "testonly" not in rule]
-    assert {file for file in compiled if file.parent == directory} == {directory / name for (name,) in sources}
+    lists = [re.search(r"^    srcs = \[(.*?)\]", rule, re.M | re.S)[1] for rule in libraries if "testonly" not in rule]
+    sources = {directory / name for names in lists for name in re.findall(r'"(.*?)"', names)}
+    assert {file for file in compiled if file.parent == directory} == sources
 
 
 def test_earlier_results_are_left_alone(tmp_path, capsys):

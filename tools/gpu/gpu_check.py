@@ -48,7 +48,7 @@ ODD_SHAPES = (
 SMALL_SHAPES = ((2, 5, 7, 3), (2, 9, 11, 64), (1, 17, 13, 40))
 
 # Of //cc/core/cuda:agc_cuda, in that directory.
-_SOURCES = ("agc_kernels.cu", "plan.cc")
+_SOURCES = ("agc_cuda.cu", "backward.cu", "forward.cu", "launchers.cc", "plan.cc")
 
 # Passes over memory; of a junction, which has a bias and a shortcut.
 _TRAFFIC = {"forward": 2, "backward": 3}

@@ -1,4 +1,5 @@
-// Automatic gain control on a GPU: what a framework binding calls. The arguments of cc/core/agc.h with device pointers.
+// Automatic gain control on a GPU: what a framework binding calls. The arguments of cc/core/types.h with device
+// pointers.
 //
 // Plain C linkage and no CUDA header, so that any compiler's objects link with nvcc's. Arguments are not validated: the
 // caller does that, because only it can word the error for its user.
@@ -11,7 +12,7 @@
 
 #include <cstdint>
 
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
 
 extern "C" {
 

@@ -1,5 +1,6 @@
-// The kernels against plain loops in double, on the CPU: their source runs in the emulation of CUDA (emulation.h).
-// Small made-up devices make small maps take every way that plan.h has. Built plain and under sanitizers.
+// The kernels against plain loops in double, on the CPU: their source runs in the emulation of CUDA
+// (emulation/emulation.h). Small made-up devices make small maps take every way that plan.h has. Built plain and under
+// sanitizers.
 
 #include <cmath>
 #include <cstdlib>
@@ -10,10 +11,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cc/core/agc.h"
 #include "cc/core/agc_test_util.h"
-#include "cc/core/cuda/emulation.h"
-#include "cc/core/cuda/launch.h"
+#include "cc/core/cuda/emulation/emulation.h"
+#include "cc/core/cuda/launchers.h"
+#include "cc/core/types.h"
 #include "gtest/gtest.h"
 
 namespace tf_agc {

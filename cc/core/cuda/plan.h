@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cc/core/agc.h"
+#include "cc/core/types.h"
 
 #if defined(__CUDACC__)
 #define TF_AGC_HOST_DEVICE __host__ __device__ inline
@@ -90,6 +90,10 @@ struct Plan {
   int64_t block_sums;
   int64_t sample_sums;
 };
+
+inline int64_t WorkspaceBytes(const Plan& plan) {
+  return (plan.block_sums + plan.sample_sums) * int64_t{sizeof(double)};
+}
 
 // The rule, in order:
 // 1. One channel is walked as channels_first and one position as channels_last: the layouts are the same there, and

@@ -1,14 +1,16 @@
-// The activations and their derivatives, once, for the CPU's vectors (V is a vector of S) and for CUDA's threads (V is
-// S).
+// The activations and their derivatives, once, for the CPU's vectors (V is a vector of S), for CUDA's threads (V is S)
+// and for XLA's operations (V is an XlaOp, S is double).
 //
-// Included by loops.cc and by the CUDA kernels, each inside the namespace that has Broadcast, MaxZero, Expm1 and Log1p
-// for its V. No include guard and no includes, for the same reason.
+// Included by loops.cc (once per instruction-set level), by cuda/activations.h and by xla/hlo.cc, each inside the
+// namespace that has, for its V: arithmetic and comparisons with V and S, Select, FullLike, MaxZero, Expm1 and Log1p.
+// No include guard and no includes, for the same reason.
 //
 // Forward(z) is act(z). From what was kept, k, and the gradient of the output, d:
 // Slope(k) is act'(z), and dz = d * Slope(k) as in stock TensorFlow, where an infinite d at a dead place gives NaN:
 // loss scaling must see it. GainTerm<kShortcut>(k, d, dz, offset, s) is what sums up to dgain (Linear: dz * u), or, for
 // all others, which know z = gain * u + bias + s and not u, to gain * dgain and bias times the sum of dz: dz * (z - s).
-// Where the slope is 0, so is the term, and s does not count, be it infinite. Without a shortcut s is not looked at.
+// Where the slope is 0, so is the term, and s does not count, be it infinite. Without a shortcut s is not looked at,
+// and offset by Linear alone.
 
 #ifndef TF_AGC_DEVICE
 #define TF_AGC_DEVICE  // CUDA needs a word before each function.
@@ -20,7 +22,7 @@ struct Linear {
   static constexpr bool kSlopeIsZeroOrOne = true;
   TF_AGC_DEVICE explicit Linear(double) {}
   TF_AGC_DEVICE V Forward(V z) const { return z; }
-  TF_AGC_DEVICE V Slope(V) const { return Broadcast<V>(S(1)); }
+  TF_AGC_DEVICE V Slope(V k) const { return FullLike(k, S(1)); }
   template <bool kShortcut>
   TF_AGC_DEVICE V GainTerm(V k, V, V dz, V offset, V) const {
     return dz * (k - offset);
@@ -33,10 +35,10 @@ struct Relu {
   static constexpr bool kSlopeIsZeroOrOne = true;
   TF_AGC_DEVICE explicit Relu(double) {}
   TF_AGC_DEVICE V Forward(V z) const { return MaxZero(z); }
-  TF_AGC_DEVICE V Slope(V k) const { return k > S(0) ? Broadcast<V>(S(1)) : V{}; }
+  TF_AGC_DEVICE V Slope(V k) const { return Select(k > S(0), FullLike(k, S(1)), FullLike(k, S(0))); }
   template <bool kShortcut>
   TF_AGC_DEVICE V GainTerm(V k, V, V dz, V, V s) const {
-    if constexpr (kShortcut) k -= k > S(0) ? s : V{};
+    if constexpr (kShortcut) k = k - Select(k > S(0), s, FullLike(k, S(0)));
     return dz * k;
   }
 };
@@ -47,19 +49,18 @@ struct Relu6 {
   static constexpr bool kSlopeIsZeroOrOne = true;
   TF_AGC_DEVICE explicit Relu6(double) {}
   TF_AGC_DEVICE V Forward(V z) const {
-    const V six = Broadcast<V>(S(6));
-    z = MaxZero(z);
-    return z > six ? six : z;
+    // No minimum of a maximum: where TensorFlow 2.20's XLA compiles that for the CPU, NaN becomes 0.
+    return Select(z > S(6), FullLike(z, S(6)), MaxZero(z));
   }
   TF_AGC_DEVICE V Slope(V k) const {
-    const V rising = k > S(0) ? Broadcast<V>(S(1)) : V{};
-    return k < S(6) ? rising : V{};
+    const V zero = FullLike(k, S(0));
+    return Select(k < S(6), Select(k > S(0), FullLike(k, S(1)), zero), zero);
   }
   template <bool kShortcut>
   TF_AGC_DEVICE V GainTerm(V k, V, V dz, V, V s) const {
     if constexpr (kShortcut) {
-      const V below_six = k < S(6) ? s : V{};
-      k -= k > S(0) ? below_six : V{};
+      const V zero = FullLike(k, S(0));
+      k = k - Select(k > S(0), Select(k < S(6), s, zero), zero);
     }
     return dz * k;
   }
@@ -71,8 +72,8 @@ struct LeakyRelu {
   static constexpr bool kSlopeIsZeroOrOne = false;
   S alpha;
   TF_AGC_DEVICE explicit LeakyRelu(double a) : alpha(static_cast<S>(a)) {}
-  TF_AGC_DEVICE V Forward(V z) const { return z > S(0) ? z : z * alpha; }
-  TF_AGC_DEVICE V Slope(V k) const { return k > S(0) ? Broadcast<V>(S(1)) : Broadcast<V>(alpha); }
+  TF_AGC_DEVICE V Forward(V z) const { return Select(z > S(0), z, z * alpha); }
+  TF_AGC_DEVICE V Slope(V k) const { return Select(k > S(0), FullLike(k, S(1)), FullLike(k, alpha)); }
   // Below 0, dz * z = (d * alpha) * (k / alpha).
   template <bool kShortcut>
   TF_AGC_DEVICE V GainTerm(V k, V d, V dz, V, V s) const {
@@ -88,22 +89,39 @@ struct Elu {
   S alpha;
   TF_AGC_DEVICE explicit Elu(double a) : alpha(static_cast<S>(a)) {}
   TF_AGC_DEVICE V Forward(V z) const {
-    const V negative = z > S(0) ? V{} : z;
-    return z > S(0) ? z : Expm1(negative) * alpha;
+    const V negative = Select(z > S(0), FullLike(z, S(0)), z);
+    return Select(z > S(0), z, Expm1(negative) * alpha);
   }
   // exp(z) * alpha = k + alpha below 0; rounding k to T may take it below -alpha.
   TF_AGC_DEVICE V Slope(V k) const {
-    V slope = k + alpha;
-    slope = slope < S(0) ? V{} : slope;
-    return k > S(0) ? Broadcast<V>(S(1)) : slope;
+    const V slope = k + alpha;
+    return Select(k > S(0), FullLike(k, S(1)), Select(slope < S(0), FullLike(k, S(0)), slope));
   }
   template <bool kShortcut>
   TF_AGC_DEVICE V GainTerm(V k, V, V dz, V, V s) const {
-    const V negative = k > S(0) ? V{} : k / alpha;
+    const V zero = FullLike(k, S(0));
+    const V negative = Select(k > S(0), zero, k / alpha);
     // Where k = -alpha, z is lost, and dz = 0 anyway.
-    V z = negative <= S(-1) ? V{} : Log1p(negative);
-    z = k > S(0) ? k : z;
-    if constexpr (kShortcut) z -= negative <= S(-1) ? V{} : s;
+    const V z = Select(k > S(0), k, Select(negative <= S(-1), zero, Log1p(negative)));
+    if constexpr (kShortcut) return dz * (z - Select(negative <= S(-1), zero, s));
     return dz * z;
   }
 };
+
+// Calls body(act) with the activation and returns what it returns.
+template <class V, class S, class Body>
+TF_AGC_DEVICE decltype(auto) WithActivation(core::Activation activation, double alpha, const Body& body) {
+  switch (activation) {
+    case core::Activation::kRelu:
+      return body(Relu<V, S>(alpha));
+    case core::Activation::kRelu6:
+      return body(Relu6<V, S>(alpha));
+    case core::Activation::kLeakyRelu:
+      return body(LeakyRelu<V, S>(alpha));
+    case core::Activation::kElu:
+      return body(Elu<V, S>(alpha));
+    case core::Activation::kLinear:
+      break;
+  }
+  return body(Linear<V, S>(alpha));
+}

@@ -1,7 +1,7 @@
 // The fibers, their schedule and what they wait for. Compiled without sanitizers, whatever the test is compiled with:
 // what fibers do here is the machine's work, not the kernel's.
 
-#include "cc/core/cuda/emulation.h"
+#include "cc/core/cuda/emulation/emulation.h"
 
 #include <sys/mman.h>
 #include <ucontext.h>

@@ -1,12 +1,12 @@
 // The launchers behind agc_cuda.h with the device's description as an argument: what tests call.
 
-#ifndef TF_AGC_CC_CORE_CUDA_LAUNCH_H_
-#define TF_AGC_CC_CORE_CUDA_LAUNCH_H_
+#ifndef TF_AGC_CC_CORE_CUDA_LAUNCHERS_H_
+#define TF_AGC_CC_CORE_CUDA_LAUNCHERS_H_
 
 #include <cstdint>
 
-#include "cc/core/agc.h"
 #include "cc/core/cuda/plan.h"
+#include "cc/core/types.h"
 
 namespace tf_agc {
 namespace core {
@@ -28,4 +28,4 @@ Plan PlanOf(const BackwardArgs& args, const Device& device);
 }  // namespace core
 }  // namespace tf_agc
 
-#endif  // TF_AGC_CC_CORE_CUDA_LAUNCH_H_
+#endif  // TF_AGC_CC_CORE_CUDA_LAUNCHERS_H_

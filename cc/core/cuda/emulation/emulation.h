@@ -1,5 +1,5 @@
-// CUDA on the CPU, for tests: as much of it as device.h and the kernels use, so that g++ compiles their source as C++
-// and a test without a GPU runs it. Nothing here knows the op.
+// CUDA on the CPU, for tests: as much of it as primitives.h and the kernels use, so that g++ compiles their source as
+// C++ and a test without a GPU runs it. Nothing here knows the op.
 //
 // Every thread of a kernel is a fiber; one real thread runs them all. A seed decides in which order blocks start and
 // threads go on, so that a missing barrier changes results, and the same seed does it again. A few clusters are alive
@@ -14,8 +14,8 @@
 //
 // Not emulated: that threads of a warp run together, textures, streams (a launch returns when it is done), speed.
 
-#ifndef TF_AGC_CC_CORE_CUDA_EMULATION_H_
-#define TF_AGC_CC_CORE_CUDA_EMULATION_H_
+#ifndef TF_AGC_CC_CORE_CUDA_EMULATION_EMULATION_H_
+#define TF_AGC_CC_CORE_CUDA_EMULATION_EMULATION_H_
 
 #include <cmath>
 #include <cstddef>
@@ -159,4 +159,4 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return tf_agc::core::cuda::emulation::LaunchKernel(*config, reinterpret_cast<const void*>(kernel), call, &context);
 }
 
-#endif  // TF_AGC_CC_CORE_CUDA_EMULATION_H_
+#endif  // TF_AGC_CC_CORE_CUDA_EMULATION_EMULATION_H_

@@ -1,13 +1,13 @@
 // What the kernels need of the machine below them: CUDA's, or the CPU's emulation of it in tests. Elements and how they
 // are converted, shared memory and its asynchronous copies, clusters, launches. Nothing here knows the op.
 
-#ifndef TF_AGC_CC_CORE_CUDA_DEVICE_H_
-#define TF_AGC_CC_CORE_CUDA_DEVICE_H_
+#ifndef TF_AGC_CC_CORE_CUDA_PRIMITIVES_H_
+#define TF_AGC_CC_CORE_CUDA_PRIMITIVES_H_
 
 #include <cstdint>
 
 #if defined(TF_AGC_CUDA_EMULATION)
-#include "cc/core/cuda/emulation.h"
+#include "cc/core/cuda/emulation/emulation.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,17 +15,13 @@
 #include <cuda_runtime.h>
 #endif
 
+#include "cc/core/types.h"
+
+#define TF_AGC_DEVICE __device__ __forceinline__
+
 namespace tf_agc {
 namespace core {
 namespace cuda {
-
-// Storage only: arithmetic is in float.
-struct Half {
-  uint16_t bits;
-};
-struct Bfloat16 {
-  uint16_t bits;
-};
 
 // What T is computed in.
 template <class T>
@@ -45,23 +41,19 @@ struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Vector {
   T values[kSize];
 };
 
-__device__ __forceinline__ float ToFloat(Half value) { return __half2float(__ushort_as_half(value.bits)); }
-__device__ __forceinline__ float ToFloat(Bfloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
+TF_AGC_DEVICE float ToFloat(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+TF_AGC_DEVICE float ToFloat(Bfloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
 
 // Nearest, ties to even; NaN becomes the usual one.
-__device__ __forceinline__ void FromFloat(float value, Half* to) {
-  to->bits = __half_as_ushort(__float2half_rn(value));
-}
-__device__ __forceinline__ void FromFloat(float value, Bfloat16* to) {
-  to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
-}
+TF_AGC_DEVICE void FromFloat(float value, Half* to) { to->bits = __half_as_ushort(__float2half_rn(value)); }
+TF_AGC_DEVICE void FromFloat(float value, Bfloat16* to) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 // Two at once are one instruction.
-__device__ __forceinline__ void FromFloats(float first, float second, Half* to) {
+TF_AGC_DEVICE void FromFloats(float first, float second, Half* to) {
   const __half2 both = __floats2half2_rn(first, second);
   to[0].bits = __half_as_ushort(both.x);
   to[1].bits = __half_as_ushort(both.y);
 }
-__device__ __forceinline__ void FromFloats(float first, float second, Bfloat16* to) {
+TF_AGC_DEVICE void FromFloats(float first, float second, Bfloat16* to) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
   to[0].bits = __bfloat16_as_ushort(both.x);
   to[1].bits = __bfloat16_as_ushort(both.y);
@@ -70,7 +62,7 @@ __device__ __forceinline__ void FromFloats(float first, float second, Bfloat16* 
 #if defined(TF_AGC_CUDA_EMULATION)
 using emulation::SharedMemory;
 #else
-__device__ __forceinline__ unsigned char* SharedMemory() {
+TF_AGC_DEVICE unsigned char* SharedMemory() {
   extern __shared__ __align__(16) unsigned char tf_agc_shared_memory[];
   return tf_agc_shared_memory;
 }
@@ -79,31 +71,31 @@ __device__ __forceinline__ unsigned char* SharedMemory() {
 // Starts a copy of global into shared memory, past the registers on sm_80 and later, of a V of 4, 8 or 16 bytes. Only
 // the thread that started it may read, after it has ended the batch of copies and waited for it.
 template <class V>
-__device__ __forceinline__ void StartCopy(V* to, const V* from) {
+TF_AGC_DEVICE void StartCopy(V* to, const V* from) {
   __pipeline_memcpy_async(to, from, sizeof(V));
 }
-__device__ __forceinline__ void EndBatch() { __pipeline_commit(); }
+TF_AGC_DEVICE void EndBatch() { __pipeline_commit(); }
 // Waits for all batches but those that were ended last, `later` of them. The toolkit has no number above 7: then it
 // waits for more.
-__device__ __forceinline__ void WaitForBatches(int later) {
+TF_AGC_DEVICE void WaitForBatches(int later) {
   __pipeline_wait_prior(static_cast<size_t>(later < 7 ? later : 7));
   asm volatile("" ::: "memory");  // Not in the toolkit's: what is read next must not be read before.
 }
 
 // Clusters. Code compiled for less than 9.0 has none, nor has its plan: the other branches are never reached.
-__device__ __forceinline__ void ClusterArrive() {
+TF_AGC_DEVICE void ClusterArrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
 #endif
 }
-__device__ __forceinline__ void ClusterWait() {
+TF_AGC_DEVICE void ClusterWait() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();
 #endif
 }
 // The same address in the shared memory of another block of the cluster.
 template <class E>
-__device__ __forceinline__ const E* OfRank(const E* shared, int rank) {
+TF_AGC_DEVICE const E* OfRank(const E* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
   return static_cast<const E*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
 #else
@@ -112,48 +104,54 @@ __device__ __forceinline__ const E* OfRank(const E* shared, int rank) {
 #endif
 }
 
-// Starts a kernel whose blocks form clusters of `cluster` along x. Returns a cudaError_t. `most_shared_bytes`: that a
-// block may opt into on this device.
+struct Grid {
+  int64_t blocks;
+  int threads;                // Of each block.
+  int cluster;                // So many neighbouring blocks form one.
+  int64_t shared_bytes;       // Of each block.
+  int64_t most_shared_bytes;  // That a block may opt into on this device.
+};
+
+// Starts a kernel. Returns a cudaError_t.
 template <class Argument>
-int Launch(void (*kernel)(Argument), int64_t blocks, int threads, int cluster, int64_t shared_bytes,
-           int64_t most_shared_bytes, void* stream, const Argument& argument) {
+int Launch(void (*kernel)(Argument), const Grid& grid, void* stream, const Argument& argument) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
+  if (grid.shared_bytes > kWithoutAsking) {
     // Always the same limit: it is the kernel's, not the launch's, and another thread may be about to launch it.
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(most_shared_bytes));
+                             static_cast<int>(grid.most_shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
   attribute.val.clusterDim.y = 1;
   attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, argument));
 }
 
-__device__ __forceinline__ float ToCompute(Half value) { return ToFloat(value); }
-__device__ __forceinline__ float ToCompute(Bfloat16 value) { return ToFloat(value); }
-__device__ __forceinline__ float ToCompute(float value) { return value; }
-__device__ __forceinline__ double ToCompute(double value) { return value; }
+TF_AGC_DEVICE float ToCompute(Half value) { return ToFloat(value); }
+TF_AGC_DEVICE float ToCompute(Bfloat16 value) { return ToFloat(value); }
+TF_AGC_DEVICE float ToCompute(float value) { return value; }
+TF_AGC_DEVICE double ToCompute(double value) { return value; }
 
 template <class T>
-__device__ __forceinline__ void FromCompute(float value, T* to) {
+TF_AGC_DEVICE void FromCompute(float value, T* to) {
   FromFloat(value, to);
 }
-__device__ __forceinline__ void FromCompute(float value, float* to) { *to = value; }
-__device__ __forceinline__ void FromCompute(double value, double* to) { *to = value; }
+TF_AGC_DEVICE void FromCompute(float value, float* to) { *to = value; }
+TF_AGC_DEVICE void FromCompute(double value, double* to) { *to = value; }
 
 template <class T, int kSize>
-__device__ __forceinline__ Vector<T, kSize> FromCompute(const Compute<T> (&values)[kSize]) {
+TF_AGC_DEVICE Vector<T, kSize> FromCompute(const Compute<T> (&values)[kSize]) {
   Vector<T, kSize> vector;
   if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
 #pragma unroll
@@ -167,11 +165,11 @@ __device__ __forceinline__ Vector<T, kSize> FromCompute(const Compute<T> (&value
 
 // The first `kSize` elements at an address that is aligned to all of them.
 template <int kSize, class T>
-__device__ __forceinline__ Vector<T, kSize> Load(const T* from) {
+TF_AGC_DEVICE Vector<T, kSize> Load(const T* from) {
   return *reinterpret_cast<const Vector<T, kSize>*>(from);
 }
 template <class T, int kSize>
-__device__ __forceinline__ void Store(T* to, const Vector<T, kSize>& vector) {
+TF_AGC_DEVICE void Store(T* to, const Vector<T, kSize>& vector) {
   *reinterpret_cast<Vector<T, kSize>*>(to) = vector;
 }
 
@@ -179,4 +177,4 @@ __device__ __forceinline__ void Store(T* to, const Vector<T, kSize>& vector) {
 }  // namespace core
 }  // namespace tf_agc
 
-#endif  // TF_AGC_CC_CORE_CUDA_DEVICE_H_
+#endif  // TF_AGC_CC_CORE_CUDA_PRIMITIVES_H_

@@ -6,8 +6,8 @@
 // or plain C: a template of the standard library would become a weak symbol of this level in a library that also runs
 // on lower ones.
 
-#ifndef TF_AGC_CC_CORE_SIMD_H_
-#define TF_AGC_CC_CORE_SIMD_H_
+#ifndef TF_AGC_CC_CORE_SIMD_PER_LEVEL_H_
+#define TF_AGC_CC_CORE_SIMD_PER_LEVEL_H_
 
 #include <cstdint>
 #include <cstring>
@@ -23,6 +23,8 @@
 #pragma GCC diagnostic pop
 #endif
 
+#include "cc/core/types.h"
+
 namespace tf_agc {
 namespace core {
 namespace TF_AGC_ISA_LEVEL {
@@ -34,14 +36,6 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-
-// Storage only: arithmetic is in float.
-struct Half {
-  uint16_t bits;
-};
-struct Bfloat16 {
-  uint16_t bits;
-};
 
 constexpr int kFloatLanes = kVectorBytes / 4;
 constexpr int kDoubleLanes = kVectorBytes / 8;
@@ -77,6 +71,16 @@ inline To BitCast(From from) {
 template <class V, class S>
 inline V Broadcast(S value) {
   return V{} + value;
+}
+template <class V, class S>
+inline V FullLike(V, S value) {
+  return Broadcast<V>(value);
+}
+
+// Lane by lane. `condition` is what comparisons of V give.
+template <class Condition, class V>
+inline V Select(Condition condition, V a, V b) {
+  return condition ? a : b;
 }
 
 // ---- Half precision ----
@@ -400,4 +404,4 @@ inline DoubleVector Log1p(DoubleVector t) {
 }  // namespace core
 }  // namespace tf_agc
 
-#endif  // TF_AGC_CC_CORE_SIMD_H_
+#endif  // TF_AGC_CC_CORE_SIMD_PER_LEVEL_H_

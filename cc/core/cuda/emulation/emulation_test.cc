@@ -1,6 +1,6 @@
 // The emulation itself: what it must compute, and what it must not let pass.
 
-#include "cc/core/cuda/emulation.h"
+#include "cc/core/cuda/emulation/emulation.h"
 
 #include <cmath>
 #include <cstdint>
@@ -17,11 +17,11 @@ namespace {
 
 using emulation::SharedMemory;
 
-struct Job {
+struct KernelArgs {
   int* out;
 };
 
-cudaError_t Launch(void (*kernel)(Job), unsigned blocks, unsigned threads, unsigned cluster, size_t shared_bytes,
+cudaError_t Launch(void (*kernel)(KernelArgs), unsigned blocks, unsigned threads, unsigned cluster, size_t shared_bytes,
                    int* out) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -32,7 +32,7 @@ cudaError_t Launch(void (*kernel)(Job), unsigned blocks, unsigned threads, unsig
   config.dynamicSmemBytes = shared_bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, Job{out});
+  return cudaLaunchKernelEx(&config, kernel, KernelArgs{out});
 }
 
 int* SharedInts() { return reinterpret_cast<int*>(SharedMemory()); }
@@ -89,8 +89,8 @@ TEST(Bfloat16, IsNearest) {
 
 TEST(Threads, AreAllRunOnce) {
   std::vector<int> out(6 * 64, -1);
-  auto kernel = [](Job job) {
-    job.out[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<int>(1000 * blockIdx.x + threadIdx.x);
+  auto kernel = [](KernelArgs args) {
+    args.out[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<int>(1000 * blockIdx.x + threadIdx.x);
   };
   ASSERT_EQ(Launch(kernel, 6, 64, 2, 0, out.data()), cudaSuccess);
   for (int i = 0; i < 6 * 64; ++i) EXPECT_EQ(out[static_cast<size_t>(i)], 1000 * (i / 64) + i % 64);
@@ -98,7 +98,7 @@ TEST(Threads, AreAllRunOnce) {
 
 TEST(Threads, ExchangeInWarpsBlocksAndClusters) {
   std::vector<int> out(4 * 64, -1);
-  auto kernel = [](Job job) {
+  auto kernel = [](KernelArgs args) {
     const int thread = static_cast<int>(threadIdx.x);
     double sum = thread;
     for (int offset = 1; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -110,7 +110,7 @@ TEST(Threads, ExchangeInWarpsBlocksAndClusters) {
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
     const unsigned other = (blockIdx.x + 1) % 4;
-    job.out[blockIdx.x * 64 + threadIdx.x] =
+    args.out[blockIdx.x * 64 + threadIdx.x] =
         *static_cast<const int*>(__cluster_map_shared_rank(&SharedInts()[thread], other));
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
@@ -123,18 +123,18 @@ TEST(Threads, ExchangeInWarpsBlocksAndClusters) {
 
 TEST(SharedMemory, IsNanAtFirst) {
   int out = 0;
-  ASSERT_EQ(Launch([](Job job) { *job.out = SharedInts()[0]; }, 1, 1, 1, sizeof(int), &out), cudaSuccess);
+  ASSERT_EQ(Launch([](KernelArgs args) { *args.out = SharedInts()[0]; }, 1, 1, 1, sizeof(int), &out), cudaSuccess);
   EXPECT_EQ(out, -1);  // Every bit set.
 }
 
 TEST(AsynchronousCopy, ArrivesWhenItIsWaitedFor) {
   std::vector<int> out = {7, 0, 0};
-  auto kernel = [](Job job) {
-    __pipeline_memcpy_async(SharedInts(), &job.out[0], sizeof(int));
-    job.out[1] = SharedInts()[0];
+  auto kernel = [](KernelArgs args) {
+    __pipeline_memcpy_async(SharedInts(), &args.out[0], sizeof(int));
+    args.out[1] = SharedInts()[0];
     __pipeline_commit();
     __pipeline_wait_prior(0);
-    job.out[2] = SharedInts()[0];
+    args.out[2] = SharedInts()[0];
   };
   ASSERT_EQ(Launch(kernel, 1, 1, 1, sizeof(int), out.data()), cudaSuccess);
   EXPECT_EQ(out, (std::vector<int>{7, -1, 7}));
@@ -142,52 +142,52 @@ TEST(AsynchronousCopy, ArrivesWhenItIsWaitedFor) {
 
 TEST(AsynchronousCopy, ArrivesWithItsBatch) {
   std::vector<int> out = {7, 8, 0, 0, 0};
-  auto kernel = [](Job job) {
+  auto kernel = [](KernelArgs args) {
     for (int i = 0; i < 2; ++i) {
-      __pipeline_memcpy_async(SharedInts() + i, &job.out[i], sizeof(int));
+      __pipeline_memcpy_async(SharedInts() + i, &args.out[i], sizeof(int));
       __pipeline_commit();
     }
     __pipeline_wait_prior(1);
-    job.out[2] = SharedInts()[0];
-    job.out[3] = SharedInts()[1];
+    args.out[2] = SharedInts()[0];
+    args.out[3] = SharedInts()[1];
     __pipeline_wait_prior(0);
-    job.out[4] = SharedInts()[1];
+    args.out[4] = SharedInts()[1];
   };
   ASSERT_EQ(Launch(kernel, 1, 1, 1, 2 * sizeof(int), out.data()), cudaSuccess);
   EXPECT_EQ(out, (std::vector<int>{7, 8, 7, -1, 8}));
 }
 
 TEST(Launch, RefusesWhatADeviceRefuses) {
-  auto kernel = [](Job) {};
+  auto kernel = [](KernelArgs) {};
   EXPECT_EQ(Launch(kernel, 0, 32, 1, 0, nullptr), cudaErrorInvalidConfiguration);
   EXPECT_EQ(Launch(kernel, 1, 2048, 1, 0, nullptr), cudaErrorInvalidConfiguration);
   EXPECT_EQ(Launch(kernel, 3, 32, 2, 0, nullptr), cudaErrorInvalidConfiguration);
   EXPECT_EQ(Launch(kernel, 16, 32, 16, 0, nullptr), cudaErrorInvalidConfiguration);
   EXPECT_EQ(Launch(kernel, 1, 32, 1, 49 * 1024, nullptr), cudaErrorInvalidValue);
-  cudaFuncSetAttribute(reinterpret_cast<const void*>(static_cast<void (*)(Job)>(kernel)),
+  cudaFuncSetAttribute(reinterpret_cast<const void*>(static_cast<void (*)(KernelArgs)>(kernel)),
                        cudaFuncAttributeMaxDynamicSharedMemorySize, 49 * 1024);
   EXPECT_EQ(Launch(kernel, 1, 32, 1, 49 * 1024, nullptr), cudaSuccess);
 }
 
 // ---- What it does not let pass ----
 
-void RunKernel(void (*kernel)(Job)) {
+void RunKernel(void (*kernel)(KernelArgs)) {
   alignas(16) int out[8] = {};
   Launch(kernel, 2, 64, 2, 64, out);
 }
 
 TEST(DeathTest, BarriersThatNotAllReach) {
-  EXPECT_DEATH(RunKernel([](Job) {
+  EXPECT_DEATH(RunKernel([](KernelArgs) {
                  if (threadIdx.x != 5) __syncthreads();
                }),
                "CUDA emulation: a thread ended (while others of its block wait for it|before a barrier)");
-  EXPECT_DEATH(RunKernel([](Job) {
+  EXPECT_DEATH(RunKernel([](KernelArgs) {
                  if (threadIdx.x != 5) __syncthreads();
                  __cluster_barrier_arrive();
                  __cluster_barrier_wait();
                }),
                "every thread waits at a barrier that the others never reach");
-  EXPECT_DEATH(RunKernel([](Job) {
+  EXPECT_DEATH(RunKernel([](KernelArgs) {
                  __cluster_barrier_arrive();
                  __cluster_barrier_arrive();
                }),
@@ -195,20 +195,20 @@ TEST(DeathTest, BarriersThatNotAllReach) {
 }
 
 TEST(DeathTest, ShufflesAndCopies) {
-  EXPECT_DEATH(RunKernel([](Job) { __shfl_xor_sync(0xffffu, 0.0, 1); }), "a shuffle of less than a warp");
-  EXPECT_DEATH(RunKernel([](Job job) { __pipeline_memcpy_async(SharedMemory(), job.out, 4); }),
+  EXPECT_DEATH(RunKernel([](KernelArgs) { __shfl_xor_sync(0xffffu, 0.0, 1); }), "a shuffle of less than a warp");
+  EXPECT_DEATH(RunKernel([](KernelArgs args) { __pipeline_memcpy_async(SharedMemory(), args.out, 4); }),
                "a thread ended without waiting for its copies");
-  EXPECT_DEATH(RunKernel([](Job job) {
-                 __pipeline_memcpy_async(SharedMemory(), job.out, 4);
+  EXPECT_DEATH(RunKernel([](KernelArgs args) {
+                 __pipeline_memcpy_async(SharedMemory(), args.out, 4);
                  __pipeline_wait_prior(0);  // Of what was never committed.
                }),
                "a thread ended without waiting for its copies");
-  EXPECT_DEATH(RunKernel([](Job) { __pipeline_wait_prior(8); }), "all but more than 7 batches");
-  EXPECT_DEATH(RunKernel([](Job job) { __pipeline_memcpy_async(SharedMemory() + 4, job.out, 8); }),
+  EXPECT_DEATH(RunKernel([](KernelArgs) { __pipeline_wait_prior(8); }), "all but more than 7 batches");
+  EXPECT_DEATH(RunKernel([](KernelArgs args) { __pipeline_memcpy_async(SharedMemory() + 4, args.out, 8); }),
                "a misaligned asynchronous copy");
-  EXPECT_DEATH(RunKernel([](Job job) { __pipeline_memcpy_async(SharedMemory(), job.out, 2); }),
+  EXPECT_DEATH(RunKernel([](KernelArgs args) { __pipeline_memcpy_async(SharedMemory(), args.out, 2); }),
                "takes 4, 8 or 16 bytes");
-  EXPECT_DEATH(RunKernel([](Job) { __cluster_map_shared_rank(SharedMemory(), 2); }), "no block of that rank");
+  EXPECT_DEATH(RunKernel([](KernelArgs) { __cluster_map_shared_rank(SharedMemory(), 2); }), "no block of that rank");
 }
 
 }  // namespace

@@ -1,3 +1,0 @@
-// The kernels as C++, for tests: -DTF_AGC_CUDA_EMULATION makes device.h take emulation.h for CUDA.
-
-#include "cc/core/cuda/agc_kernels.cu"

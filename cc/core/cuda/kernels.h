@@ -1,0 +1,213 @@
+// The kernels that both passes are made of.
+//
+// The simplest kernel that is right, for maps that are channels_first, gives each map a block of 256 threads:
+//
+//   __global__ void Forward(const float* x, const float* gain, const float* mean_scale, float* y, float* mean,
+//                           int positions, int channels) {
+//     __shared__ double sums[256];
+//     const int map = blockIdx.x, thread = threadIdx.x;
+//     double sum = 0;
+//     for (int p = thread; p < positions; p += 256) sum += x[map * positions + p];
+//     sums[thread] = sum;
+//     for (int half = 128; half > 0; half /= 2) {
+//       __syncthreads();
+//       if (thread < half) sums[thread] += sums[thread + half];
+//     }
+//     __syncthreads();
+//     const float m = sums[0] / positions, offset = mean_scale[map % channels] * m;
+//     if (thread == 0) mean[map] = m;
+//     for (int p = thread; p < positions; p += 256) {
+//       y[map * positions + p] = max(gain[map % channels] * (x[map * positions + p] - offset), 0.0f);
+//     }
+//   }
+//
+// Sum, share the sum, write: those below do the same, and differ in where a map waits between the two loops and in
+// which elements are whose.
+//
+// Why they look as they do:
+// - Everything is bound by memory, so a map is read once where it fits on chip: the blocks of a cluster copy their
+//   parts into shared memory, add, exchange their sums through distributed shared memory, and write from shared memory.
+//   Where it does not fit, one launch adds and a second one reads again, from the L2 cache (plan.h has the rule).
+// - Forward copies asynchronously (cp.async): a tile's loads are all in flight at once and take no registers, and those
+//   that have come are added while others are on their way. Backward needs two or three tensors but holds only dz, so
+//   its loads go through registers, four steps at a time; so do single elements of 16 bits, which cp.async does not
+//   take.
+// - What a map needs beside its sum, its parameters, is read before the barriers, which hide how long that takes.
+// - One walk serves both layouts: a thread follows a column step by step (plan.h). In shared memory each thread holds
+//   the slots that it filled itself, side by side with its neighbours': no bank conflicts, no barrier before reading.
+// - Sums are in float over at most 64 terms, then in double. From there on they are added as one binary tree over the
+//   lanes of a column, however the lanes lie in warps, then over blocks in order: no atomics, and the same bits
+//   whatever the batch.
+// - An output may be an input's memory (types.h): each element belongs to one thread, which reads all that it needs of
+//   it before it writes, no pointer is __restrict__, and nothing is loaded through the read-only cache.
+// - The activation is a switch around a loop, not a template argument of a kernel: a fifth of the code to compile.
+// - What is added to z makes other kernels, whose registers those without it do not pay for: two forward and two
+//   backward, and not four. Forward, a bias rides along with a shortcut, and whether there is one is asked where all
+//   threads answer alike; backward, a bias has no work on elements, for its gradient sums dz, as the mean's does.
+// - Forward, shortcuts are read where y is written. Backward, they are read for the sums alone, and dshortcut is the dz
+//   that is held, or computed again, where dx is written.
+//
+// Not run on a GPU yet: the tests run this source on the CPU (emulation/emulation.h), and its speed is unknown.
+
+#ifndef TF_AGC_CC_CORE_CUDA_KERNELS_H_
+#define TF_AGC_CC_CORE_CUDA_KERNELS_H_
+
+#include <cstdint>
+
+#include "cc/core/cuda/plan.h"
+#include "cc/core/cuda/primitives.h"
+#include "cc/core/cuda/sums.h"
+#include "cc/core/cuda/walk.h"
+#include "cc/core/types.h"
+
+namespace tf_agc {
+namespace core {
+namespace cuda {
+
+// What a kernel is launched with.
+template <class Args>
+struct LaunchArgs {
+  Args args;  // With the effective activation.
+  Walk walk;
+  int64_t first_tile;
+  double* block_sums;   // [tiles of the launch][blocks of a tile][sums][maps of a tile].
+  double* sample_sums;  // [ChannelGradients()][batch][channels]; null for one sample without a bias.
+  double* dz_sums;      // [batch][channels], the last of these; null without a bias.
+};
+
+// What stands for the elements of an input that a kernel does not have.
+struct Absent {};
+
+// PassType is a pass (forward.cu, backward.cu): what is summed and written, apart from where its inputs and sums lie.
+// Its Finish() turns the totals of one map into its parameters; with `first`, once for each map, it also writes what
+// the map has for others.
+
+// What the first of the maps that a thread finishes needs beside its sums.
+template <class PassType>
+TF_AGC_DEVICE typename PassType::OfMap ReadFirst(const LaunchArgs<typename PassType::Args>& launch, int64_t tile) {
+  const int i = static_cast<int>(threadIdx.x);
+  const int64_t map = i < TileMaps(launch.walk) ? MapOf(launch.walk, tile, i) : -1;
+  return map < 0 ? typename PassType::OfMap{} : PassType::Read(launch, map);
+}
+
+// Turns a tile's sums into parameters[kParameters][maps of the tile]: total(i) is the sum of all blocks, of_first comes
+// from ReadFirst(). Ends with a barrier.
+template <class PassType, class Total>
+TF_AGC_DEVICE void FinishTile(const LaunchArgs<typename PassType::Args>& launch, int64_t tile,
+                              const typename PassType::OfMap& of_first, bool first, const Total& total,
+                              typename PassType::S* parameters) {
+  constexpr int kSums = PassType::kSums, kParameters = PassType::kParameters;
+  const int maps = TileMaps(launch.walk);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < maps; i += static_cast<int>(blockDim.x)) {
+    const int64_t map = MapOf(launch.walk, tile, i);
+    if (map < 0) continue;
+    const typename PassType::OfMap of_map = i == thread ? of_first : PassType::Read(launch, map);
+    double totals[kSums];
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) totals[s] = total(s * maps + i);
+    typename PassType::S out[kParameters];
+    PassType::Finish(launch, map, of_map, totals, first, out);
+#pragma unroll
+    for (int k = 0; k < kParameters; ++k) parameters[k * maps + i] = out[k];
+  }
+  __syncthreads();
+}
+
+// The parameters of a thread's own column.
+template <class ThreadType, int kParameters, class S>
+TF_AGC_DEVICE void ReadParameters(const Walk& walk, const ThreadType& thread, const S* parameters,
+                                  S (&out)[kParameters][ThreadType::kMaps]) {
+#pragma unroll
+  for (int k = 0; k < kParameters; ++k) {
+#pragma unroll
+    for (int i = 0; i < ThreadType::kMaps; ++i) {
+      out[k][i] = parameters[k * TileMaps(walk) + thread.column * ThreadType::kMaps + i];
+    }
+  }
+}
+
+// One launch for tiles that fit on chip: a cluster (or a block alone) sums, exchanges, writes.
+template <class PassType, int kVector, Layout kLayout>
+__global__ void __launch_bounds__(kMaxThreads)
+    OnChip(const __grid_constant__ LaunchArgs<typename PassType::Args> launch) {
+  using ThreadType = Thread<kVector, kLayout>;
+  using S = typename PassType::S;
+  constexpr int kSums = PassType::kSums, kParameters = PassType::kParameters, kMaps = ThreadType::kMaps;
+  const Walk& walk = launch.walk;
+  unsigned char* shared = SharedMemory();
+  const SharedLayout layout = MakeSharedLayout(walk, kSums, kParameters, 0);
+  double* tile_sums = reinterpret_cast<double*>(shared);
+  S* parameters = reinterpret_cast<S*>(shared + layout.parameters);
+  const ThreadType thread(walk, launch.first_tile);
+
+  S sums[kSums][kMaps];
+  PassType::SumAndHold(launch, thread, shared + layout.held, sums);
+  const typename PassType::OfMap of_first = ReadFirst<PassType>(launch, thread.tile);
+  AddThreads<ThreadType, kSums>(walk, thread, sums, reinterpret_cast<double*>(shared + layout.warp_sums), tile_sums);
+  if (walk.blocks == 1) {
+    __syncthreads();
+    FinishTile<PassType>(launch, thread.tile, of_first, true, [&](int i) { return tile_sums[i]; }, parameters);
+  } else {
+    ClusterArrive();
+    ClusterWait();
+    auto total = [&](int i) {
+      double sum = 0;
+#pragma unroll 4
+      for (int rank = 0; rank < walk.blocks; ++rank) sum += OfRank(tile_sums, rank)[i];
+      return sum;
+    };
+    FinishTile<PassType>(launch, thread.tile, of_first, thread.block == 0, total, parameters);
+    ClusterArrive();  // This block has read what it needs of the others.
+  }
+  S own[kParameters][kMaps];
+  ReadParameters(walk, thread, parameters, own);
+  PassType::WriteHeld(launch, thread, shared + layout.held, own);
+  if (walk.blocks > 1) ClusterWait();  // Shared memory must live until all others have read it.
+}
+
+// Two launches for all others. The first one sums.
+template <class PassType, int kVector, Layout kLayout>
+__global__ void __launch_bounds__(kMaxThreads)
+    SumTiles(const __grid_constant__ LaunchArgs<typename PassType::Args> launch) {
+  using ThreadType = Thread<kVector, kLayout>;
+  constexpr int kSums = PassType::kSums;
+  unsigned char* shared = SharedMemory();
+  const SharedLayout layout = MakeSharedLayout(launch.walk, kSums, PassType::kParameters, 0);
+  const ThreadType thread(launch.walk, launch.first_tile);
+  double totals[kSums][ThreadType::kMaps];
+  PassType::Sum(launch, thread, totals);
+  AddThreads<ThreadType, kSums>(launch.walk, thread, totals, reinterpret_cast<double*>(shared + layout.warp_sums),
+                                launch.block_sums + int64_t{blockIdx.x} * kSums * TileMaps(launch.walk));
+}
+
+// The second one reads again and writes.
+template <class PassType, int kVector, Layout kLayout>
+__global__ void __launch_bounds__(kMaxThreads)
+    WriteTiles(const __grid_constant__ LaunchArgs<typename PassType::Args> launch) {
+  using ThreadType = Thread<kVector, kLayout>;
+  using S = typename PassType::S;
+  constexpr int kSums = PassType::kSums, kParameters = PassType::kParameters;
+  const Walk& walk = launch.walk;
+  const SharedLayout layout = MakeSharedLayout(walk, kSums, kParameters, 0);
+  S* parameters = reinterpret_cast<S*>(SharedMemory() + layout.parameters);
+  const ThreadType thread(walk, launch.first_tile);
+  const typename PassType::OfMap of_first = ReadFirst<PassType>(launch, thread.tile);
+  const int tile_sums = kSums * TileMaps(walk);
+  const double* sums = launch.block_sums + (thread.tile - launch.first_tile) * walk.blocks * tile_sums;
+  auto total = [&](int i) {
+    double sum = 0;
+    for (int block = 0; block < walk.blocks; ++block) sum += sums[block * tile_sums + i];
+    return sum;
+  };
+  FinishTile<PassType>(launch, thread.tile, of_first, thread.block == 0, total, parameters);
+  S own[kParameters][ThreadType::kMaps];
+  ReadParameters(walk, thread, parameters, own);
+  PassType::WriteAgain(launch, thread, own);
+}
+
+}  // namespace cuda
+}  // namespace core
+}  // namespace tf_agc
+
+#endif  // TF_AGC_CC_CORE_CUDA_KERNELS_H_

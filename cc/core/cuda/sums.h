@@ -1,0 +1,163 @@
+// Sums along a thread's column, then over the threads of a tile. Their order is fixed by the plan.
+
+#ifndef TF_AGC_CC_CORE_CUDA_SUMS_H_
+#define TF_AGC_CC_CORE_CUDA_SUMS_H_
+
+#include <cstdint>
+
+#include "cc/core/cuda/plan.h"
+#include "cc/core/cuda/primitives.h"
+#include "cc/core/cuda/walk.h"
+#include "cc/core/types.h"
+
+namespace tf_agc {
+namespace core {
+namespace cuda {
+
+// Adds neighbours, then neighbouring pairs, and so on.
+template <int kCount, class S>
+TF_AGC_DEVICE S AddTree(const S* terms, int stride = 1) {
+  if constexpr (kCount == 1) {
+    return terms[0];
+  } else {
+    return AddTree<kCount / 2>(terms, stride) + AddTree<kCount / 2>(terms + kCount / 2 * stride, stride);
+  }
+}
+
+// The same for a power of two up to the warps of a block.
+TF_AGC_DEVICE double AddWarps(const double* terms, int stride, int count) {
+  static_assert(kMaxThreads / 32 == 8, "the cases below");
+  switch (count) {
+    case 1:
+      return AddTree<1>(terms, stride);
+    case 2:
+      return AddTree<2>(terms, stride);
+    case 4:
+      return AddTree<4>(terms, stride);
+    default:
+      return AddTree<8>(terms, stride);
+  }
+}
+
+// Adds kCount steps to sums[kSums][kMaps]. terms(inputs, i, out) gives the kSums terms of the i-th element of a step.
+template <int kCount, int kVector, int kSums, int kMaps, class S, class Inputs, class Terms>
+TF_AGC_DEVICE void AddSteps(Inputs (&inputs)[kCount], const Terms& terms, S (&sums)[kSums][kMaps]) {
+  S of_step[kSums][kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    S of_element[kSums][kCount];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      S out[kSums];
+      terms(inputs[u], i, out);
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) of_element[s][u] = out[s];
+    }
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) of_step[s][i] = AddTree<kCount>(of_element[s]);
+  }
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    if constexpr (kMaps == kVector) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sums[s][i] += of_step[s][i];
+    } else {
+      sums[s][0] += AddTree<kVector>(of_step[s]);
+    }
+  }
+}
+
+// Adds the steps [begin, end), kUnroll at a time. wait_for(step) returns when that step and those that are loaded with
+// it can be; load(step) reads a step's inputs; after its terms are taken, keep(step, inputs).
+template <int kVector, int kSums, int kMaps, class S, class WaitFor, class Load, class Terms, class Keep>
+TF_AGC_DEVICE void SumSteps(int begin, int end, const WaitFor& wait_for, const Load& load, const Terms& terms,
+                            const Keep& keep, S (&sums)[kSums][kMaps]) {
+  using Inputs = decltype(load(0));
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+    for (int i = 0; i < kMaps; ++i) sums[s][i] = S(0);
+  }
+  int step = begin;
+  for (; step + kUnroll <= end; step += kUnroll) {
+    wait_for(step);
+    Inputs inputs[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) inputs[u] = load(step + u);
+    AddSteps<kUnroll, kVector>(inputs, terms, sums);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) keep(step + u, inputs[u]);
+  }
+  for (; step < end; ++step) {
+    wait_for(step);
+    Inputs inputs[1] = {load(step)};
+    AddSteps<1, kVector>(inputs, terms, sums);
+    keep(step, inputs[0]);
+  }
+}
+
+// Adds all steps of a thread, in S over kFloatTerms of them and then in double.
+template <class S, class ThreadType, int kSums, class Load, class Terms>
+TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Terms& terms,
+                          double (&totals)[kSums][ThreadType::kMaps]) {
+  constexpr int kMaps = ThreadType::kMaps;
+  auto wait_for = [](int) {};
+  auto forget = [](int, const auto&) {};
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+    for (int i = 0; i < kMaps; ++i) totals[s][i] = 0;
+  }
+  for (int begin = 0; begin < thread.count; begin += kFloatTerms) {
+    const int rest = thread.count - begin;
+    S sums[kSums][kMaps];
+    const int end = begin + (rest < kFloatTerms ? rest : kFloatTerms);
+    SumSteps<ThreadType::kVector>(begin, end, wait_for, load, terms, forget, sums);
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+      for (int i = 0; i < kMaps; ++i) totals[s][i] += static_cast<double>(sums[s][i]);
+    }
+  }
+}
+
+// Adds what the threads of each column have: tile_sums[kSums][maps of the tile]. Before others read it, a barrier.
+template <class ThreadType, int kSums, class S>
+TF_AGC_DEVICE void AddThreads(const Walk& walk, const ThreadType& thread, const S (&sums)[kSums][ThreadType::kMaps],
+                              double* warp_sums, double* tile_sums) {
+  constexpr int kMaps = ThreadType::kMaps;
+  double values[kSums][kMaps];
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+    for (int i = 0; i < kMaps; ++i) values[s][i] = static_cast<double>(sums[s][i]);
+  }
+  // Lanes of a column are next to each other, or `columns` threads apart.
+  const int lanes = LanesPerWarp(walk);
+  const int apart = walk.layout == Layout::kChannelsLast ? walk.columns : 1;
+  for (int offset = apart; offset < lanes * apart; offset *= 2) {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+      for (int i = 0; i < kMaps; ++i) values[s][i] += __shfl_xor_sync(0xffffffffu, values[s][i], offset);
+    }
+  }
+  const int maps = TileMaps(walk), warp = thread.lane / lanes;
+  if (thread.lane == warp * lanes) {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+      for (int i = 0; i < kMaps; ++i) warp_sums[(warp * kSums + s) * maps + thread.column * kMaps + i] = values[s][i];
+    }
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < kSums * maps; i += static_cast<int>(blockDim.x)) {
+    tile_sums[i] = AddWarps(warp_sums + i, kSums * maps, WarpsPerColumn(walk));
+  }
+}
+
+}  // namespace cuda
+}  // namespace core
+}  // namespace tf_agc
+
+#endif  // TF_AGC_CC_CORE_CUDA_SUMS_H_

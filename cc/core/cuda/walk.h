@@ -1,0 +1,77 @@
+// One thread's way through the maps, as the plan laid it out, in steps whose loads come several at a time.
+
+#ifndef TF_AGC_CC_CORE_CUDA_WALK_H_
+#define TF_AGC_CC_CORE_CUDA_WALK_H_
+
+#include <cstdint>
+
+#include "cc/core/cuda/plan.h"
+#include "cc/core/cuda/primitives.h"
+#include "cc/core/types.h"
+
+namespace tf_agc {
+namespace core {
+namespace cuda {
+
+constexpr int kUnroll = 4;  // Steps whose loads a thread has in flight at once: 64 bytes of each tensor.
+
+template <int kVector_, Layout kLayout>
+struct Thread {
+  static constexpr int kVector = kVector_;
+  static constexpr int kMaps = kLayout == Layout::kChannelsLast ? kVector : 1;  // That one step touches.
+
+  int64_t tile;
+  int block;  // Of the tile.
+  int column;
+  int lane;
+  int64_t map;      // The first one, n * channels + c; -1 where the column is past the end.
+  int64_t element;  // Of the first step.
+  int64_t stride;   // Elements from one of the thread's steps to its next.
+  int count;        // Of steps.
+
+  TF_AGC_DEVICE explicit Thread(const Walk& walk, int64_t first_tile) {
+    const unsigned thread = threadIdx.x;
+    const unsigned in_launch = blockIdx.x / static_cast<unsigned>(walk.blocks);
+    tile = first_tile + in_launch;
+    block = static_cast<int>(blockIdx.x - in_launch * static_cast<unsigned>(walk.blocks));
+    if (kLayout == Layout::kChannelsLast) {
+      lane = static_cast<int>(thread / static_cast<unsigned>(walk.columns));
+      column = static_cast<int>(thread) - lane * walk.columns;
+    } else {
+      column = static_cast<int>(thread / static_cast<unsigned>(walk.lanes));
+      lane = static_cast<int>(thread) - column * walk.lanes;
+    }
+    map = MapOf(walk, tile, column * kMaps);
+    const int64_t first = block * walk.block_steps + lane;
+    const int64_t block_end = (block + 1) * walk.block_steps;
+    const int64_t end = block_end < walk.steps ? block_end : walk.steps;
+    count = map < 0 || first >= end
+                ? 0
+                : static_cast<int>((static_cast<uint32_t>(end - first) - 1) / static_cast<unsigned>(walk.lanes) + 1);
+    element = map < 0 ? 0 : FirstElement(walk, map) + first * StepElements(walk);
+    stride = walk.lanes * StepElements(walk);
+  }
+
+  TF_AGC_DEVICE int64_t Element(int step) const { return element + step * stride; }
+};
+
+// Calls write(step, inputs) for every step of a thread; the loads of several steps come before their writes.
+template <class Load, class Write>
+TF_AGC_DEVICE void WriteSteps(int count, const Load& load, const Write& write) {
+  using Inputs = decltype(load(0));
+  int step = 0;
+  for (; step + kUnroll <= count; step += kUnroll) {
+    Inputs inputs[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) inputs[u] = load(step + u);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) write(step + u, inputs[u]);
+  }
+  for (; step < count; ++step) write(step, load(step));
+}
+
+}  // namespace cuda
+}  // namespace core
+}  // namespace tf_agc
+
+#endif  // TF_AGC_CC_CORE_CUDA_WALK_H_
