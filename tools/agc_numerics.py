@@ -117,8 +117,6 @@ def allowed_errors(case: Case, want: dict[str, np.ndarray]) -> dict[str, np.ndar
         roundings = 4 * epsilon if name in from_rounded_y else 16 * epsilon_u
         # Denormals of T are flushed to 0 or not, as the thread that runs the kernel is set up.
         allowed[name] = rounding * np.abs(values) + roundings * largest[name] + SMALLEST_NORMAL[case.dtype]
-        if name == "y" and case.activation == "elu":
-            allowed[name] = (
-                allowed[name] + case.alpha * EPSILON["float64"]
-            )  # the reference's own: stock elu is exp(z) - 1
+        if name == "y" and case.activation == "elu":  # the reference's own: stock elu is exp(z) - 1
+            allowed[name] = allowed[name] + case.alpha * EPSILON["float64"]
     return allowed
