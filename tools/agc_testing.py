@@ -225,7 +225,7 @@ def floating_point_control():
 
 
 class Counters:
-    """Calls and in-place calls since `reset`, counted in the kernels."""
+    """Calls and in-place calls since `reset`, counted in the kernels; with XLA, in its custom calls."""
 
     _NAMES = (
         "forward",
@@ -236,17 +236,18 @@ class Counters:
         "forward_over_shortcut",
         "dshortcut_over_dy",
     )
+    _XLA_NAMES = ("forward", "forward_in_place", "backward", "dx_over_dy", "dshortcut_over_dy")
 
-    def __init__(self):
-        self._library = ctypes.CDLL(str(native.STATUS.library))
-
-    def reset(self):
-        self._library.TfAgcResetCounters()
+    def __init__(self, xla=False):
+        library = ctypes.CDLL(str((native.XLA_STATUS if xla else native.STATUS).library))
+        self._names = self._XLA_NAMES if xla else self._NAMES
+        self.reset = library.TfAgcXlaResetCounters if xla else library.TfAgcResetCounters
+        self._read = library.TfAgcXlaCounters if xla else library.TfAgcCounters
 
     def read(self):
-        values = (ctypes.c_int64 * len(self._NAMES))()
-        self._library.TfAgcCounters(values, len(self._NAMES))
-        return dict(zip(self._NAMES, values, strict=True))
+        values = (ctypes.c_int64 * len(self._names))()
+        self._read(values, len(self._names))
+        return dict(zip(self._names, values, strict=True))
 
 
 def python(*arguments, path=None, check=True, prefix=(), **environment):

@@ -19,6 +19,7 @@ from agc_testing import (
     DATA_FORMATS,
     DTYPES,
     OPTIONAL,
+    Counters,
     assert_close,
     check,
     make_case,
@@ -39,26 +40,9 @@ def xla_required(native_required):
         pytest.fail(f"this test needs the library of the XLA kernels: {native.XLA_STATUS.reason}")
 
 
-class _XlaCounters:
-    """Custom calls, and those in place, since `reset`."""
-
-    _NAMES = ("forward", "forward_in_place", "backward", "dx_over_dy", "dshortcut_over_dy")
-
-    def __init__(self):
-        self._library = ctypes.CDLL(str(native.XLA_STATUS.library))
-
-    def reset(self):
-        self._library.TfAgcXlaResetCounters()
-
-    def read(self):
-        values = (ctypes.c_int64 * len(self._NAMES))()
-        self._library.TfAgcXlaCounters(values, len(self._NAMES))
-        return dict(zip(self._NAMES, values, strict=True))
-
-
 @pytest.fixture
 def xla_counters():
-    counters = _XlaCounters()
+    counters = Counters(xla=True)
     counters.reset()
     return counters
 
