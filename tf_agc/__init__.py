@@ -39,10 +39,11 @@ from tf_agc.calibration import calibrate  # noqa: E402
 from tf_agc.conversion import conversion_table, convert  # noqa: E402
 from tf_agc.export import export_saved_model  # noqa: E402
 from tf_agc.functional import agc  # noqa: E402
+from tf_agc.gain_plot import plot_gains  # noqa: E402
 from tf_agc.implementation import DEFAULT as _DEFAULT  # noqa: E402
 from tf_agc.implementation import implementation  # noqa: E402
 from tf_agc.layer import AutomaticGainControl  # noqa: E402
-from tf_agc.monitor import GainMonitor, plot_gains  # noqa: E402
+from tf_agc.monitor import GainMonitor  # noqa: E402
 from tf_agc.standardized import (  # noqa: E402
     StandardizedConv1D,
     StandardizedConv2D,

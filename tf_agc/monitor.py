@@ -1,11 +1,9 @@
-"""`tf_agc.GainMonitor` records what a model's AutomaticGainControl layers do in training, `tf_agc.plot_gains` draws it.
+"""`tf_agc.GainMonitor` records what a model's AutomaticGainControl layers do in training.
 
-The CSV file's format lives here, with everything that writes and reads it. The pass that shows the layers' outputs is
+When it records and what lives here. The file's format is `tf_agc.gain_log`'s, the pass that shows the layers' outputs
 `tf_agc.forward_pass`'s.
 """
 
-import csv
-import io
 import itertools
 import math
 import os
@@ -19,23 +17,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_agc import forward_pass, functional
+from tf_agc import forward_pass, functional, gain_log
 from tf_agc import layer as agc_layer
-
-CSV_NAME = "gains.csv"
-PNG_NAME = "gains.png"
-
-_QUANTITIES = {
-    "gain": "gain",
-    "mean_scale": "mean scale",
-    "output_std": "output standard deviation",
-    "sparsity": "sparsity: fraction of zeros",
-    "bias": "bias",
-}
-_WEIGHTS = ("gain", "mean_scale", "bias")
-_OVER_CHANNELS: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
-_COUNTS = ["epoch", "step", "iterations"]
-_COLUMNS = [*_COUNTS, "layer", *(f"{name}_{over}" for name in _QUANTITIES for over in _OVER_CHANNELS)]
 
 
 class GainMonitor(keras.callbacks.Callback):
@@ -94,7 +77,7 @@ class GainMonitor(keras.callbacks.Callback):
         is_steps = isinstance(update_freq, int) and not isinstance(update_freq, bool) and update_freq >= 1
         if update_freq != "epoch" and not is_steps:
             raise ValueError(f"update_freq must be 'epoch' or a number of steps >= 1, got {update_freq!r}")
-        directory = _as_text("log_dir", log_dir)
+        directory = gain_log.as_text("log_dir", log_dir)
         if not directory or "://" in directory:
             raise ValueError(f"log_dir must be a local directory, got {directory!r}")
         self.log_dir = pathlib.Path(directory)
@@ -121,14 +104,14 @@ class GainMonitor(keras.callbacks.Callback):
                 f"this GainMonitor records the model '{first.name}' of its first training, got another model, "
                 f"'{self.model.name}': make a GainMonitor for it, with another log_dir"
             )
-        path = self.log_dir / CSV_NAME
-        if first is None and _is_written(path):
+        path = self.log_dir / gain_log.CSV_NAME
+        if first is None and gain_log.is_written(path):
             if not self.append:
                 raise FileExistsError(
                     f"{path} exists: choose another log_dir, or continue it with append=True. Where a tuner trains "
                     "copies of this callback, make a GainMonitor for each trial, with a log_dir of its own"
                 )
-            _read(path)  # errors before the first step, not after it
+            gain_log.read(path)  # errors before the first step, not after it
         self._recorded_model = self.model
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -143,10 +126,10 @@ class GainMonitor(keras.callbacks.Callback):
     def _find_place(self) -> None:
         """Sets the step that the model is at, as a training begins, and cuts off what the log has beyond it."""
         self._epoch_start, self._recorded_step = self._step, None
-        path = self.log_dir / CSV_NAME
-        if not _is_written(path):
+        path = self.log_dir / gain_log.CSV_NAME
+        if not gain_log.is_written(path):
             return
-        rows, iterations = _read(path), _iterations(self.model)
+        rows, iterations = gain_log.read(path), _iterations(self.model)
         place: dict[str, Any] | None = rows[-1]
         self._epoch_start = max(self._step, rows[-1]["step"])
         evidence, certain = "as its optimizer counts", True
@@ -176,7 +159,7 @@ class GainMonitor(keras.callbacks.Callback):
                 f"{evidence}: the records beyond it are cut off{copy}",
                 stacklevel=2,
             )
-        _cut(path, self._epoch_start + (self._recorded_step is not None))
+        gain_log.cut(path, self._epoch_start + (self._recorded_step is not None))
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         before, self._step = self._step - self._epoch_start, self._epoch_start + batch
@@ -193,7 +176,7 @@ class GainMonitor(keras.callbacks.Callback):
         self._step = self._epoch_start = self._epoch_start + self._trained(batches)
         if self._step == self._recorded_step and self._recorded_iterations != _iterations(self.model):
             # At the end of data of unknown length the count may rise once more, without a batch.
-            _cut(self.log_dir / CSV_NAME, self._step)
+            gain_log.cut(self.log_dir / gain_log.CSV_NAME, self._step)
             self._recorded_step = None
         if self._step != self._recorded_step:
             self._record()
@@ -221,19 +204,19 @@ class GainMonitor(keras.callbacks.Callback):
             self._write_summaries(record, *self._tensorboard)
 
     def _write_csv(self, record: dict[str, dict[str, np.ndarray]]) -> None:
-        path = self.log_dir / CSV_NAME
+        path = self.log_dir / gain_log.CSV_NAME
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        rows: list[list[Any]] = [] if _is_written(path) else [_COLUMNS]
+        rows: list[list[Any]] = [] if gain_log.is_written(path) else [gain_log.COLUMNS]
         for layer, values in record.items():
             cells = [
                 f"{over(values[name]):.6g}" if name in values else ""
-                for name in _QUANTITIES
-                for over in _OVER_CHANNELS.values()
+                for name in gain_log.QUANTITIES
+                for over in gain_log.OVER_CHANNELS.values()
             ]
             rows.append([self._epoch, self._step, self._recorded_iterations, layer, *cells])
         # Opened for each record, and written at once: no file is left open, or with half a record, when training fails.
         with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(_as_csv(rows))
+            file.write(gain_log.as_csv(rows))
 
     def _write_summaries(
         self, record: dict[str, dict[str, np.ndarray]], scalar_pb: Callable[..., Any], histogram_pb: Callable[..., Any]
@@ -345,8 +328,8 @@ def _tensorboard_summaries() -> tuple[Callable[..., Any], Callable[..., Any]] | 
         from tensorboard.plugins.scalar.summary_v2 import scalar_pb
     except ImportError as error:
         warnings.warn(
-            f"GainMonitor writes {CSV_NAME} and nothing for TensorBoard, whose package tensorboard cannot be imported "
-            f'({error}): pip install "tf-agc[plot]"',
+            f"GainMonitor writes {gain_log.CSV_NAME} and nothing for TensorBoard, whose package tensorboard cannot be "
+            f'imported ({error}): pip install "tf-agc[plot]"',
             stacklevel=3,
         )
         return None
@@ -359,69 +342,20 @@ def _unique(name: str, taken: Container[str]) -> str:
     return next(one for one in itertools.chain([name], numbered) if one not in taken)
 
 
-def _as_text(name: str, path: Any) -> str:
-    """The path in an argument of this name."""
-    text = os.fspath(path) if isinstance(path, os.PathLike) else path
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be a path, as str or os.PathLike, got {path!r}")
-    return text
-
-
-def _is_written(path: pathlib.Path) -> bool:
-    return path.exists() and path.stat().st_size > 0
-
-
-def _as_csv(rows: list[list[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def _cut(path: pathlib.Path, step: int) -> None:
-    """Removes the records of a step and all behind it from a file that `_read` takes."""
-    header, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
-    kept = [cells for cells in rows if int(cells[_COLUMNS.index("step")]) < step]
-    if len(kept) < len(rows):
-        # In one step: a process that ends here leaves the old file or the new one.
-        new = path.with_name(f"{path.name}.new")
-        new.write_text(_as_csv([header, *kept]), encoding="utf-8", newline="")
-        new.replace(path)
-
-
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a file that GainMonitor wrote: counts as int, values as float, NaN where there is none."""
-    text = path.read_text(encoding="utf-8", errors="replace")  # what is not text fails below
-    header = ",".join(_COLUMNS) + "\n"
-    if not text.startswith(header):
-        raise ValueError(f"{path} was not written by GainMonitor: its first line must be {header.rstrip()}")
-    if text == header or not text.endswith("\n"):
-        raise ValueError(f"{path} ends within a record: remove its last line")
-    reader = csv.reader(io.StringIO(text))
-    next(reader)
-    rows = []
-    for cells in reader:
-        try:
-            epoch, step, iterations, layer, *values = cells
-            numbers = [float(value or "nan") for value in values]
-            counts = [int(epoch), int(step), int(iterations)]
-            row = dict(zip(_COLUMNS, [*counts, layer, *numbers], strict=True))
-        except ValueError:
-            expected = f"{', '.join(_COUNTS)}, layer and {len(_COLUMNS) - 4} numbers"
-            raise ValueError(f"{path}, line {reader.line_num} must have {expected}, got {cells}: remove it") from None
-        rows.append(row)
-    return rows
-
-
 def _last_with_weights(rows: list[dict[str, Any]], record: dict[str, dict[str, np.ndarray]]) -> dict[str, Any] | None:
     """A row of the last moment at which the layers had the weights that they have in `record`, None if there is none.
 
     Layers are compared in their order, as a model that was made again may have other names for them.
     """
     now = [
-        [over(values[name]) if name in values else math.nan for name in _WEIGHTS for over in _OVER_CHANNELS.values()]
+        [
+            over(values[name]) if name in values else math.nan
+            for name in gain_log.WEIGHTS
+            for over in gain_log.OVER_CHANNELS.values()
+        ]
         for values in reversed(record.values())
     ]
-    columns = [f"{name}_{over}" for name in _WEIGHTS for over in _OVER_CHANNELS]
+    columns = [f"{name}_{over}" for name in gain_log.WEIGHTS for over in gain_log.OVER_CHANNELS]
     for _, group in itertools.groupby(reversed(rows), lambda row: row["step"]):
         moment = list(group)
         then = [[row[column] for column in columns] for row in moment]
@@ -429,87 +363,3 @@ def _last_with_weights(rows: list[dict[str, Any]], record: dict[str, dict[str, n
         if len(then) == len(now) and np.allclose(then, now, rtol=1e-5, atol=0, equal_nan=True):
             return moment[0]
     return None
-
-
-def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> pathlib.Path:
-    """Draws what `GainMonitor` recorded: each quantity against depth, one line for each of up to 8 moments of training.
-
-    The lines are means over the channels, from light (the first record) to dark (the last); the grey bars go from the
-    smallest to the largest channel of the last record. Layers stand in the order of execution, the first on top.
-
-    Args:
-        log: the `log_dir` of a GainMonitor, or the path of its `gains.csv`.
-        path: the file to write, its name ending in .png; None means `gains.png` beside the CSV file. An earlier one is
-            replaced.
-
-    Returns:
-        The path of the PNG file.
-
-    Raises:
-        ImportError: the package matplotlib is not installed (`pip install "tf-agc[plot]"` brings it).
-        TypeError: log or path is no path.
-        FileNotFoundError: there is no such log.
-        ValueError: the file was not written by GainMonitor, or not to its end; path does not end in .png.
-    """
-    try:
-        from matplotlib import colormaps, colors
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.figure import Figure  # without pyplot, which would choose a window system
-    except ImportError as error:
-        raise ImportError('plot_gains needs the package matplotlib: pip install "tf-agc[plot]"') from error
-
-    log = pathlib.Path(_as_text("log", log))
-    log = log / CSV_NAME if log.is_dir() else log
-    if not log.is_file():
-        raise FileNotFoundError(f"log must be a directory with {CSV_NAME}, or that file, got {log}")
-    path = log.with_name(PNG_NAME) if path is None else pathlib.Path(_as_text("path", path))
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"path must end in .png, got {str(path)!r}")
-    rows = _read(log)
-
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    records = {step: {row["layer"]: row for row in rows if row["step"] == step} for step in _moments(rows)}
-    last = records[max(records)]
-    depth = np.arange(len(layers))
-
-    def values(record: dict[str, dict[str, Any]], column: str) -> list[float]:
-        return [record[layer][column] if layer in record else np.nan for layer in layers]
-
-    quantities = dict(_QUANTITIES)
-    if all(math.isnan(row["bias_mean"]) for row in rows):
-        del quantities["bias"]
-    figure = Figure(figsize=(3.5 * len(quantities), 2 + 0.22 * max(len(layers), 8)), layout="constrained")
-    panels = figure.subplots(1, len(quantities), sharey=True)
-    light_to_dark = colormaps["viridis_r"]
-    norm = colors.Normalize(min(records), max(max(records), min(records) + 1))
-    for axes, (name, title) in zip(panels, quantities.items(), strict=True):
-        axes.hlines(depth, values(last, f"{name}_min"), values(last, f"{name}_max"), color="0.88", linewidth=7)
-        for step, record in records.items():
-            color = light_to_dark(norm(step))
-            axes.plot(values(record, f"{name}_mean"), depth, "o-", color=color, linewidth=1, markersize=4)
-        axes.set_xlabel(title)
-        if name == "sparsity":
-            axes.set_xlim(-0.02, 1.02)
-        # Few and small: mean scales are near 1, and their labels long.
-        axes.locator_params(axis="x", nbins=5)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.grid(axis="x", color="0.85", linewidth=0.5)
-    panels[0].set_yticks(depth, [layer if len(layer) <= 40 else "..." + layer[-37:] for layer in layers], fontsize=8)
-    panels[0].set_ylabel("layer, in the order of execution")
-    panels[0].set_ylim(len(layers) - 0.5, -0.5)
-    figure.colorbar(
-        ScalarMappable(norm, light_to_dark), ax=panels, label="training step", ticks=list(records), pad=0.01
-    )
-    figure.suptitle("Means over channels; grey: from the smallest to the largest channel at the last step", fontsize=10)
-
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    path.write_bytes(image.getvalue())
-    return path
-
-
-def _moments(rows: list[dict[str, Any]]) -> list[int]:
-    """Up to 8 of the recorded steps, evenly spread, the first and the last among them."""
-    steps = sorted({row["step"] for row in rows})
-    chosen = np.linspace(0, len(steps) - 1, min(len(steps), 8)).round().astype(int)
-    return [steps[index] for index in chosen]
