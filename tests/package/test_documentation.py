@@ -1,5 +1,5 @@
 """The pages for people stay true: their Python runs, their links and paths lead somewhere, messages that they quote are
-printed, and the API reference can be made. What the pages should say is not tested here.
+printed, and the API reference can be made. They stay narrow enough to read. What the pages should say is not tested.
 """
 
 import importlib.util
@@ -110,6 +110,34 @@ def test_paths(page):
     paths += [f"tools/{name.replace('.', '/')}.py" for name in modules]
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing, f"{name_of(page)} names {missing}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
+def test_page_is_narrow(page):
+    """Lines of at most 120 characters, as in the sources, and tables that fit a screen."""
+    text = page.read_text(encoding="utf-8")
+    long = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 120]
+    assert not long, f"{name_of(page)} has more than 120 characters in lines {long}"
+    assert not re.search(r"^\|([-: ]+\|){8}", text, re.MULTILINE), f"{name_of(page)} has a table of more than 7 columns"
+
+
+def test_picture_of_the_layer_is_what_its_script_draws(tmp_path):
+    python(ROOT / "tools" / "draw_layer.py", "--output", tmp_path / "layer.svg")
+    assert (tmp_path / "layer.svg").read_bytes() == (ROOT / "docs" / "layer.svg").read_bytes()
+
+
+# ---- Architecture
+
+SOURCES = (".bzl", ".cc", ".cu", ".h", ".lock", ".py", ".sh")
+
+
+def test_architecture_lists_every_folder():
+    """Each folder with sources has a row of its own: what lives there, and what must not."""
+    tops = ("bazel", "cc", "requirements", "tests", "tf_agc", "tools")
+    files = [file for top in tops for file in (ROOT / top).rglob("*") if file.suffix in SOURCES]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([\w/]+)` \|", page, re.MULTILINE))
+    assert listed == {str(file.parent.relative_to(ROOT)) for file in files}
 
 
 # ---- Messages. A block of docs/troubleshooting.md whose language is "text" quotes one; the word behind it says who
