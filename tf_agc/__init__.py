@@ -43,6 +43,12 @@ from tf_agc.implementation import DEFAULT as _DEFAULT  # noqa: E402
 from tf_agc.implementation import implementation  # noqa: E402
 from tf_agc.layer import AutomaticGainControl  # noqa: E402
 from tf_agc.monitor import GainMonitor, plot_gains  # noqa: E402
+from tf_agc.standardized import (  # noqa: E402
+    StandardizedConv1D,
+    StandardizedConv2D,
+    StandardizedConv3D,
+    StandardizedDepthwiseConv2D,
+)
 from tf_agc.version import version_for as _version_for  # noqa: E402
 
 # Nothing is built in a fresh checkout: its version is that of a build for the TensorFlow that runs.
@@ -51,6 +57,10 @@ __version__ = _version_for(_native.STATUS.built_for or _tf.__version__)
 __all__ = [
     "AutomaticGainControl",
     "GainMonitor",
+    "StandardizedConv1D",
+    "StandardizedConv2D",
+    "StandardizedConv3D",
+    "StandardizedDepthwiseConv2D",
     "__version__",
     "agc",
     "calibrate",
