@@ -126,18 +126,15 @@ def test_picture_of_the_layer_is_what_its_script_draws(tmp_path):
     assert (tmp_path / "layer.svg").read_bytes() == (ROOT / "docs" / "layer.svg").read_bytes()
 
 
-# ---- Architecture
-
-SOURCES = (".bzl", ".cc", ".cu", ".h", ".lock", ".py", ".sh")
-
-
 def test_architecture_lists_every_folder():
     """Each folder with sources has a row of its own: what lives there, and what must not."""
-    tops = ("bazel", "cc", "requirements", "tests", "tf_agc", "tools")
-    files = [file for top in tops for file in (ROOT / top).rglob("*") if file.suffix in SOURCES]
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^\| `([\w/]+)` \|", page, re.MULTILINE))
-    assert listed == {str(file.parent.relative_to(ROOT)) for file in files}
+    sources = [file for top in ("cc", "tests", "tf_agc", "tools") for file in (ROOT / top).rglob("*.*")]
+    folders = {
+        str(file.parent.relative_to(ROOT)) for file in sources if file.suffix in (".cc", ".cu", ".h", ".py", ".sh")
+    }
+    missing = folders - set(re.findall(r"^\| `([\w/]+)` \|", page, re.MULTILINE))
+    assert folders and not missing, f"docs/architecture.md has no row for {sorted(missing)}"
 
 
 # ---- Messages. A block of docs/troubleshooting.md whose language is "text" quotes one; the word behind it says who
