@@ -126,6 +126,17 @@ def test_picture_of_the_layer_is_what_its_script_draws(tmp_path):
     assert (tmp_path / "layer.svg").read_bytes() == (ROOT / "docs" / "layer.svg").read_bytes()
 
 
+def test_architecture_knows_where_things_are():
+    """Its table of places: each name to look for is in the file, or in a file of the folder, that stands beside it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+ \| `([\w/.]+)` \| `(.+)` \|$", page, re.MULTILINE)
+    assert rows
+    for path, name in rows:
+        files = [ROOT / path] if (ROOT / path).is_file() else (ROOT / path).iterdir()
+        texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+        assert any(name in text for text in texts), f"{path} has no {name}"
+
+
 def test_architecture_lists_every_folder():
     """Each folder with sources has a row of its own: what lives there, and what must not."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
