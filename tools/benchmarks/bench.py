@@ -305,7 +305,7 @@ def cpu_table(rows: list, meta: dict[str, str]) -> str:
 
 
 def cpu_summary(rows: list, meta: dict[str, str]) -> str:
-    """Returns a Markdown table with the rows of docs/performance.md: forward + backward, where there are peers."""
+    """Returns the README's Markdown table: forward + backward of every shape that has peers."""
     lines = [
         "| N x H x W x C | layout | type | tf_agc, ms | ± | x limit | fastest peer + relu | ms | speed-up |",
         "|---|---|---|---|---|---|---|---|---|",
