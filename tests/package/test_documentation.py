@@ -1,5 +1,5 @@
 """The pages for people stay true: their Python runs, their links and paths lead somewhere, messages that they quote are
-printed, and the API reference can be made. What the pages should say is not tested here.
+printed, and the API reference can be made. They stay narrow enough to read. What the pages should say is not tested.
 """
 
 import importlib.util
@@ -110,6 +110,42 @@ def test_paths(page):
     paths += [f"tools/{name.replace('.', '/')}.py" for name in modules]
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing, f"{name_of(page)} names {missing}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
+def test_page_is_narrow(page):
+    """Lines of at most 120 characters, as in the sources, and tables that fit a screen."""
+    text = page.read_text(encoding="utf-8")
+    long = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 120]
+    assert not long, f"{name_of(page)} has more than 120 characters in lines {long}"
+    assert not re.search(r"^\|([-: ]+\|){8}", text, re.MULTILINE), f"{name_of(page)} has a table of more than 7 columns"
+
+
+def test_picture_of_the_layer_is_what_its_script_draws(tmp_path):
+    python(ROOT / "tools" / "draw_layer.py", "--output", tmp_path / "layer.svg")
+    assert (tmp_path / "layer.svg").read_bytes() == (ROOT / "docs" / "layer.svg").read_bytes()
+
+
+def test_architecture_knows_where_things_are():
+    """Its table of places: each name to look for is in the file, or in a file of the folder, that stands beside it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+ \| `([\w/.]+)` \| `(.+)` \|$", page, re.MULTILINE)
+    assert rows
+    for path, name in rows:
+        files = [ROOT / path] if (ROOT / path).is_file() else (ROOT / path).iterdir()
+        texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+        assert any(name in text for text in texts), f"{path} has no {name}"
+
+
+def test_architecture_lists_every_folder():
+    """Each folder with sources has a row of its own: what lives there, and what must not."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    sources = [file for top in ("cc", "tests", "tf_agc", "tools") for file in (ROOT / top).rglob("*.*")]
+    folders = {
+        str(file.parent.relative_to(ROOT)) for file in sources if file.suffix in (".cc", ".cu", ".h", ".py", ".sh")
+    }
+    missing = folders - set(re.findall(r"^\| `([\w/]+)` \|", page, re.MULTILINE))
+    assert folders and not missing, f"docs/architecture.md has no row for {sorted(missing)}"
 
 
 # ---- Messages. A block of docs/troubleshooting.md whose language is "text" quotes one; the word behind it says who
