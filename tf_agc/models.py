@@ -13,8 +13,6 @@ from tf_agc.calibration import BRANCH_FACTOR
 from tf_agc.layer import AutomaticGainControl
 from tf_agc.standardized import StandardizedConv2D
 
-MEAN_SCALE = 0.25  # at first, where no global pooling reads the maps
-
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -45,14 +43,8 @@ def _scale(place: Place) -> keras.initializers.Initializer:
 
 
 def _agc(place: Place) -> list[keras.layers.Layer]:
-    return [
-        AutomaticGainControl(
-            place.activation,
-            gain_initializer=_scale(place),
-            mean_scale_initializer=keras.initializers.Constant(0 if place.pooled else MEAN_SCALE),
-            use_bias=True,
-        )
-    ]
+    mean_scale = "zeros" if place.pooled else None
+    return [AutomaticGainControl(place.activation, gain_initializer=_scale(place), mean_scale_initializer=mean_scale)]
 
 
 def _agc_alone(place: Place) -> list[keras.layers.Layer]:

@@ -39,13 +39,13 @@ NETWORKS: dict[str, Callable[..., keras.Model]] = {
 
 
 def _without_bias(place: models.Place) -> list[keras.layers.Layer]:
-    mean_scale = keras.initializers.Constant(0 if place.pooled else models.MEAN_SCALE)
+    mean_scale = "zeros" if place.pooled else None
     return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer=mean_scale, use_bias=False)]
 
 
 def _all_of_the_mean(place: models.Place) -> list[keras.layers.Layer]:
     mean_scale = "zeros" if place.pooled else "ones"
-    return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer=mean_scale, use_bias=True)]
+    return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer=mean_scale)]
 
 
 @dataclasses.dataclass(frozen=True)
