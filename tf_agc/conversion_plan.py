@@ -1,6 +1,6 @@
 """What becomes of each BatchNormalization of a model: the decisions of `tf_agc.convert`, and the table that tells them.
 
-They are taken from the model's graph, before anything is copied. Nothing here makes a model, or computes anything.
+They are taken from the model's graph, before it is copied. Nothing here computes anything.
 """
 
 import collections
@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from tf_agc import model_graph
+from tf_agc import layer_replacement, model_graph
 from tf_agc.activations import find_fused
 from tf_agc.layer import AutomaticGainControl
 from tf_agc.model_graph import Call, is_of_keras
@@ -121,14 +121,15 @@ class _Norm:
     path: str
     calls: list[_NormCall] = dataclasses.field(default_factory=list)
     obstacle: str = ""
+    in_code: bool = False  # called by code, which no graph tells
     causal: str = ""  # the name of something causal before or behind it
     averaged_by: str = ""
 
     @property
     def activation(self) -> tuple[str, float | None] | None:
         """What AGC computes too, name and alpha: one and the same activation behind every call."""
-        first, *others = {_find_activation(each.activation) for each in self.calls}
-        return None if others else first
+        activations = {_find_activation(each.activation) for each in self.calls}
+        return activations.pop() if len(activations) == 1 and not self.in_code else None
 
     @property
     def _data_format(self) -> str:
@@ -137,7 +138,9 @@ class _Norm:
 
     @property
     def _shapes(self) -> list[tuple[int | None, ...]]:
-        return [each.call.inputs[0].shape for each in self.calls]
+        shapes = [each.call.inputs[0].shape for each in self.calls]
+        built = self.layer.get_build_config() or {}
+        return [*shapes, tuple(built["input_shape"])] if self.in_code and "input_shape" in built else shapes
 
     def reason(self) -> str:
         """Why the layer is left alone; empty where it is replaced. What is behind ": " is of this layer alone."""
@@ -194,16 +197,16 @@ class Plan:
     def __init__(self, model: keras.Model, replace_causal: bool) -> None:
         _check_model(model)
         self._graph = model_graph.CallGraph(model)
+        self.remade: dict[int, keras.Model] = {}
+        self._lost_classes: dict[int, ConvertedLayer] = {}  # by the model's identity
+        self._remake_models()
         self.norms: dict[int, _Norm] = {}
         for call in self._graph.calls:
             self._find_norms(call)
+        self._find_norms_in_code(model)
         if not replace_causal:
             self._mark_causal()
-        self._lost_classes: dict[int, ConvertedLayer] = {}  # by the model's identity
-        for path, nested in self._graph.models:
-            if not can_be_constructed(type(nested)):
-                reason = f"copied without its class {type(nested).__name__}, which has a constructor of its own"
-                self._lost_classes.setdefault(id(nested), ConvertedLayer(path, reason=reason))
+        self._held_tensors = set(map(id, layer_replacement.held(model, keras.KerasTensor)))
         replaced = [norm for norm in self.norms.values() if not norm.reason()]
         self._choose_adds(replaced)
         self._centered = self._find_centered({id(norm.layer) for norm in replaced})
@@ -242,6 +245,25 @@ class Plan:
         """Whether the copy hands the input of this call on, because an AGC behind or before it computes it."""
         return id(node) in self._vanishing
 
+    def replacements_in(self, root: keras.Layer) -> layer_replacement.Replacements:
+        """What is replaced in a layer or model whose class makes its layers itself."""
+        found = layer_replacement.Replacements()
+        layers = model_graph.sublayers(root)
+        positions = {id(layer): at for at, layer in enumerate(layers)}
+        for at, layer in enumerate(layers):
+            new = self.replacement(layer)
+            if new is not None:
+                new.trainable = layer.trainable
+                found.layers[at] = new
+            if model_graph.is_graph(layer):
+                for number, node in enumerate(model_graph.nodes(layer)):
+                    junction = self.junction(node)
+                    if junction is not None:
+                        found.junctions[at, number] = positions[id(junction[0])], junction[1]
+                    elif self.vanishes(node):
+                        found.vanishing.add((at, number))
+        return found
+
     def table(self) -> ConversionTable:
         return ConversionTable([*(norm.row() for norm in self.norms.values()), *self._lost_classes.values()])
 
@@ -254,11 +276,38 @@ class Plan:
                 norm.obstacle = f"its class {type(operation).__name__} has a call() of its own"
             elif len(call.inputs) > 1:
                 norm.obstacle = "it is called with a mask, and AGC averages over all positions"
-        elif isinstance(operation, keras.Layer) and not _hands_in(operation):
-            for layer in model_graph.sublayers(operation):
+
+    def _find_norms_in_code(self, model: keras.Model) -> None:
+        called = {id(call.operation) for call in self._graph.calls}
+        reachable = set(map(id, layer_replacement.held(model, keras.layers.BatchNormalization)))
+        paths = {id(layer): path for path, layer in model_graph.sublayer_paths(model)}
+        for holder in model_graph.sublayers(model):
+            if model_graph.is_graph(holder) or (id(holder) in called and _hands_in(holder)):
+                continue
+            for layer in holder._layers:
                 if isinstance(layer, keras.layers.BatchNormalization):
-                    norm = self._norm(layer, f"{call.path}/{layer.name}")
-                    norm.obstacle = f"it is inside a {type(operation).__name__}, whose code convert does not rewrite"
+                    norm = self._norm(layer, paths[id(layer)])
+                    norm.in_code = True
+                    if not model_graph.keras_defines_call(layer):
+                        norm.obstacle = f"its class {type(layer).__name__} has a call() of its own"
+                    elif not norm._shapes:
+                        norm.obstacle = "it is not built, and its input is not known"
+                    elif id(layer) not in reachable:
+                        norm.obstacle = f"it is not in an attribute of the {type(holder).__name__} that calls it"
+
+    def _remake_models(self) -> None:
+        """Makes the models with constructors of their own again, as nothing else tells whether they can."""
+        tried: set[int] = set()  # with what is in them, which they make too
+        for path, nested in self._graph.models:
+            if can_be_constructed(type(nested)) or id(nested) in tried:
+                continue
+            try:
+                self.remade[id(nested)] = layer_replacement.remake(nested)
+                tried.update(map(id, model_graph.sublayers(nested)))
+            except ValueError as error:
+                cause = str(error.__cause__).splitlines()[0]
+                reason = f"copied without its class {type(nested).__name__}, which cannot make it again: {cause}"
+                self._lost_classes.setdefault(id(nested), ConvertedLayer(path, reason=reason))
 
     def _norm(self, layer: keras.layers.BatchNormalization, path: str) -> _Norm:
         return self.norms.setdefault(id(layer), _Norm(layer, path))
@@ -282,9 +331,10 @@ class Plan:
                 if name:
                     behind = call.outputs if forward else _with_same_steps(call)
                     reached.update((id(x), name) for x in behind)
-                    norm = self.norms.get(id(call.operation))
-                    if norm and not norm.causal:
-                        norm.causal = name
+                    for layer in _layers_called(call.operation):
+                        norm = self.norms.get(id(layer))
+                        if norm and not norm.causal:
+                            norm.causal = name
 
     def _only_reader(self, norm: keras.layers.BatchNormalization, call: Call) -> Call | None:
         """What reads the output of a call, if it is in the same graph, and one layer can stand for both."""
@@ -293,6 +343,8 @@ class Plan:
         if len(readers) != 1 or readers[0].scope is not call.scope or call.node is None or call.gives_output_of_model():
             return None
         (reader,) = readers
+        if not self._held_tensors.isdisjoint(map(id, call.node.outputs)):
+            return None
         # Losses and metrics may be given by the name of an output.
         if len(call.scope.model.outputs) > 1 and reader.gives_output_of_model():
             return None
@@ -419,6 +471,12 @@ def _averages_maps(call: Call) -> bool:
     return is_of_keras(operation, *_AVERAGES) and of_whole_maps
 
 
+def _layers_called(operation: Any) -> list[Any]:
+    """A layer or an operation, and where code of its own runs, which no graph tells, all layers in it."""
+    has_code = isinstance(operation, keras.Layer) and not type(operation).__module__.startswith("keras.")
+    return model_graph.sublayers(operation) if has_code and not _hands_in(operation) else [operation]
+
+
 def _is_causal(call: Call, padded: set[int]) -> bool:
     """Whether a call keeps later steps of a sequence out of earlier ones.
 
@@ -427,9 +485,15 @@ def _is_causal(call: Call, padded: set[int]) -> bool:
         padded: the tensors, by identity, that come of zeros at both ends; those of this call are added.
     """
     operation = call.operation
+    inside = _layers_called(operation)
     kwargs = call.node.arguments.kwargs if call.node else {}
-    if isinstance(operation, keras.layers.RNN):
-        return bool(operation.return_sequences and not operation.go_backwards)
+    both_ways = {id(each) for x in inside if isinstance(x, keras.layers.Bidirectional) for each in x._layers}
+    for layer in inside:
+        if isinstance(layer, keras.layers.RNN) and id(layer) not in both_ways:
+            if layer.return_sequences and not layer.go_backwards:
+                return True
+        elif getattr(layer, "padding", None) == "causal":
+            return True
     ends = _paddings(operation)
     if len(call.inputs) == 1 and (
         any(before == after > 0 for before, after in ends)
@@ -440,7 +504,7 @@ def _is_causal(call: Call, padded: set[int]) -> bool:
         before, after = operation.cropping
         return bool(after > before == 0)
     starts_alone = any(before > after == 0 for before, after in ends)
-    return starts_alone or getattr(operation, "padding", None) == "causal" or bool(kwargs.get("use_causal_mask"))
+    return starts_alone or bool(kwargs.get("use_causal_mask"))
 
 
 def _paddings(operation: Any) -> list[tuple[int, int]]:
@@ -467,17 +531,11 @@ def _with_same_steps(call: Call) -> list[keras.KerasTensor]:
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
-        raise TypeError(f"model must be a functional or Sequential keras.Model, got {type(model).__name__}")
-    is_sequential = isinstance(model, keras.Sequential) and model_graph.keras_defines_call(model)
-    if is_sequential and not model_graph.is_graph(model):
+        raise TypeError(f"model must be a keras.Model, got {type(model).__name__}")
+    if not model.built or (type(model) is keras.Sequential and not model_graph.is_graph(model)):
         raise ValueError(
             f"model '{model.name}' is not built: call it on a batch, or call its build() with an input shape, "
             "before converting it"
-        )
-    if not model_graph.is_graph(model):
-        raise TypeError(
-            f"model must be a functional or Sequential keras.Model, got the subclassed model '{model.name}' "
-            f"({type(model).__name__}): replace BatchNormalization in its code"
         )
 
 
