@@ -6,12 +6,13 @@ They are taken from the model's graph, before it is copied. Nothing here compute
 import collections
 import dataclasses
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import keras
 
-from tf_agc import layer_replacement, model_graph
+from tf_agc import layer_replacement, model_graph, standardized
 from tf_agc.activations import find_fused
 from tf_agc.layer import AutomaticGainControl
 from tf_agc.model_graph import Call, is_of_keras
@@ -33,6 +34,25 @@ _LINEAR = (
     keras.layers.Dense,
     keras.layers.EinsumDense,
 )
+
+# What takes the place of a convolution whose output an AGC normalizes.
+_STANDARDIZED: dict[type, type[keras.layers.Layer]] = {
+    keras.layers.Conv1D: standardized.StandardizedConv1D,
+    keras.layers.Conv2D: standardized.StandardizedConv2D,
+    keras.layers.Conv3D: standardized.StandardizedConv3D,
+    keras.layers.DepthwiseConv2D: standardized.StandardizedDepthwiseConv2D,
+}
+
+# Between a convolution and what normalizes its output: layers that hand each channel on, or parts of its map.
+_HANDS_CHANNELS_ON = (
+    *("Concatenate", "Dropout", "GaussianDropout", "GaussianNoise", "AlphaDropout", "Identity"),
+    *(f"{kind}{rank}D" for kind in ("SpatialDropout", "ZeroPadding", "Cropping", "UpSampling") for rank in (1, 2, 3)),
+    *(f"{kind}Pooling{rank}D" for kind in ("Max", "Average") for rank in (1, 2, 3)),
+    *("Pad", "MaxPool", "AveragePool"),
+)
+
+# The initial factor of a convolution that ends a residual branch: `calibrate` sets it for the batch.
+_BRANCH_FACTOR = 0.5
 
 # Layers without weights that are not linear, and have no `activation`. Others, custom ones too, are taken for linear.
 _NOT_LINEAR = (
@@ -67,6 +87,7 @@ class ConvertedLayer:
         layer: the layer's name, after those of the nested models that it is in ("encoder/bn1").
         activation: the activation that AGC computes, "linear" for none; empty where there is no AGC.
         fused: names of the Add and activation layers that disappear, because AGC computes them.
+        standardized: names of the convolutions whose output it normalizes, which are standardized.
         averaged_by: name of what averages the maps behind the AGC, for which its mean scale is 0 at first; or empty.
         reason: why there is no AGC, or what a model loses; empty for a layer that is replaced.
     """
@@ -76,9 +97,12 @@ class ConvertedLayer:
     fused: list[str] = dataclasses.field(default_factory=list)
     averaged_by: str = ""
     reason: str = ""
+    standardized: list[str] = dataclasses.field(default_factory=list)
 
     def _cells(self) -> list[str]:
         notes = [f"with {', '.join(self.fused)}"] if self.fused else []
+        if self.standardized:
+            notes.append(f"standardizes {', '.join(self.standardized)}")
         if self.averaged_by:
             notes.append(f"mean scale 0 at first, as {self.averaged_by} averages the map")
         return [self.layer, self.activation and f"AGC, {self.activation}", "; ".join(notes) or self.reason]
@@ -124,6 +148,7 @@ class _Norm:
     in_code: bool = False  # called by code, which no graph tells
     causal: str = ""  # the name of something causal before or behind it
     averaged_by: str = ""
+    standardized: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def activation(self) -> tuple[str, float | None] | None:
@@ -163,11 +188,13 @@ class _Norm:
 
     def replacement(self) -> AutomaticGainControl:
         activation, alpha = self.activation or (None, None)
+        by_place = {"mean_scale_initializer": "zeros"} if self.averaged_by else {}
         return AutomaticGainControl(
             activation,
             data_format=self._data_format,
             alpha=alpha,
-            mean_scale_initializer="zeros" if self.averaged_by else "ones",
+            use_bias=self.layer.center,
+            **by_place,
             activity_regularizer=self.layer.activity_regularizer,
             name=self.layer.name,
             dtype=self.layer.dtype_policy,
@@ -180,7 +207,8 @@ class _Norm:
         adds = [each.add.operation.name for each in self.calls if each.add]
         activations = [each.activation.operation.name for each in self.calls if each.activation and self.activation]
         fused = list(dict.fromkeys(adds + activations))
-        return ConvertedLayer(self.path, (self.activation or ("linear",))[0], fused, self.averaged_by)
+        activation = (self.activation or ("linear",))[0]
+        return ConvertedLayer(self.path, activation, fused, self.averaged_by, standardized=self.standardized)
 
 
 class Plan:
@@ -188,13 +216,13 @@ class Plan:
 
     Args:
         model: as in `convert`.
-        replace_causal: as in `convert`.
+        replace_causal, standardize: as in `convert`.
 
     Attributes:
         norms: the BatchNormalization layers, by identity.
     """
 
-    def __init__(self, model: keras.Model, replace_causal: bool) -> None:
+    def __init__(self, model: keras.Model, replace_causal: bool, standardize: bool) -> None:
         _check_model(model)
         self._graph = model_graph.CallGraph(model)
         self.remade: dict[int, keras.Model] = {}
@@ -216,6 +244,9 @@ class Plan:
             norm.averaged_by = next(filter(None, (self._averaged_by(each.call) for each in norm.calls)), "")
 
         self._replaced = {id(norm.layer): norm for norm in replaced}
+        self._convolutions: dict[int, dict[str, Any]] = {}  # by identity: the arguments that their replacements add
+        if standardize:
+            self._find_convolutions()
         # By the identity of Keras's nodes, as the copy is made from them.
         self._junctions: dict[int, tuple[keras.layers.BatchNormalization, int]] = {}
         self._vanishing: set[int] = set()
@@ -229,8 +260,11 @@ class Plan:
                 if each.activation and norm.activation:
                     self._vanishing.add(id(each.activation.node))
 
-    def replacement(self, operation: Any) -> AutomaticGainControl | None:
+    def replacement(self, operation: Any) -> keras.layers.Layer | None:
         """What replaces a layer, made anew; None where it is copied."""
+        if id(operation) in self._convolutions:
+            kind = _STANDARDIZED[type(operation)]
+            return kind.from_config({**operation.get_config(), **self._convolutions[id(operation)]})
         return self._replaced[id(operation)].replacement() if self.is_replaced(operation) else None
 
     def is_replaced(self, operation: Any) -> bool:
@@ -336,6 +370,54 @@ class Plan:
                         if norm and not norm.causal:
                             norm.causal = name
 
+    def _find_convolutions(self) -> None:
+        """Finds the convolutions whose output, in every call, nothing reads but what is replaced."""
+        producers = {id(x): call for call in self._graph.calls for x in call.outputs}
+        by_layer: dict[int, list[Call]] = collections.defaultdict(list)
+        for call in self._graph.calls:
+            if _can_be_standardized(call.operation):
+                by_layer[id(call.operation)].append(call)
+        for calls in by_layer.values():
+            read_by = [self._norms_behind(call, producers) for call in calls]
+            if all(norms for norms, _ in read_by):
+                ends_branch = any(ends for _, ends in read_by)
+                factor = {"use_gain": True, "gain_initializer": keras.initializers.Constant(_BRANCH_FACTOR)}
+                self._convolutions[id(calls[0].operation)] = factor if ends_branch else {}
+                read_by[0][0][0].standardized.append(calls[0].operation.name)
+
+    def _norms_behind(self, call: Call, producers: dict[int, Call]) -> tuple[list[_Norm], bool]:
+        """The replaced layers that read an output, directly or as a part of sums and concatenations.
+
+        Returns:
+            The layers, none where anything else reads it; whether the output is the branch of a residual block: of
+            two maps that are added, the one at the end of the longer way.
+        """
+        norms: list[_Norm] = []
+        ends_branch = False
+        todo, seen = list(call.outputs), {id(call)}
+        while todo:
+            tensor = todo.pop()
+            maker = producers[id(tensor)]
+            readers = self._graph.readers(tensor)
+            if not readers or (maker.node is not None and maker.scope.model and maker.gives_output_of_model()):
+                return [], False
+            for reader in readers:
+                if id(reader) in seen:
+                    continue
+                seen.add(id(reader))
+                if id(reader.operation) in self._replaced:
+                    norms.append(self._replaced[id(reader.operation)])
+                elif _adds(reader):
+                    depths = [producers[id(x)].depth if id(x) in producers else 0 for x in reader.inputs]
+                    own = depths[[x is tensor for x in reader.inputs].index(True)]
+                    ends_branch |= maker_is_alone(call, tensor) and len(depths) == 2 and depths.count(own) == 1 and own == max(depths)
+                    todo.extend(reader.outputs)
+                elif is_of_keras(reader.operation, *_HANDS_CHANNELS_ON):
+                    todo.extend(reader.outputs)
+                else:
+                    return [], False
+        return norms, ends_branch
+
     def _only_reader(self, norm: keras.layers.BatchNormalization, call: Call) -> Call | None:
         """What reads the output of a call, if it is in the same graph, and one layer can stand for both."""
         (output,) = call.outputs
@@ -403,6 +485,16 @@ class Plan:
                     seen.add(id(reader))
                     todo.extend(reader.outputs)
         return ""
+
+
+def _can_be_standardized(operation: Any) -> bool:
+    if type(operation) not in _STANDARDIZED or operation.activation is not keras.activations.linear:
+        return False
+    if operation.quantization_mode is not None or getattr(operation, "lora_enabled", False):
+        return False
+    filters = operation.kernel.shape[:-1]
+    inputs = filters[:-1] if isinstance(operation, keras.layers.DepthwiseConv2D) else filters
+    return math.prod(inputs) > 1
 
 
 def _find_activation(call: Call | None) -> tuple[str, float | None] | None:
