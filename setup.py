@@ -35,5 +35,6 @@ setup(
     install_requires=[
         f"tensorflow=={tensorflow}",  # with another one the library would not be opened: C++ has no stable ABI
         "keras>=3.12",  # the lowest version tested: the newest that Python 3.10 gets
+        "rich",  # Keras's own dependency
     ],
 )

@@ -1,27 +1,36 @@
 """`tf_agc.calibrate`: sets the initial gains and biases of a model from one batch.
 
-Only what is done with the layers' inputs lives here; the pass that shows them is `tf_agc.forward_pass`'s, and the map
-means are the reference's.
+Only what is done with the layers' inputs lives here. The pass that shows them is `tf_agc.forward_pass`'s; where
+residual branches end is `tf_agc.branches`'s; the map means are the reference's.
 """
 
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import ml_dtypes  # a dependency of TensorFlow and Keras; NumPy's finfo knows no bfloat16
 import numpy as np
+import rich.console  # Keras's own dependency
+import rich.progress
 import tensorflow as tf
 
-from tf_agc import forward_pass, functional, reference
+from tf_agc import branches, forward_pass, functional, reference
 from tf_agc import layer as agc_layer
 from tf_agc.table import format_table
+
+# The deviation of a residual branch, as a share of that of what it is added to: docs/evidence.md.
+BRANCH_FACTOR = 0.5
+
+# Elements of a map that are in float64 at once, where the whole batch would take the memory of a training step.
+_ELEMENTS_AT_ONCE = 2**20
 
 
 @dataclasses.dataclass
 class CalibratedLayer:
-    """What `calibrate` did to one AutomaticGainControl layer.
+    """What `calibrate` did to one AutomaticGainControl layer, or to a convolution that ends a residual branch.
 
     Attributes:
         layer: the layer's path in the model.
@@ -32,6 +41,8 @@ class CalibratedLayer:
         constrained: indices of the channels whose new gain was changed by the layer's `gain_constraint`, or whose new
             bias by its `bias_constraint`.
         bias: the bias now, which centres each channel on the batch; shape [C], or [0] where the layer has none.
+        shortcut: where the layer ends a residual branch, what gave it its deviation: "its shortcut", or that of an Add
+            layer or operation; empty elsewhere.
     """
 
     layer: str
@@ -41,6 +52,7 @@ class CalibratedLayer:
     kept: list[int] = dataclasses.field(default_factory=list)
     constrained: list[int] = dataclasses.field(default_factory=list)
     bias: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    shortcut: str = ""
 
     def _cells(self) -> list[str]:
         if not self.calls:
@@ -48,6 +60,8 @@ class CalibratedLayer:
         notes = []
         if self.bias.size:
             notes.append(f"centred, bias {self.bias.min():.3g} .. {self.bias.max():.3g}")
+        if self.shortcut:
+            notes.append(f"ends a branch, measured by {self.shortcut}")
         if self.kept:
             notes.append(f"{len(self.kept)} constant, gain kept: {_first(self.kept)}")
         if self.constrained:
@@ -79,7 +93,12 @@ class CalibrationTable(list[CalibratedLayer]):
         return format_table([["layer", "channels", "std before", "gain", ""], *(row._cells() for row in self)])
 
 
-def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> CalibrationTable:
+def calibrate(
+    model: keras.Model,
+    batch: Any,
+    target_std: float | Mapping[str, float] = 1.0,
+    branch_factor: float = BRANCH_FACTOR,
+) -> CalibrationTable:
     """Sets every AutomaticGainControl layer's gain, and bias, from one batch, in one eager forward pass.
 
     Each layer is calibrated when the pass reaches it, so later layers see calibrated earlier ones:
@@ -89,20 +108,28 @@ def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> Calibr
     diverge. The bias of a layer with `use_bias` becomes minus the mean of that output, so that every
     channel is centred; what a `shortcut` adds counts for neither.
 
+    The end of a residual branch gets half (`branch_factor`) of the deviation of what it is added to (both
+    averaged over the channels), as a block should start as a small change of its input. It is a layer that is called
+    with a `shortcut`; in functional models also a linear AutomaticGainControl, or a standardized
+    convolution with `use_gain`, that an Add layer or operation reads, be it through dropout.
+
     The model runs as in inference (`training=False`). Nothing but gains and biases changes: other
     non-trainable state (moving averages, states of recurrent layers, seeds) is put back, unless it
     is hidden from Keras, as in a layer's own `tf.Variable`. A layer that the pass calls several
     times (shared, or inside TimeDistributed) is calibrated on its first call. Channels that are
     constant on the batch (dead, or maps of one value) keep their gain and bias. A layer's
     `gain_constraint` and `bias_constraint` have the last word, as in training. On an error nothing
-    changes.
+    changes. On a terminal a progress bar shows which layer the pass is at.
 
     Args:
         model: a built model, compiled or not, of any kind. Its layers may be nested anywhere.
         batch: one batch of the model's inputs (without targets), as `model(batch)` takes it; any
             floating or integer dtypes, with at least one sample. More samples and positions give
             better estimates.
-        target_std: the standard deviation to reach; positive.
+        target_std: the standard deviation to reach, positive: a number for all layers but the ends of
+            residual branches, or a dict from the paths of some layers (as in the table that is
+            returned), ends among them, to numbers, which leaves 1 for the others.
+        branch_factor: the share of its shortcut's deviation that the end of a residual branch gets; positive.
 
     Returns:
         A list with one row for each layer, in order of execution; layers that were not reached come
@@ -111,13 +138,15 @@ def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> Calibr
     Raises:
         TypeError: model is not a Keras model, or batch is a data set or nothing that becomes tensors.
         ValueError: the model is not built or has no such layer; the batch is empty or not finite;
-            a layer's input is not finite (the message names the layer); target_std is not positive.
+            a layer's input is not finite (the message names the layer); target_std or branch_factor is not
+            positive, or target_std names a layer that is none of the model's.
         RuntimeError: a layer is only called in traced code (the message names it).
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {type(model).__name__}")
-    if not (isinstance(target_std, numbers.Real) and math.isfinite(target_std) and target_std > 0):
-        raise ValueError(f"target_std must be a number, finite and > 0, got {target_std!r}")
+    for std in target_std.values() if isinstance(target_std, Mapping) else [target_std]:
+        _check_positive("target_std", std)
+    _check_positive("branch_factor", branch_factor)
     if not model.built:
         raise ValueError(
             f"model '{model.name}' is not built: call it on a batch, or call its build() with an "
@@ -126,11 +155,20 @@ def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> Calibr
     layers = forward_pass.agc_layers(model)
     if not layers:
         raise ValueError(f"model '{model.name}' has no AutomaticGainControl layer to calibrate")
+    named, target_std = (dict(target_std), 1.0) if isinstance(target_std, Mapping) else ({}, float(target_std))
+    if unknown := sorted(named.keys() - {layer.path or layer.name for layer in layers}):
+        raise ValueError(
+            f"target_std must name AutomaticGainControl layers of model '{model.name}' by their paths, got {unknown}"
+        )
     batch = forward_pass.convert_batch(batch)
 
-    calibration = _Calibration(target_std)
+    console = rich.console.Console(stderr=True)
+    bar = rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal)
+    calibration = _Calibration(target_std, named, branch_factor, bar, len(layers))
+    ends = [branch for branch in branches.find(model) if (branch.end.path or branch.end.name) not in named]
     try:
-        forward_pass.run(model, batch, agc_layer.observer, calibration.observe)
+        with bar, branches.observed(ends, calibration.observe_branch):
+            forward_pass.run(model, batch, agc_layer.observer, calibration.observe)
         calibration.check_all_eager()
     except BaseException:
         calibration.undo()
@@ -138,62 +176,102 @@ def calibrate(model: keras.Model, batch: Any, target_std: float = 1.0) -> Calibr
     return calibration.table(layers)
 
 
+def _check_positive(name: str, value: Any) -> None:
+    if not (isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0):
+        raise ValueError(f"{name} must be a number, finite and > 0, got {value!r}")
+
+
 class _Calibration:
     """The rows of one pass; calibrates each layer on its first call."""
 
-    def __init__(self, target_std: float) -> None:
+    def __init__(
+        self, target_std: float, named: dict[str, float], branch_factor: float, bar: rich.progress.Progress, layers: int
+    ) -> None:
         self._target_std = target_std
+        self._named = named
+        self._branch_factor = branch_factor
+        self._bar = bar
+        self._task = bar.add_task("", total=layers)
         self._rows: dict[int, CalibratedLayer] = {}
         self._changed: list[tuple[keras.Variable, np.ndarray]] = []
         self._traced: dict[int, agc_layer.AutomaticGainControl] = {}
 
-    def observe(self, layer: agc_layer.AutomaticGainControl, x: tf.Tensor) -> None:
+    def observe(self, layer: agc_layer.AutomaticGainControl, x: tf.Tensor, shortcut: tf.Tensor | None) -> None:
         if not tf.executing_eagerly():
             self._traced[id(layer)] = layer
             return
         if id(layer) not in self._rows:
-            self._rows[id(layer)] = self._calibrate(layer, tf.convert_to_tensor(x))
+            self._bar.update(self._task, description=layer.path or layer.name, advance=1)
+            self._rows[id(layer)] = self._calibrate(layer, tf.convert_to_tensor(x), shortcut)
         self._rows[id(layer)].calls += 1
 
-    def _calibrate(self, layer: agc_layer.AutomaticGainControl, x: tf.Tensor) -> CalibratedLayer:
+    def observe_branch(self, branch: branches.Branch, output: tf.Tensor, shortcut: tf.Tensor) -> tf.Tensor:
+        """Gives the end of a branch half of the deviation of its shortcut; returns its output then."""
+        if not tf.executing_eagerly():
+            return output
+        layer = branch.end
+        axis = functional.channel_axis(layer.data_format)
+        std, std_shortcut = _deviation(output, axis), _deviation(shortcut, axis)
+        if not (std > 0 and std_shortcut > 0):
+            return output
+        factor = self._branch_factor * std_shortcut / std
+        name, before = layer.path or layer.name, _float64(layer.gain)
+        for variable in (layer.gain, layer.bias):
+            if variable is not None:
+                self._assign(variable, _float64(variable) * factor, None)
+        row = self._rows.setdefault(id(layer), CalibratedLayer(name, calls=1, std_before=np.full(before.size, std)))
+        row.gain, row.shortcut = _float64(layer.gain).reshape(-1), f"that of {branch.add.name}"
+        if row.bias.size:
+            row.bias = _float64(layer.bias)
+        return output * tf.cast(factor, output.dtype)
+
+    def _target(self, name: str, row: CalibratedLayer, shortcut: tf.Tensor | None, axis: int) -> float:
+        if name in self._named or shortcut is None:
+            return self._named.get(name, self._target_std)
+        std = _deviation(shortcut, axis)
+        if not std > 0:
+            return self._target_std
+        row.shortcut = "its shortcut"
+        return self._branch_factor * std
+
+    def _calibrate(
+        self, layer: agc_layer.AutomaticGainControl, x: tf.Tensor, shortcut: tf.Tensor | None
+    ) -> CalibratedLayer:
         name = layer.path or layer.name
         if not bool(tf.reduce_all(tf.math.is_finite(x))):
             raise ValueError(f"the input of layer '{name}' is not finite on this batch")
-        x64 = tf.cast(x, tf.float64)
         ones = tf.ones(layer.gain.shape, tf.float64)
         mean_scale = tf.cast(tf.convert_to_tensor(layer.mean_scale), tf.float64)
-        u, _ = reference.agc(x64, ones, mean_scale, "linear", 0.0, layer.data_format)
+        axis = functional.channel_axis(layer.data_format) % x.shape.rank
 
-        channels = functional.channel_axis(layer.data_format) % x.shape.rank
-        others = [axis for axis in range(x.shape.rank) if axis != channels]
-        mean_u, variance_u = (moment.numpy() for moment in tf.nn.moments(u, others))
+        def difference(part: tf.Tensor) -> tf.Tensor:
+            return reference.agc(part, ones, mean_scale, "linear", 0.0, layer.data_format)[0]
+
+        mean_u, variance_u = _moments(x, axis, difference)
         std_u = np.sqrt(variance_u)
-        largest = tf.reduce_max(tf.abs(x64), axis=others).numpy()
+        others = [other for other in range(x.shape.rank) if other != axis]
+        largest = tf.cast(tf.reduce_max(tf.abs(x), axis=others), tf.float64).numpy()
 
         # What differs from a constant by rounding alone is a constant: a gain of 1 / rounding noise
         # would blow it up. Sums before this layer round a few times more than float32's epsilon.
         epsilon = max(float(ml_dtypes.finfo(x.dtype.as_numpy_dtype).eps), 1e-6)
         constant = std_u <= epsilon * largest
 
+        row = CalibratedLayer(name)
+        target = self._target(name, row, shortcut, axis)
         before = _float64(layer.gain)
         sign = np.where(before < 0, -1.0, 1.0)
-        gain = np.where(constant, before, sign * self._target_std / np.where(constant, 1, std_u))
+        gain = np.where(constant, before, sign * target / np.where(constant, 1, std_u))
         changed = self._assign(layer.gain, gain, layer.gain_constraint)
-        bias = np.zeros(0)
         if layer.bias is not None:
             # A mean that float32 would round away is rounding noise, as where all of the map's mean was subtracted.
             mean_u = np.where(np.abs(mean_u) <= np.finfo(np.float32).eps * std_u, 0, mean_u)
             centring = np.where(constant, _float64(layer.bias), 0 - _float64(layer.gain) * mean_u)  # no -0
             changed |= self._assign(layer.bias, centring, layer.bias_constraint)
-            bias = _float64(layer.bias)
-        return CalibratedLayer(
-            layer=name,
-            std_before=np.abs(before) * std_u,
-            gain=_float64(layer.gain),
-            kept=np.flatnonzero(constant).tolist(),
-            constrained=np.flatnonzero(changed).tolist(),
-            bias=bias,
-        )
+            row.bias = _float64(layer.bias)
+        row.std_before, row.gain = np.abs(before) * std_u, _float64(layer.gain)
+        row.kept, row.constrained = np.flatnonzero(constant).tolist(), np.flatnonzero(changed).tolist()
+        return row
 
     def _assign(self, variable: keras.Variable, value: np.ndarray, constraint: Any) -> np.ndarray:
         """Returns for each channel whether the constraint changed the value."""
@@ -219,3 +297,26 @@ class _Calibration:
     def table(self, layers: list[agc_layer.AutomaticGainControl]) -> CalibrationTable:
         missed = [CalibratedLayer(layer.path or layer.name) for layer in layers if id(layer) not in self._rows]
         return CalibrationTable([*self._rows.values(), *missed])
+
+
+def _moments(
+    x: tf.Tensor, axis: int, transformed: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each channel of what becomes of x, in float64 and a few samples at a time; shape [C]."""
+    others = [other for other in range(x.shape.rank) if other != axis % x.shape.rank]
+    samples = max(1, _ELEMENTS_AT_ONCE // max(1, int(tf.size(x[0]))))
+    weights, means, variances = [], [], []
+    for first in range(0, len(x), samples):
+        part = tf.cast(x[first : first + samples], tf.float64)
+        mean, variance = tf.nn.moments(transformed(part), others)
+        weights.append(len(part))
+        means.append(mean.numpy())
+        variances.append(variance.numpy())
+    mean = np.average(means, axis=0, weights=weights)
+    return mean, np.average(variances + (means - mean) ** 2, axis=0, weights=weights)
+
+
+def _deviation(x: tf.Tensor, axis: int) -> float:
+    """One number for a map: the root of its channels' mean variance."""
+    _, variance = _moments(tf.convert_to_tensor(x), axis)
+    return math.sqrt(np.mean(variance))

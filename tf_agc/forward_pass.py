@@ -5,7 +5,6 @@ Layers report through the context variables of `tf_agc.layer`; what becomes of a
 
 import contextvars
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,10 +12,7 @@ import ml_dtypes  # a dependency of TensorFlow and Keras; NumPy's finfo knows no
 import numpy as np
 import tensorflow as tf
 
-from tf_agc.layer import AutomaticGainControl
-
-# What a layer calls with itself and its input or output.
-Observer = Callable[[AutomaticGainControl, Any], None]
+from tf_agc.layer import AutomaticGainControl, Observer
 
 
 def agc_layers(model: keras.Model) -> list[AutomaticGainControl]:
@@ -63,10 +59,10 @@ def run(model: keras.Model, batch: Any, observer: contextvars.ContextVar[Observe
     """
     reached: set[AutomaticGainControl] = set()
 
-    def note(layer: AutomaticGainControl, tensor: Any) -> None:
+    def note(layer: AutomaticGainControl, *tensors: Any) -> None:
         if tf.executing_eagerly():
             reached.add(layer)
-        observe(layer, tensor)
+        observe(layer, *tensors)
 
     state = [(variable, variable.numpy()) for variable in _state(model)]
     inside = _inside.set(True)

@@ -17,13 +17,13 @@ from tf_agc import functional
 from tf_agc.activations import KERAS_FUNCTIONS, find_fused
 from tf_agc.implementation import supports_jit
 
-# Who wants to see a layer's input before it computes (`calibrate`), and its output (`GainMonitor`): called with the
-# layer and the tensor. Context variables and no patched method, so that nothing stays behind in a model.
-observer: contextvars.ContextVar[Callable[["AutomaticGainControl", tf.Tensor], None] | None] = contextvars.ContextVar(
-    "tf_agc_observer", default=None
-)
-output_observer: contextvars.ContextVar[Callable[["AutomaticGainControl", tf.Tensor], None] | None] = (
-    contextvars.ContextVar("tf_agc_output_observer", default=None)
+# Who wants to see what a layer is called with, before it computes (`calibrate`), and its output (`GainMonitor`): called
+# with the layer and its inputs and shortcut, or its output. Context variables and no patched method, so that nothing
+# stays behind in a model.
+Observer = Callable[..., None]
+observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("tf_agc_observer", default=None)
+output_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
+    "tf_agc_output_observer", default=None
 )
 
 _Shape = tuple[int | None, ...]
@@ -252,7 +252,7 @@ class AutomaticGainControl(keras.layers.Layer):
         self._warn_of_one_position(inputs.shape)
         observe = observer.get()
         if observe is not None:
-            observe(self, inputs)
+            observe(self, inputs, shortcut)
         outputs = functional.agc(
             inputs,
             self._parameter(self.gain),

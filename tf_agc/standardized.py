@@ -54,7 +54,7 @@ def standardize(kernel: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     return centred * (NORM * tf.math.rsqrt(tf.reduce_sum(centred * centred, axes, keepdims=True) + EPSILON))
 
 
-class _Standardized(keras.layers.Layer):
+class StandardizedConvolution(keras.layers.Layer):
     """What the layers below add to Keras's: before it in the order of base classes."""
 
     def __init__(self, *args: Any, use_gain: bool = False, gain_initializer: Any = "ones", **kwargs: Any) -> None:
@@ -139,7 +139,7 @@ class _Standardized(keras.layers.Layer):
         return {**super().get_config(), **config}
 
 
-class _StandardizedConv(_Standardized):
+class _StandardizedConv(StandardizedConvolution):
     """For Keras's layers that save and load their kernel and bias alone, by name of neither."""
 
     def save_own_variables(self, store: Any) -> None:
@@ -223,7 +223,7 @@ class StandardizedConv3D(_StandardizedConv, keras.layers.Conv3D):
 
 
 @keras.saving.register_keras_serializable(package="tf_agc")
-class StandardizedDepthwiseConv2D(_Standardized, keras.layers.DepthwiseConv2D):
+class StandardizedDepthwiseConv2D(StandardizedConvolution, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` with standardized filters: see `tf_agc.StandardizedConv2D`.
 
     The inputs of a filter are the positions of the kernel; the gain has shape [input channels, depth_multiplier].

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tf_agc
-from tf_agc import AutomaticGainControl, calibrate
+from tf_agc import AutomaticGainControl, calibrate, calibration
 from tf_agc import layer as agc_layer
 from tf_agc.calibration import CalibrationTable
 
@@ -28,7 +28,7 @@ def _z_std(model, batch):
     """Standard deviation of z per channel, for each call of an AGC layer, seen from outside."""
     seen = []
 
-    def observe(layer, x):
+    def observe(layer, x, shortcut):
         z = tf_agc.agc(x, layer.gain, layer.mean_scale, data_format=layer.data_format)
         axis = 1 if layer.data_format == "channels_first" else 3
         others = [a for a in range(4) if a != axis]
@@ -83,7 +83,7 @@ def _functional():
     inputs = keras.Input((None, None, 3))
     x = AutomaticGainControl("relu")(_conv()(inputs))
     branch = AutomaticGainControl()(_conv()(x))
-    return keras.Model(inputs, keras.layers.Add()([x, branch]))
+    return keras.Model(inputs, keras.layers.Concatenate()([x, branch]))
 
 
 def _nested():
@@ -133,7 +133,7 @@ def test_a_bias_centres_every_channel_before_the_shortcut_is_added(data_format, 
     x = x if data_format == "channels_last" else np.moveaxis(x, -1, 1)
     inputs = [keras.Input(x.shape[1:]), keras.Input(x.shape[1:])]
     model = keras.Model(inputs, layer(*inputs))
-    (row,) = calibrate(model, [x, x], target_std=0.5)
+    (row,) = calibrate(model, [x, x], target_std={layer.path: 0.5})
     weights = [tf.cast(weight, tf.float32) for weight in (layer.gain, layer.mean_scale, layer.bias)]
     z = tf_agc.agc(tf.cast(tf.cast(x, layer.compute_dtype), tf.float32), *weights, data_format=data_format).numpy()
     others = (0, 1, 2) if data_format == "channels_last" else (0, 2, 3)
@@ -181,6 +181,100 @@ def test_target_std():
     calibrate(model, _X, target_std=0.25)
     for std in _z_std(model, _X):
         np.testing.assert_allclose(std, np.full(5, 0.25), rtol=1e-4)
+    layers = [layer for layer in model.layers if isinstance(layer, AutomaticGainControl)]
+    calibrate(model, _X, target_std={layers[1].path: 3})
+    for std, expected in zip(_z_std(model, _X), (1, 3, 1), strict=True):
+        np.testing.assert_allclose(std, np.full(5, expected), rtol=1e-4)
+
+
+def _deviation(x):
+    return np.sqrt(np.mean(np.var(np.asarray(x, np.float64), axis=(0, 1, 2))))
+
+
+def _junction(x, shortcut):
+    return AutomaticGainControl("relu", name="end")(x, shortcut), "end"
+
+
+def _added(x, shortcut):
+    x = AutomaticGainControl(use_bias=True, mean_scale_initializer="zeros", name="end")(x)
+    return keras.layers.Add()([keras.layers.Dropout(0.5)(x), shortcut]), "end"
+
+
+def _operation(x, shortcut):
+    return shortcut + tf_agc.StandardizedConv2D(5, 3, padding="same", use_gain=True, name="end")(x), "end"
+
+
+def _projected(x, shortcut):
+    """The branch is on the longer way."""
+    shortcut = AutomaticGainControl(name="projection")(shortcut)
+    return keras.layers.Add()([shortcut, AutomaticGainControl(name="end")(x)]), "end"
+
+
+@pytest.mark.parametrize("factor", [None, 0.25])
+@pytest.mark.parametrize("join", [_junction, _added, _operation, _projected])
+def test_a_branch_gets_half_of_its_shortcut(join, factor):
+    inputs = keras.Input((9, 10, 3))
+    first = 3.0 * AutomaticGainControl("relu")(_conv()(inputs))
+    x = AutomaticGainControl("relu")(_conv()(first))
+    outputs, end = join(_conv()(x), first)
+    inner = keras.Model(inputs, [outputs, first])
+    # In a nested model as in the outermost one.
+    model = keras.Model(inputs, inner(inputs))
+    layer = inner.get_layer(end)
+    table = calibrate(model, 7 + 2 * _X, **{} if factor is None else {"branch_factor": factor})
+    (row,) = [row for row in table if row.layer.endswith(end)]
+    assert "ends a branch" in str(table) and row.shortcut
+    np.testing.assert_array_equal(row.gain, np.ravel(layer.gain))
+    shortcut = inner.get_layer("projection").output if join is _projected else first
+    branch = layer.output
+    if join is _junction:
+        z = AutomaticGainControl(use_bias=False)  # the layer without its shortcut and its activation
+        z.build(layer.input[0].shape)
+        branch = z(layer.input[0])
+        z.set_weights(layer.get_weights()[:2])
+    branch, shortcut = keras.Model(inner.input, [branch, shortcut])(7 + 2 * _X)
+    np.testing.assert_allclose(_deviation(branch), (factor or 0.5) * _deviation(shortcut), rtol=1e-4)
+    if getattr(layer, "bias", None) is not None and join is _added:
+        np.testing.assert_allclose(np.mean(branch, (0, 1, 2)), np.zeros(5), atol=1e-5)
+    # Again: nothing is left to do, and nothing is left behind.
+    gain = layer.gain.numpy()
+    calibrate(model, 7 + 2 * _X, **{} if factor is None else {"branch_factor": factor})
+    np.testing.assert_allclose(layer.gain, gain, rtol=1e-4)
+    assert all("call" not in vars(each) for each in inner.layers)
+
+
+def test_what_is_no_branch():
+    """Read elsewhere too, not linear, constrained, called twice, a sum of three."""
+    x = keras.Input((9, 10, 3))
+    a, b, c, d = (AutomaticGainControl(name=name) for name in "abcd")
+    e = AutomaticGainControl("relu", name="e")
+    f = AutomaticGainControl(gain_constraint="unit_norm", name="f")
+    read_twice = a(x)
+    sums = [
+        *(x + read_twice, read_twice * 2.0),
+        *(x + keras.layers.Dropout(0.5)(b(x)), keras.layers.Add()([2.0 * x, b(x)])),
+        keras.layers.Add()([x, c(x), d(x)]),
+        *(x + e(x), x + f(x)),
+    ]
+    table = calibrate(keras.Model(x, sums), _X)
+    assert sorted(row.layer for row in table) == list("abcdef") and not any(row.shortcut for row in table)
+
+
+def test_an_error_puts_branches_back_too():
+    x = keras.Input((9, 10, 3))
+    y = x + tf_agc.StandardizedConv2D(3, 3, padding="same", use_gain=True, name="end")(AutomaticGainControl()(x))
+    model = keras.Model(x, AutomaticGainControl(name="last")(y / 0.0))
+    with pytest.raises(ValueError, match="the input of layer 'last' is not finite"):
+        calibrate(model, _X)
+    np.testing.assert_array_equal(model.get_layer("end").gain, [1, 1, 1])
+
+
+def test_samples_are_measured_a_few_at_a_time(monkeypatch):
+    x = tf.constant(5 + 2 * _X)
+    expected = [np.mean(x.numpy().astype("float64"), (0, 1, 2)), np.var(x.numpy().astype("float64"), (0, 1, 2))]
+    for elements in (1, 9 * 10 * 3 * 3, 2**20):  # one sample, parts of 3, 3 and 2, and all of them
+        monkeypatch.setattr(calibration, "_ELEMENTS_AT_ONCE", elements)
+        np.testing.assert_allclose(calibration._moments(x, -1), expected, rtol=1e-12)
 
 
 def test_order_of_execution():
@@ -277,7 +371,7 @@ def test_time_distributed():
 
 def test_several_inputs():
     a, b = keras.Input((9, 10, 3), name="a"), keras.Input((9, 10, 3), name="b")
-    outputs = keras.layers.Add()([AutomaticGainControl()(a), AutomaticGainControl()(b)])
+    outputs = keras.layers.Multiply()([AutomaticGainControl()(a), AutomaticGainControl()(b)])
     model = keras.Model({"a": a, "b": b}, outputs)
     first, second = calibrate(model, {"a": _X, "b": 10 * _X})
     np.testing.assert_allclose(first.gain, 10 * second.gain, rtol=1e-4)
@@ -430,6 +524,12 @@ def test_errors():
     for bad in (0.0, -1.0, np.nan, np.inf, "a", None):
         with pytest.raises(ValueError, match=f"target_std must be a number, finite and > 0, got {bad!r}"):
             calibrate(model, _X, target_std=bad)
+        with pytest.raises(ValueError, match=f"target_std must be a number, finite and > 0, got {bad!r}"):
+            calibrate(model, _X, target_std={model.layers[-1].path: bad})
+        with pytest.raises(ValueError, match=f"branch_factor must be a number, finite and > 0, got {bad!r}"):
+            calibrate(model, _X, branch_factor=bad)
+    with pytest.raises(ValueError, match=r"target_std must name .* of model '.*' by their paths, got \['x', 'y'\]"):
+        calibrate(model, _X, target_std={"y": 1, "x": 1})
     calibrate(model, _X, target_std=np.float32(2))
 
 

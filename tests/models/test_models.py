@@ -19,19 +19,19 @@ NORMALIZED = (8 + 8) + (8 + 16) + 16
 BIASES = 8 + 8 + 8 + 16 + 16 + 16
 
 
-def _resnet_of_bottlenecks(*arguments):
-    return models.resnet(*arguments, blocks=(1, 1), bottleneck=True)
+def _resnet_of_bottlenecks(*arguments, **options):
+    return models.resnet(*arguments, blocks=(1, 1), bottleneck=True, **options)
 
 
-def _resnet(*arguments):
-    return models.resnet(*arguments, blocks=(1, 1))
+def _resnet(*arguments, **options):
+    return models.resnet(*arguments, blocks=(1, 1), **options)
 
 
 @pytest.mark.parametrize("normalization", models.NORMALIZATIONS)
 @pytest.mark.parametrize("make", [models.residual_cnn, models.plain_cnn, _resnet, _resnet_of_bottlenecks])
 def test_every_normalization_trains(fresh_keras, make, normalization):
     model = make((8, 8, 1), 3, normalization, FILTERS)
-    if normalization == "agc":
+    if normalization.startswith("agc"):
         tf_agc.calibrate(model, IMAGES)
     model.compile(
         keras.optimizers.SGD(0.02),
@@ -50,7 +50,9 @@ def test_every_normalization_trains(fresh_keras, make, normalization):
 @pytest.mark.parametrize(
     ("normalization", "trainable", "averages"),
     [
-        ("agc", 2 * NORMALIZED, 0),
+        # Gain, mean scale and bias; and the gains at the ends of the branches.
+        ("agc", 3 * NORMALIZED + 8 + 16, 0),
+        ("agc_alone", 2 * NORMALIZED, 0),
         ("batch_norm", 2 * NORMALIZED, 2 * NORMALIZED),
         ("group_norm", 2 * NORMALIZED, 0),
         ("layer_norm", 2 * NORMALIZED, 0),
@@ -98,7 +100,9 @@ def test_a_junction_computes_what_three_layers_do(fresh_keras, normalization):
     last = [layer for layer in joined if isinstance(layer.input, list)][-1]
     outputs = last.output
     if normalization == "agc":
-        linear = tf_agc.AutomaticGainControl()
+        linear = tf_agc.AutomaticGainControl(
+            gain_initializer=keras.initializers.Constant(0.5), mean_scale_initializer="zeros"
+        )
         branch, shortcut = last.input
         parts = [linear(branch), shortcut]
     else:
@@ -111,13 +115,40 @@ def test_a_junction_computes_what_three_layers_do(fresh_keras, normalization):
 
 
 def test_a_callable_makes_the_normalization():
-    def normalization(activation):
-        return [keras.layers.UnitNormalization(), keras.layers.Activation(activation)]
+    def normalization(place):
+        return [keras.layers.UnitNormalization(), keras.layers.Activation(place.activation)]
 
     model = models.residual_cnn((8, 8, 1), 3, normalization, FILTERS)
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.UnitNormalization)]
     assert len(layers) == 5
     assert model(IMAGES).shape == (12, 3)
+
+
+@pytest.mark.parametrize("make", [models.residual_cnn, models.plain_cnn, _resnet, _resnet_of_bottlenecks])
+@pytest.mark.parametrize(("normalization", "standardized"), [("agc", None), ("batch_norm", True), ("agc", False)])
+def test_the_recipe_by_place(make, normalization, standardized):
+    """Standardized convolutions; no mean is lost before the pooling; a branch starts at half."""
+    model = make((8, 8, 1), 3, normalization, FILTERS, **{} if standardized is None else {"standardized": standardized})
+    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    recipe = standardized is not False
+    assert all(isinstance(layer, tf_agc.StandardizedConv2D) == recipe for layer in convolutions)
+    gains = [layer.gain.numpy() for layer in convolutions if recipe and layer.gain is not None]
+    assert len(gains) == (2 if recipe and make is models.residual_cnn else 0) and all(
+        np.all(each == 0.5) for each in gains
+    )
+    pooling = next(layer for layer in model.layers if isinstance(layer, keras.layers.GlobalAveragePooling2D))
+    if normalization == "agc":
+        layers = [layer for layer in model.layers if isinstance(layer, tf_agc.AutomaticGainControl)]
+        scales = {layer.name: set(layer.mean_scale.numpy().tolist()) for layer in layers}
+        assert scales.pop(layers[-1].name) == {0} and all(values == {0.25} for values in scales.values())
+        assert layers[-1].output is pooling.input
+        joined = [layer for layer in layers if isinstance(layer.input, list)]
+        assert {layer.gain.numpy()[0] for layer in joined} <= {0.5 if recipe else 1.0}
+    else:
+        gammas = [
+            layer.gamma.numpy()[0] for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)
+        ]
+        assert gammas.count(0.5) == (2 if make in (_resnet, _resnet_of_bottlenecks) else 0)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -131,7 +162,7 @@ def test_agc_is_always_fused_with_relu(blocks):
 def test_unknown_normalization():
     with pytest.raises(
         ValueError,
-        match="normalization must be one of agc, batch_norm, group_norm, layer_norm, none "
+        match="normalization must be one of agc, agc_alone, batch_norm, group_norm, layer_norm, none "
         "or a callable, got 'batchnorm'",
     ):
         models.residual_cnn((8, 8, 1), 3, "batchnorm")

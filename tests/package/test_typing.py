@@ -11,6 +11,10 @@ import tf_agc
 PUBLIC = [
     "AutomaticGainControl",
     "GainMonitor",
+    "StandardizedConv1D",
+    "StandardizedConv2D",
+    "StandardizedConv3D",
+    "StandardizedDepthwiseConv2D",
     "__version__",
     "agc",
     "calibrate",
@@ -41,6 +45,8 @@ tf_agc.AutomaticGainControl("relu", use_bias=True, bias_initializer="zeros", tra
 tf_agc.AutomaticGainControl(data_format=1)  # -> error: Argument "data_format" to "AutomaticGainControl"
 tf_agc.AutomaticGainControl(train_mean_scale="no")  # -> error: Argument "train_mean_scale" to "AutomaticGainControl"
 
+tf_agc.StandardizedConv2D(4, 3, padding="same", use_bias=False, use_gain=True)
+tf_agc.calibrate(layer, x, target_std={"agc_1": 0.5}, branch_factor=1)
 table = tf_agc.calibrate(layer, x, target_std=1)
 reveal_type(table)  # -> note: Revealed type is "tf_agc.calibration.CalibrationTable"
 reveal_type(table[0].kept)  # -> note: Revealed type is "list[int]"

@@ -62,7 +62,7 @@ def test_the_table_and_the_directory_are_printed(output):
     assert text.startswith(f"Results go to {directory}\n")
     assert text.rstrip().endswith(str(directory))
     for name, parameters in (
-        ("AutomaticGainControl", "77,162"),
+        ("AutomaticGainControl", "77,482"),
         ("BatchNormalization", "77,610"),
         ("none", "77,002"),
     ):

@@ -20,7 +20,6 @@ import pytest
 import sklearn.datasets
 
 import tf_agc
-from tf_agc import models
 
 TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
 VERSIONS = {"tf_agc": "0", "tensorflow": "2", "keras": "3", "python": "3.12"}
@@ -51,8 +50,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(split_files, tmp_path, native_re
     from study import study_training
 
     job = study_training.Job(
-        network="plain", normalization=normalization, batch_size=4, seed=3, learning_rate=0.01, epochs=2,
-        augment=True, splits=split_files, checkpoint=str(tmp_path / "resumed.npz"), checkpoint_seconds=0.0,
+        network="plain", normalization=normalization, precision="float32", batch_size=4, seed=3, learning_rate=0.01,
+        epochs=2, augment=True, splits=split_files, checkpoint=str(tmp_path / "resumed.npz"), checkpoint_seconds=0.0,
     )  # fmt: skip
 
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(tf_agc.__file__).parents[1])}
@@ -93,8 +92,8 @@ def test_a_diverged_run_ends_early(split_files, tmp_path, fresh_keras):
 
     # A rate that is only too high may end in a dead network instead, whose loss is finite: it depends on the processor.
     job = study_training.Job(
-        network="plain", normalization="none", batch_size=10, seed=0, learning_rate=np.nan, epochs=50, augment=False,
-        splits=split_files, checkpoint=str(tmp_path / "checkpoint.npz"),
+        network="plain", normalization="none", precision="float32", batch_size=10, seed=0, learning_rate=np.nan,
+        epochs=50, augment=False, splits=split_files, checkpoint=str(tmp_path / "checkpoint.npz"),
     )  # fmt: skip
     result = study_training.train(job, lambda message: None)
     assert np.isnan(result["loss"]) and 0 <= result["accuracy"] <= 0.3
@@ -252,41 +251,42 @@ def test_interrupted_and_continued(trainer, call, tmp_path, capsys):
     trainer.interrupted_at = None
     call("run", "--quick", "--search")
     call("run", "--quick", "--search")
-    assert len(trainer.jobs) == 18 == len({json.dumps(job) for job in trainer.jobs})
+    searched = 7 * (4 + 3 + 3)  # methods, rates at three batch sizes
+    assert len(trainer.jobs) == searched == len({json.dumps(job) for job in trainer.jobs})
     assert all(list(job["splits"]) == ["train", "validation"] for job in trainer.jobs)
 
     call("run", "--quick")
     results = read_results(tmp_path)
-    assert len(results.runs) == len(trainer.jobs) == 36 == len(results.finished())
-    assert all(list(job["splits"]) == ["train", "validation", "test"] for job in trainer.jobs[18:])
-    assert {run.split for run in results.runs[:18]} == {"validation"} and {run.split for run in results.runs[18:]} == {
-        "test"
-    }
-    # The later searches were better, and so the highest rate won; it is proportional to the batch.
-    rates = {run.batch_size: run.learning_rate for run in results.runs[18:]}
-    assert rates == {128: 0.45, 2: 0.00703125, 8: 0.028125}
-    agc = results.runs[18]
+    compared = results.runs[searched:]
+    assert len(results.runs) == len(trainer.jobs) == searched + 21 == len(results.finished())
+    assert all(list(job["splits"]) == ["train", "validation", "test"] for job in trainer.jobs[searched:])
+    assert {run.split for run in results.runs[:searched]} == {"validation"}
+    assert {run.split for run in compared} == {"test"}
+    # The later searches were better, and so the highest rate won.
+    rates = {run.batch_size: run.learning_rate for run in compared}
+    assert rates == {128: 0.6, 2: 0.0375, 8: 0.15}
+    agc = compared[0]
     assert (agc.normalization, agc.mean_gain, agc.sparsity, agc.commit) == ("agc", 2.0, 0.5, "abc")
-    assert np.isnan(results.runs[19].mean_gain)
-    assert len(results.curves) == 36 and len(results.gains) == 2 * 3 * 4
+    assert np.isnan(compared[2].mean_gain)
+    assert len(results.curves) == searched + 21 and len(results.gains) == 2 * 3 * 2 * 2
 
     call("run", "--quick", "--estimate")
-    assert "18 of 18 runs are finished; the others take about 0.0 hours" in capsys.readouterr().out
+    assert "21 of 21 runs are finished; the others take about 0.0 hours" in capsys.readouterr().out
 
     call("table")
     table = capsys.readouterr().out
     for text in (
-        "| digits, 4 | plain | AGC | ",
-        "### digits, 4 epochs",
-        "| plain | 128 | BatchNorm | -1.0 |  |  | one seed | 1.00 |",
-        "| plain | AGC | 2, 128 | +6.0 |  |",
+        "| digits, 4 epochs, float32 | plain | 128 | AGC | 0.05: ",
+        "### digits, 4 epochs, float32",
+        "| plain | 128 | BatchNorm | -2.0 |  |  | one seed | 1.00 |",
+        "| plain | AGC | 2, 128 | +7.0 |  |",
     ):
         assert text in table
     call("plot")
     for path in capsys.readouterr().out.split():
         assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (tmp_path / "results").glob("*.png")} == {
-        f"digits_4_{name}.png" for name in ("accuracy", "curves_plain", "memory", "gains_plain")
+        f"digits_4_float32_{name}.png" for name in ("accuracy", "curves_plain", "memory", "gains_plain")
     }
 
 
@@ -295,7 +295,7 @@ def test_one_batch_size_is_not_drawn_against_batch_sizes(trainer, call, tmp_path
     call("run", "--quick", "--batch_size", 128, "--normalization", "agc", "none")
     call("plot")
     names = {path.name for path in (tmp_path / "results").glob("*.png")}
-    assert names == {f"digits_4_{name}.png" for name in ("curves_plain", "memory", "gains_plain")}
+    assert names == {f"digits_4_float32_{name}.png" for name in ("curves_plain", "memory", "gains_plain")}
 
 
 def test_killed_between_two_files(trainer, call, tmp_path, monkeypatch):
@@ -315,24 +315,37 @@ def test_killed_between_two_files(trainer, call, tmp_path, monkeypatch):
     assert (len(read_results(tmp_path).runs), len(read_results(tmp_path).curves)) == (0, 1)
     monkeypatch.setattr(result_files, "write_csv", write)
     call("run", "--quick", "--search")
-    assert (len(read_results(tmp_path).runs), len(read_results(tmp_path).curves)) == (18, 18)
+    assert (len(read_results(tmp_path).runs), len(read_results(tmp_path).curves)) == (70, 70)
 
 
 def test_the_order_of_the_matrix():
     from study import study, study_report, study_training
 
     assert set(study.NETWORKS) == set(study_training.NETWORKS)
-    assert set(study.NORMALIZATIONS) == set(study_report.TITLES) >= {*study_training.AGC, *models.NORMALIZATIONS}
-    cells = study.FULL.comparison(lambda *_: 0.128)
-    assert len(cells) == 6 * (4 * 3 + 2 * 2)
-    kinds = [(cell.network, cell.batch_size, cell.normalization) for cell in cells]
-    first = 6 * len(study.FULL.sizes)
-    assert len(set(kinds[:first])) == first and set(kinds) == set(kinds[:first])
+    assert set(study.NORMALIZATIONS) == set(study_report.TITLES) == set(study_training.METHODS)
+    cells = study.FULL.comparison(lambda cell: cell.batch_size / 1000)
+    assert len(cells) == len(set(cells))
+    planned = {
+        (each.network, each.batch_size, each.epochs, method): max(
+            other.seeds
+            for other in study.FULL.comparisons
+            if method in other.normalizations
+            and (other.network, other.batch_size, other.epochs) == (each.network, each.batch_size, each.epochs)
+        )
+        for each in study.FULL.comparisons
+        for method in each.normalizations
+    }
+    kinds = [(cell.network, cell.batch_size, cell.epochs, cell.normalization) for cell in cells]
+    assert {kind: kinds.count(kind) for kind in kinds} == planned
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert all(cell.learning_rate == cell.batch_size / 1000 for cell in cells)
     searched = study.FULL.search()
-    assert len(searched) == 3 * 6 * 3
     assert {cell.split for cell in searched} == {"validation"} and {cell.seed for cell in searched} == {1000}
+    assert {cell.precision for cell in cells + searched} == {"mixed_bfloat16"}
+    # Every method at every batch size is searched.
+    assert {(cell.network, cell.batch_size, cell.normalization) for cell in cells} == {
+        (cell.network, cell.batch_size, cell.normalization) for cell in searched
+    }
 
 
 def test_a_part_of_the_matrix():
@@ -341,12 +354,13 @@ def test_a_part_of_the_matrix():
     def plan(*arguments):
         return study.plan_of(study.parse_options(["run", *arguments]))
 
-    chosen = plan("--network", "plain", "--batch_size", "128", "--normalization", "agc", "none", "--epochs", "8")
+    chosen = plan("--network", "plain", "--batch_size", "128", "--normalization", "agc", "none", "--epochs", "2")
     cells = chosen.comparison(lambda *_: 0.1)
     assert [(cell.seed, cell.normalization) for cell in cells] == [
         (seed, name) for seed in range(3) for name in ("agc", "none")
     ]
-    assert {(cell.network, cell.batch_size, cell.epochs) for cell in cells} == {("plain", 128, 8)}
+    assert {(cell.network, cell.batch_size, cell.epochs) for cell in cells} == {("plain", 128, 2)}
+    assert {cell.seed for cell in plan("--seeds", "1").comparison(lambda *_: 0.1)} == {0}
     assert {cell.network for cell in plan("--batch_size", "2").search()} == set(study.NETWORKS)
 
 
@@ -357,9 +371,9 @@ def run_row(**changes):
     from study import study_results
 
     values = dict(
-        dataset="digits", split="validation", network="plain", normalization="agc", batch_size=128, seed=0,
-        learning_rate=0.1, epochs=2, accuracy=0.5, loss=1.0, seconds_per_step=0.1, peak_mib=1.0, mean_gain=1.0,
-        sparsity=0.5, machine="one", commit="abc",
+        dataset="digits", split="validation", network="plain", normalization="agc", precision="float32",
+        batch_size=128, seed=0, learning_rate=0.1, epochs=2, accuracy=0.5, loss=1.0, seconds_per_step=0.1,
+        peak_mib=1.0, mean_gain=1.0, sparsity=0.5, machine="one", commit="abc",
     )  # fmt: skip
     return study_results.Run(**values | changes)
 
@@ -368,11 +382,13 @@ def test_the_best_learning_rate(tmp_path):
     from study import study_results
 
     results = study_results.Results(tmp_path)
+    wanted = run_row(learning_rate=0.0).cell
     with pytest.raises(
         study_results.StudyError,
-        match="^no learning rate was searched for plain with agc on digits: run the same command with --search first$",
+        match="^no learning rate was searched for plain, agc, batch 128, seed 0 on digits in float32: "
+        "run the same command with --search first$",
     ):
-        results.best_learning_rate("digits", "plain", "agc", 2)
+        results.best_learning_rate(wanted)
     results.runs = [
         run_row(learning_rate=0.4, accuracy=0.7),
         run_row(learning_rate=0.2, accuracy=0.7),
@@ -381,8 +397,10 @@ def test_the_best_learning_rate(tmp_path):
         run_row(learning_rate=0.3, accuracy=0.9, split="test"),
         run_row(learning_rate=0.5, accuracy=0.9, normalization="none"),
         run_row(learning_rate=0.6, accuracy=0.9, epochs=3),
+        run_row(learning_rate=0.7, accuracy=0.9, batch_size=2),
+        run_row(learning_rate=0.9, accuracy=0.9, precision="mixed_bfloat16"),
     ]
-    assert results.best_learning_rate("digits", "plain", "agc", 2) == 0.2
+    assert results.best_learning_rate(wanted) == 0.2
 
 
 def test_margins():
@@ -542,19 +560,19 @@ def test_two_at_once_are_refused(trainer, call, tmp_path, used):
 
 
 def test_other_sentences(trainer, call, capsys):
-    assert_one_sentence(call, "run", "--quick", match="no learning rate was searched for plain with agc on digits: ")
+    assert_one_sentence(call, "run", "--quick", match="no learning rate was searched for plain, agc, batch 128, ")
     assert_one_sentence(
         call, "run", "--quick", "--network", "resnet20_pre", match="--quick is the plain network on digits"
     )
-    expected = "--batch_size must be one of 2, 128, got 8$"
-    assert_one_sentence(call, "run", "--network", "resnet20_pre", "--batch_size", 8, match=expected)
+    expected = "nothing of the plan is left by these options. It has resnet20_pre at a batch of 128 over 8 epochs; "
+    assert_one_sentence(call, "run", "--network", "resnet20_pre", "--batch_size", 1, match=expected)
     assert_one_sentence(call, "table", match=".*results has no results: pass another --results_dir, or run the study")
     assert_one_sentence(call, "plot", match=".*results has no results: ")
     with pytest.raises(SystemExit, match="2"):
         call("run", "--epochs", 0)
     assert "argument --epochs: must be >= 1, got 0" in capsys.readouterr().err
     call("run", "--estimate")
-    assert "0 of 96 runs are finished; the others take about" in capsys.readouterr().out
+    assert "0 of 148 runs are finished; the others take about" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -601,8 +619,8 @@ def test_stopped_processes(trainings, tmp_path):
 def test_several_runs_at_once(trainer, call, tmp_path, monkeypatch):
     from study import study
 
-    monkeypatch.setattr(study, "RUNS_AT_ONCE", 3)
-    together = threading.Barrier(3)
+    monkeypatch.setattr(study, "RUNS_AT_ONCE", 2)
+    together = threading.Barrier(2)
     train = trainer.train
 
     def train_together(*arguments):
@@ -611,4 +629,4 @@ def test_several_runs_at_once(trainer, call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "train", train_together)
     call("run", "--quick", "--search")
-    assert len(read_results(tmp_path).runs) == len({json.dumps(job) for job in trainer.jobs}) == 18
+    assert len(read_results(tmp_path).runs) == len({json.dumps(job) for job in trainer.jobs}) == 70

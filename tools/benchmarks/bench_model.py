@@ -117,7 +117,10 @@ def measure(name: str, quick: bool) -> Iterator[Row]:
 
 
 def kept_bytes(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> int:
-    """Bytes of the forward pass that its gradient reads, from the graph of both; weights do not count."""
+    """Bytes of the forward pass that its gradient reads, from the graph of both: activations, what follows from images.
+
+    Weights do not count, nor what is computed of weights alone: a standardized kernel, of any batch the same.
+    """
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     boundary = 0
 
@@ -132,13 +135,19 @@ def kept_bytes(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> in
     graph = gradients.get_concrete_function(tf.constant(images), tf.constant(labels)).graph
     operations = graph.get_operations()
     index = {operation.name: i for i, operation in enumerate(operations)}
-    weights_and_inputs = {"ReadVariableOp", "Const", "Placeholder"}
+    activations: set[str] = set()
+    for operation in operations:
+        given = {tensor.op.name for tensor in operation.inputs}
+        is_input = operation.type == "Placeholder" and operation.outputs[0].dtype != tf.resource
+        if is_input or given & activations:
+            activations.add(operation.name)
     kept = {
         tensor.name: tensor.shape.num_elements() * tensor.dtype.size
         for operation in operations[boundary:]
         for tensor in operation.inputs
         if index[tensor.op.name] < boundary
-        and tensor.op.type not in weights_and_inputs
+        and tensor.op.name in activations
+        and tensor.op.type != "Placeholder"
         and tensor.shape.num_elements() is not None
         and tensor.dtype.is_floating
     }

@@ -30,10 +30,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 TOOLS = pathlib.Path(__file__).resolve().parents[1]
 CACHE = TOOLS.parent / ".cache"
 NETWORKS = ("plain", "resnet20_pre", "resnet20_post")
-NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "layer_norm", "agc_uncalibrated", "none")
-SEARCHED_BATCH = 128
+NORMALIZATIONS = (
+    *("agc", "agc_alone", "batch_norm", "batch_norm_standardized", "group_norm", "group_norm_standardized", "none"),
+    *("agc_plain_kernels", "agc_mean_scale_1", "agc_no_bias", "agc_no_branch_factor"),
+)
+COMPARED = NORMALIZATIONS[:7]
+MAIN = ("agc", "batch_norm", "batch_norm_standardized")
+ABLATION = ("agc", *NORMALIZATIONS[7:])
 SEARCH_SEED = 1000  # of no run that is reported
-LEARNING_RATES = (0.05, 0.15, 0.45)
+SEARCH_EPOCHS = 1
+# At a batch of 128. At smaller ones proportional to the batch, and further up: no rule would be fair to all methods.
+LEARNING_RATES = (0.05, 0.15, 0.3, 0.6)
+SMALL_BATCH_RATES = (0.15, 0.6, 2.4)
 # Small batches leave a second thread without work: two runs side by side take little longer than one.
 RUNS_AT_ONCE = len(os.sched_getaffinity(0))
 _STARTING_SECONDS = 12
@@ -43,75 +51,99 @@ _STEP_MS = {"plain": (1.7, 1.5), "resnet20_pre": (8.0, 5.3), "resnet20_post": (8
 
 
 @dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Methods that are compared in one network at one batch size.
+
+    Attributes:
+        network: a name in NETWORKS.
+        batch_size: images in a step.
+        epochs: of every run.
+        seeds: of every method.
+        normalizations: the methods, in the order of the runs.
+    """
+
+    network: str
+    batch_size: int
+    epochs: int
+    seeds: int
+    normalizations: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A matrix of runs.
 
     Attributes:
         dataset: as in image_datasets.load.
-        sizes: (network, batch size), the most informative ones first.
-        normalizations: of each size, in the order of the runs.
-        seeds: how many for each network.
-        epochs: of every run.
+        comparisons: the most informative ones first.
         search_epochs: of every run in the search for the learning rate.
         augment: whether images are shifted and mirrored at random.
+        precision: as in study_training.Job.
     """
 
     dataset: str
-    sizes: tuple[tuple[str, int], ...]
-    seeds: dict[str, int]
-    epochs: int
+    comparisons: tuple[Comparison, ...]
     search_epochs: int
     augment: bool
-    normalizations: tuple[str, ...] = NORMALIZATIONS
+    precision: str
+
+    def _cell(self, split: str, comparison: Comparison, method: str, seed: int, rate: float, epochs: int) -> Cell:
+        place = (comparison.network, method, self.precision, comparison.batch_size)
+        return Cell(self.dataset, split, *place, seed, rate, epochs)
+
+    def _search(self, comparison: Comparison, method: str, rate: float) -> Cell:
+        return self._cell("validation", comparison, method, SEARCH_SEED, rate, self.search_epochs)
 
     def search(self) -> list[Cell]:
-        """Every method with every learning rate, on the validation split."""
-        networks = dict.fromkeys(network for network, _ in self.sizes)
-        return [
-            Cell(self.dataset, "validation", network, method, SEARCHED_BATCH, SEARCH_SEED, rate, self.search_epochs)
-            for network in networks
-            for rate in LEARNING_RATES
-            for method in self.normalizations
+        """Every method with every learning rate in every network at every batch size, on the validation split."""
+        cells = [
+            self._search(comparison, method, rate)
+            for comparison in self.comparisons
+            for rate in learning_rates(comparison.batch_size)
+            for method in comparison.normalizations
         ]
+        return list(dict.fromkeys(cells))
 
-    def comparison(self, best_learning_rate: Callable[[str, str, str, int], float]) -> list[Cell]:
-        """Every method at the learning rate that was best for it, every size once before second seeds."""
+    def comparison(self, best_learning_rate: Callable[[Cell], float]) -> list[Cell]:
+        """Every method at the learning rate that was best for it, every comparison once before second seeds."""
         cells = []
-        for seed in range(max(self.seeds.values())):
-            for network, batch in self.sizes:
-                for method in self.normalizations if seed < self.seeds[network] else ():
-                    best = best_learning_rate(self.dataset, network, method, self.search_epochs)
-                    rate = scaled_learning_rate(best, batch)
-                    cells.append(Cell(self.dataset, "test", network, method, batch, seed, rate, self.epochs))
-        return cells
+        for seed in range(max(comparison.seeds for comparison in self.comparisons)):
+            for comparison in self.comparisons:
+                for method in comparison.normalizations if seed < comparison.seeds else ():
+                    rate = best_learning_rate(self._search(comparison, method, 0.0))
+                    cells.append(self._cell("test", comparison, method, seed, rate, comparison.epochs))
+        return list(dict.fromkeys(cells))
 
 
+_RESNETS = ("resnet20_pre", "resnet20_post")
 FULL = Plan(
     dataset="cifar10",
-    sizes=(
-        *(("plain", batch) for batch in (128, 2)),
-        *((network, 128) for network in ("resnet20_pre", "resnet20_post")),
-        *(("plain", batch) for batch in (1, 8)),
-        *((network, 2) for network in ("resnet20_pre", "resnet20_post")),
+    comparisons=(
+        *(Comparison(network, 128, 8, 3, MAIN) for network in _RESNETS),
+        *(Comparison("plain", batch, 2, 3, COMPARED) for batch in (128, 2, 1, 8)),
+        *(Comparison(network, batch, 2, 3, ("agc", "batch_norm")) for batch in (2, 8) for network in _RESNETS),
+        *(Comparison(network, 128, 8, 1, COMPARED) for network in _RESNETS),
+        *(Comparison(network, 128, 40, 1, ("agc", "batch_norm")) for network in _RESNETS),
+        Comparison("resnet20_pre", 128, 4, 2, ABLATION),
     ),
-    seeds={"plain": 3, "resnet20_pre": 1, "resnet20_post": 1},
-    epochs=2,
-    search_epochs=1,
+    search_epochs=SEARCH_EPOCHS,
     augment=True,
+    precision="mixed_bfloat16",
 )
 QUICK = Plan(
     dataset="digits",
-    sizes=(("plain", 128), ("plain", 2), ("plain", 8)),
-    seeds={"plain": 1},
-    epochs=4,
+    comparisons=tuple(Comparison("plain", batch, 4, 1, COMPARED) for batch in (128, 2, 8)),
     search_epochs=4,
     augment=False,
+    precision="float32",
 )
 
 
-def scaled_learning_rate(rate: float, batch_size: int) -> float:
-    """The one rule: proportional to the batch size."""
-    return float(f"{rate * batch_size / SEARCHED_BATCH:.6g}")  # as the files have it
+def learning_rates(batch_size: int) -> list[float]:
+    """The rates that are tried."""
+    if batch_size == 128:
+        return list(LEARNING_RATES)
+    return [float(f"{rate * batch_size / 128:.6g}") for rate in SMALL_BATCH_RATES]  # as the files have it
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -126,8 +158,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--network", choices=NETWORKS, help="only this one")
     run.add_argument("--batch_size", type=int, help="only this one")
     run.add_argument("--normalization", choices=NORMALIZATIONS, nargs="+", help="only these")
-    run.add_argument("--epochs", type=at_least(1), help="of the comparison (default: 2, quick 4)")
-    run.add_argument("--seeds", type=at_least(1), help="of every network (default: 3 of plain, 1 of the others)")
+    run.add_argument("--epochs", type=at_least(1), help="only the comparisons over so many")
+    run.add_argument("--seeds", type=at_least(1), help="at most so many of each run")
+    run.add_argument("--precision", choices=["float32", "mixed_bfloat16"], help="(default: mixed_bfloat16)")
     run.add_argument("--data_dir", type=pathlib.Path, default=CACHE / "tensorflow_datasets", help="as in demo.py")
     run.add_argument("--work_dir", type=pathlib.Path, default=CACHE / "study", help="checkpoints and copies of splits")
     run.set_defaults(call=run_plan)
@@ -156,21 +189,27 @@ def plan_of(options: argparse.Namespace) -> Plan:
     plan = QUICK if options.quick else FULL
     if options.quick and (options.dataset or options.network not in (None, "plain")):
         raise StudyError("--quick is the plain network on digits: leave --dataset and --network out")
-    sizes = tuple(
-        (network, batch)
-        for network, batch in plan.sizes
-        if options.network in (None, network) and options.batch_size in (None, batch)
-    )
-    if not sizes:
-        batches = sorted({batch for network, batch in plan.sizes if options.network in (None, network)})
-        raise StudyError(f"--batch_size must be one of {', '.join(map(str, batches))}, got {options.batch_size}")
+    wanted = {"network": options.network, "batch_size": options.batch_size, "epochs": options.epochs}
+    comparisons = []
+    for comparison in plan.comparisons:
+        if any(value not in (None, getattr(comparison, name)) for name, value in wanted.items()):
+            continue
+        methods = tuple(
+            method for method in comparison.normalizations if method in (options.normalization or NORMALIZATIONS)
+        )
+        seeds = min(comparison.seeds, options.seeds or comparison.seeds)
+        if methods:
+            comparisons.append(dataclasses.replace(comparison, normalizations=methods, seeds=seeds))
+    if not comparisons:
+        planned = "; ".join(
+            f"{each.network} at a batch of {each.batch_size} over {each.epochs} epochs" for each in plan.comparisons
+        )
+        raise StudyError(f"nothing of the plan is left by these options. It has {planned}")
     return dataclasses.replace(
         plan,
         dataset=options.dataset or plan.dataset,
-        sizes=sizes,
-        seeds={network: options.seeds or plan.seeds[network] for network, _ in sizes},
-        epochs=options.epochs or plan.epochs,
-        normalizations=tuple(options.normalization or plan.normalizations),
+        comparisons=tuple(comparisons),
+        precision=options.precision or plan.precision,
     )
 
 
@@ -178,12 +217,12 @@ def _unfinished(options: argparse.Namespace) -> tuple[Results, list[Cell], int]:
     """The results so far, the runs still to do, and how many are finished."""
     plan, results = plan_of(options), Results(_results_dir(options))
 
-    def best_learning_rate(*wanted) -> float:
+    def best_learning_rate(wanted: Cell) -> float:
         try:
-            return results.best_learning_rate(*wanted)
+            return results.best_learning_rate(wanted)
         except StudyError:
             if options.estimate:  # the hours do not depend on it
-                return LEARNING_RATES[0]
+                return wanted.learning_rate
             raise
 
     cells = plan.search() if options.search else plan.comparison(best_learning_rate)
@@ -270,8 +309,8 @@ def estimated_seconds(cell: Cell, results: Results) -> float:
     fixed, per_image = _STEP_MS[cell.network]
     step = (fixed + per_image * cell.batch_size * scale) / 1e3
     for run in results.runs:
-        if (run.dataset, run.network, run.normalization, run.batch_size) == (
-            cell.dataset, cell.network, cell.normalization, cell.batch_size
+        if (run.dataset, run.network, run.normalization, run.precision, run.batch_size) == (
+            cell.dataset, cell.network, cell.normalization, cell.precision, cell.batch_size
         ):  # fmt: skip
             step = run.seconds_per_step
     evaluated = images / 4 * _EVALUATED_IN_STEPS * per_image * scale / 1e3

@@ -14,13 +14,18 @@ from study.study_results import Results, Run, StudyError
 
 TITLES = {
     "agc": "AGC",
-    "agc_uncalibrated": "AGC, not calibrated",
+    "agc_alone": "AGC, first version",
     "batch_norm": "BatchNorm",
+    "batch_norm_standardized": "BatchNorm, standardized",
     "group_norm": "GroupNorm",
-    "layer_norm": "LayerNorm",
+    "group_norm_standardized": "GroupNorm, standardized",
     "none": "none",
+    "agc_plain_kernels": "AGC, plain kernels",
+    "agc_mean_scale_1": "AGC, mean scale 1",
+    "agc_no_bias": "AGC, no bias",
+    "agc_no_branch_factor": "AGC, branch factor 1",
 }
-_COLORS = dict(zip(TITLES, ("C3", "C1", "C0", "C2", "C4", "0.5"), strict=True))
+_COLORS = dict(zip(TITLES, ("C3", "C1", "C0", "C9", "C2", "C8", "0.5", "C4", "C5", "C6", "C7"), strict=True))
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -58,20 +63,24 @@ def _shown_margin(margin: float) -> str:
 def tables(results: Results) -> str:
     """Returns all tables in Markdown, one section for each data set and number of epochs."""
     parts = [_search_table([run for run in results.runs if run.split == "validation"])]
-    for (dataset, epochs), runs in _comparisons(results).items():
-        parts.append(f"### {dataset}, {epochs} epoch{'s' if epochs > 1 else ''}")
+    for (dataset, epochs, precision), runs in _comparisons(results).items():
+        parts.append(f"### {_title(dataset, epochs, precision)}")
         parts += [_accuracy_table(runs), _difference_table(runs), _smallest_batches(runs), _step_table(runs)]
     commits = sorted({run.commit for run in results.runs})
     versions = "; ".join(f"{key} {value}" for key, value in results.meta.items())
     return "\n\n".join([*filter(None, parts), f"{versions}; commits {', '.join(commits)}"])
 
 
-def _comparisons(results: Results) -> dict[tuple[str, int], list[Run]]:
+def _title(dataset: str, epochs: int, precision: str) -> str:
+    return f"{dataset}, {epochs} epoch{'s' if epochs > 1 else ''}, {precision}"
+
+
+def _comparisons(results: Results) -> dict[tuple[str, int, str], list[Run]]:
     """The runs on the test split that may stand in one table."""
-    found: dict[tuple[str, int], list[Run]] = {}
+    found: dict[tuple[str, int, str], list[Run]] = {}
     for run in results.runs:
         if run.split == "test":
-            found.setdefault((run.dataset, run.epochs), []).append(run)
+            found.setdefault((run.dataset, run.epochs, run.precision), []).append(run)
     for runs in found.values():
         for cell, group in _grouped(runs).items():
             rates = sorted({run.learning_rate for run in group})
@@ -99,20 +108,22 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _search_table(runs: list[Run]) -> str:
     if not runs:
         return ""
-    rates = sorted({run.learning_rate for run in runs})
-    groups: dict[tuple[str, int, str, str], dict[float, Run]] = {}
+    groups: dict[tuple[str, int, str, str, int, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.dataset, run.epochs, run.network, run.normalization), {})[run.learning_rate] = run
+        key = (run.dataset, run.epochs, run.precision, run.network, run.batch_size, run.normalization)
+        groups.setdefault(key, []).append(run)
     rows = [
         [
-            f"{dataset}, {epochs}", network, TITLES[method],
-            *(f"{100 * found[rate].accuracy:.1f}" if rate in found else "" for rate in rates),
+            _title(dataset, epochs, precision), network, str(batch), TITLES[method],
+            ", ".join(
+                f"{run.learning_rate:g}: {100 * run.accuracy:.1f}"
+                for run in sorted(found, key=lambda run: run.learning_rate)
+            ),
         ]
-        for (dataset, epochs, network, method), found in groups.items()
+        for (dataset, epochs, precision, network, batch, method), found in groups.items()
     ]  # fmt: skip
-    batches = ", ".join(str(batch) for batch in sorted({run.batch_size for run in runs}))
-    title = f"Validation accuracy %, batch {batches}, one seed, by learning rate; the best one is used:"
-    return title + "\n\n" + _markdown(["data set, epochs", "network", "method", *map(str, rates)], rows)
+    title = "Validation accuracy % by learning rate, one seed; the best one is used:"
+    return title + "\n\n" + _markdown(["data set", "network", "batch", "method", "rate: accuracy"], rows)
 
 
 def _by_batch(runs: list[Run], cell: Callable[[list[Run]], str]) -> str:
@@ -143,8 +154,9 @@ def _difference_table(runs: list[Run]) -> str:
     groups = _grouped(runs)
     rows = []
     for (network, batch, method), ours in groups.items():
-        others = ("batch_norm", "group_norm", "layer_norm", "agc_uncalibrated", "none") if method == "agc" else ()
-        for other in others:
+        for other in TITLES if method == "agc" else ():
+            if other == "agc":
+                continue
             theirs = groups.get((network, batch, other))
             if theirs:
                 value, margin = difference(_percent(ours), _percent(theirs))
@@ -214,7 +226,7 @@ def _median(values: Iterable[float]) -> str:
 def draw(results: Results) -> list[pathlib.Path]:
     """Draws every comparison into PNG files beside the results; returns their paths."""
     paths = []
-    for (dataset, epochs), runs in _comparisons(results).items():
+    for (dataset, epochs, precision), runs in _comparisons(results).items():
         cells = {run.cell for run in runs}
         curves = [point for point in results.curves if point.cell in cells]
         gains = [record for record in results.gains if record.cell in cells and record.normalization == "agc"]
@@ -226,8 +238,8 @@ def draw(results: Results) -> list[pathlib.Path]:
         for network in sorted({record.network for record in gains}):
             figures[f"gains_{network}"] = _gains_figure([record for record in gains if record.network == network])
         for name, figure in figures.items():
-            figure.suptitle(f"{dataset}, {epochs} epoch{'s' if epochs > 1 else ''}")
-            paths.append(results.directory / f"{dataset}_{epochs}_{name}.png")
+            figure.suptitle(_title(dataset, epochs, precision))
+            paths.append(results.directory / f"{dataset}_{epochs}_{precision}_{name}.png")
             figure.savefig(paths[-1], dpi=110)
     return paths
 

@@ -21,13 +21,14 @@ class Cell:
     Attributes:
         dataset: as in image_datasets.load.
         split: of the final accuracy: "validation" in the search for learning rates, "test" in the comparison.
-        network, normalization, batch_size, seed, learning_rate, epochs: as in study_training.Job.
+        network, normalization, precision, batch_size, seed, learning_rate, epochs: as in study_training.Job.
     """
 
     dataset: str
     split: str
     network: str
     normalization: str
+    precision: str
     batch_size: int
     seed: int
     learning_rate: float
@@ -136,17 +137,14 @@ class Results:
                 path = self.directory / f"{name}.csv"
                 result_files.write_csv(path, getattr(self, name), versions, digits=6)
 
-    def best_learning_rate(self, dataset: str, network: str, normalization: str, epochs: int) -> float:
-        """The search's winner by validation accuracy; of equal ones the smaller."""
+    def best_learning_rate(self, wanted: Cell) -> float:
+        """The search's winner by validation accuracy, among runs like `wanted` at any rate; of equals the smaller."""
         found = [
-            run
-            for run in self.runs
-            if (run.split, run.dataset, run.network, run.normalization, run.epochs)
-            == ("validation", dataset, network, normalization, epochs)
+            run for run in self.runs if dataclasses.replace(run.cell, learning_rate=wanted.learning_rate) == wanted
         ]
         if not found:
             raise StudyError(
-                f"no learning rate was searched for {network} with {normalization} on {dataset}: "
+                f"no learning rate was searched for {wanted} on {wanted.dataset} in {wanted.precision}: "
                 "run the same command with --search first"
             )
         finite = [run for run in found if math.isfinite(run.loss)] or found

@@ -36,7 +36,41 @@ NETWORKS: dict[str, Callable[..., keras.Model]] = {
     "resnet20_post": models.resnet,
     "resnet20_pre": functools.partial(models.residual_cnn, blocks=3),
 }
-AGC = ("agc", "agc_uncalibrated")  # calibrated or not, the same layers
+
+
+def _without_bias(place: models.Place) -> list[keras.layers.Layer]:
+    mean_scale = keras.initializers.Constant(0 if place.pooled else models.MEAN_SCALE)
+    return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer=mean_scale, use_bias=False)]
+
+
+def _all_of_the_mean(place: models.Place) -> list[keras.layers.Layer]:
+    mean_scale = "zeros" if place.pooled else "ones"
+    return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer=mean_scale, use_bias=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a network is trained with: arguments of tf_agc.models, and of tf_agc.calibrate."""
+
+    normalization: str | models.Normalization
+    standardized: bool
+    branch_factor: float = 0.5
+
+
+METHODS = {
+    "agc": Method("agc", standardized=True),
+    "agc_alone": Method("agc_alone", standardized=False),  # the first version: no part of the recipe
+    "batch_norm": Method("batch_norm", standardized=False),
+    "batch_norm_standardized": Method("batch_norm", standardized=True),
+    "group_norm": Method("group_norm", standardized=False),
+    "group_norm_standardized": Method("group_norm", standardized=True),
+    "none": Method("none", standardized=False),
+    # The recipe, each part of it left out in turn.
+    "agc_plain_kernels": Method("agc", standardized=False),
+    "agc_mean_scale_1": Method(_all_of_the_mean, standardized=True),
+    "agc_no_bias": Method(_without_bias, standardized=True),
+    "agc_no_branch_factor": Method("agc", standardized=True, branch_factor=1.0),
+}
 RECORDS_PER_EPOCH = 4
 _MONITORED_IMAGES = 32
 # Between two looks at the clock. At batch 1 a step is much shorter than what Python needs for a look.
@@ -50,7 +84,8 @@ class Job:
 
     Attributes:
         network: a name in NETWORKS.
-        normalization: a name in tf_agc.models.NORMALIZATIONS, or one of AGC.
+        normalization: a name in METHODS.
+        precision: Keras's policy, "float32" or "mixed_bfloat16".
         batch_size: images in a step.
         seed: of the initial weights, the order of the images and their augmentation.
         learning_rate: the schedule's peak.
@@ -63,6 +98,7 @@ class Job:
 
     network: str
     normalization: str
+    precision: str
     batch_size: int
     seed: int
     learning_rate: float
@@ -132,13 +168,22 @@ def train(job: Job, report: Callable[[dict], None]) -> dict:
     keras.utils.set_random_seed(job.seed)
     splits = {name: load_split(path) for name, path in job.splits.items()}
     train_split = splits["train"]
-    model = NETWORKS[job.network](
-        train_split.images.shape[1:],
-        int(train_split.labels.max()) + 1,
-        "agc" if job.normalization in AGC else job.normalization,
-    )
-    if job.normalization == "agc":
-        tf_agc.calibrate(model, train_split.images[: training_recipe.CALIBRATION_IMAGES])
+    method = METHODS[job.normalization]
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(job.precision)
+    try:
+        model = NETWORKS[job.network](
+            train_split.images.shape[1:],
+            int(train_split.labels.max()) + 1,
+            method.normalization,
+            standardized=method.standardized,
+        )
+    finally:
+        keras.config.set_dtype_policy(policy)
+    has_agc = job.normalization.startswith("agc")
+    if has_agc:
+        images = train_split.images[: training_recipe.CALIBRATION_IMAGES]
+        tf_agc.calibrate(model, images, branch_factor=method.branch_factor)
     steps_per_epoch = training_recipe.steps_per_epoch(train_split, job.batch_size)
     steps = job.epochs * steps_per_epoch
     optimizer = training_recipe.optimizer(job.learning_rate, steps)
@@ -158,7 +203,7 @@ def train(job: Job, report: Callable[[dict], None]) -> dict:
     monitored_images = tf.constant(train_split.images[:_MONITORED_IMAGES])
 
     def record_gains() -> None:
-        if job.normalization in AGC:
+        if has_agc:
             for layer, values in monitor.layer_statistics(model, monitored_images).items():
                 means = {name: float(np.mean(values[name])) for name in ("gain", "output_std", "sparsity")}
                 state.gains.append({"epoch": state.step / steps_per_epoch, "layer": layer} | means)
@@ -229,7 +274,7 @@ def _training_function(
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)
             images, labels = next(batches)
             with tf.GradientTape() as tape:
-                logits = model(images, training=True)
+                logits = tf.cast(model(images, training=True), tf.float32)
                 losses = _LOSSES(labels, logits)
                 loss = tf.reduce_mean(losses)
             gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
@@ -243,7 +288,7 @@ def _training_function(
 def _evaluation_function(model: keras.Model) -> Callable[[Split], tuple[float, float]]:
     @tf.function(jit_compile=False, reduce_retracing=True)
     def evaluate_batch(images, labels):
-        logits = model(images, training=False)
+        logits = tf.cast(model(images, training=False), tf.float32)
         return _right(logits, labels), tf.reduce_sum(tf.cast(_LOSSES(labels, logits), tf.float64))
 
     def evaluate(split: Split) -> tuple[float, float]:

@@ -10,7 +10,11 @@ import tensorflow as tf
 
 from study.image_datasets import Split
 
-GRADIENT_NORM = 1.0
+GRADIENT_NORM = 1.0  # of all gradients together
+# Of the kernels, times the rate. 5e-4 added to the gradient is the same in the long run: a momentum of 0.9 makes it ten
+# times as much.
+WEIGHT_DECAY = 5e-3
+_NOT_DECAYED = ("gain", "mean_scale", "gamma", "beta", "bias")
 CALIBRATION_IMAGES = 256
 EVALUATION_BATCH = 250
 _SHIFT = 4
@@ -29,8 +33,11 @@ def optimizer(learning_rate: float, steps: int) -> keras.optimizers.Optimizer:
         warmup_steps=warm_up,
         decay_steps=max(1, steps - warm_up),
     )
-    # The norm is clipped weight by weight, not over all of them.
-    return keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, clipnorm=GRADIENT_NORM)
+    sgd = keras.optimizers.SGD(
+        schedule, momentum=0.9, nesterov=True, global_clipnorm=GRADIENT_NORM, weight_decay=WEIGHT_DECAY
+    )
+    sgd.exclude_from_weight_decay(var_names=list(_NOT_DECAYED))
+    return sgd
 
 
 def training_batches(
