@@ -11,10 +11,12 @@ from typing import Any
 import keras
 
 from tf_agc import calibration, layer_replacement, model_graph
-from tf_agc.conversion_plan import ConversionTable, ConvertedLayer, Plan, can_be_constructed, summary
+from tf_agc.conversion_plan import ConversionTable, Plan, can_be_constructed, summary
 
 
-def convert(model: keras.Model, calibrate_with: Any = None, replace_causal: bool = False) -> keras.Model:
+def convert(
+    model: keras.Model, calibrate_with: Any = None, replace_causal: bool = False, standardize: bool = True
+) -> keras.Model:
     """Returns a copy of a model with AutomaticGainControl in place of BatchNormalization.
 
     **The copy has to be trained.** The two layers compute different things: BatchNormalization's
@@ -63,8 +65,7 @@ def convert(model: keras.Model, calibrate_with: Any = None, replace_causal: bool
     where a custom layer holds it in no attribute, and in causal networks, unless `replace_causal` asks for it: before
     or behind a Conv1D with padding="causal", padding of the start alone, attention with a causal mask, or a recurrent
     layer that returns sequences, or in a custom layer or subclassed model with one of them.
-    `tf_agc.conversion_table(model)` tells all of it before anything is done. Of sizes that only a batch has, the
-    warning lists what is seen with `calibrate_with`: an AGC all of whose channels are constant there.
+    `tf_agc.conversion_table(model)` tells all of it before anything is done.
 
     Args:
         model: a model of any kind, built; compiled or not.
@@ -82,7 +83,7 @@ def convert(model: keras.Model, calibrate_with: Any = None, replace_causal: bool
             a layer or a model cannot be made again (the message names it), or the copy could not be loaded again. What
             `calibrate` raises for the batch.
     """
-    plan = Plan(model, replace_causal)
+    plan = Plan(model, replace_causal, standardize)
     table = plan.table()
     if not plan.norms:
         raise ValueError(f"model '{model.name}' has no BatchNormalization layer to convert")
@@ -90,21 +91,18 @@ def convert(model: keras.Model, calibrate_with: Any = None, replace_causal: bool
         raise ValueError(f"model '{model.name}' has no BatchNormalization layer that can be replaced:{summary(table)}")
     copy = _Copier(plan).copy(model)
     if calibrate_with is not None:
-        reason = "replaced, but constant on calibrate_with, as maps of one position are"
-        for row in calibration.calibrate(copy, calibrate_with):
-            if row.calls and len(row.kept) == row.gain.size:
-                table.append(ConvertedLayer(row.layer, reason=reason))
+        calibration.calibrate(copy, calibrate_with)
     if notes := summary(table):
         warnings.warn(f"convert did not carry over all of model '{model.name}':{notes}", stacklevel=2)
     return copy
 
 
-def conversion_table(model: keras.Model, replace_causal: bool = False) -> ConversionTable:
+def conversion_table(model: keras.Model, replace_causal: bool = False, standardize: bool = True) -> ConversionTable:
     """Tells what `convert` makes of each BatchNormalization layer, without converting anything.
 
     Args:
         model: as in `convert`.
-        replace_causal: as in `convert`.
+        replace_causal, standardize: as in `convert`.
 
     Returns:
         A list with one row for each BatchNormalization layer, in order of execution: what replaces it,
@@ -114,7 +112,7 @@ def conversion_table(model: keras.Model, replace_causal: bool = False) -> Conver
     Raises:
         TypeError, ValueError: the model is of a kind that `convert` refuses, or not built.
     """
-    return Plan(model, replace_causal).table()
+    return Plan(model, replace_causal, standardize).table()
 
 
 class _Copier:
@@ -124,6 +122,7 @@ class _Copier:
         self._plan = plan
         self._copies: dict[int, tuple[Any, Any]] = {}  # original and copy; layers before the models that hold them
         self._kept: list[tuple[keras.Layer, keras.Layer]] = []  # those made again by their class
+        self._standardized: list[tuple[keras.Layer, keras.Layer]] = []  # convolutions and what became of them
         # Layers of which some are replaced in place, and what they became; models before their layers.
         self._pairs: list[tuple[keras.Layer, keras.Layer]] = []
 
@@ -140,6 +139,10 @@ class _Copier:
             with layer_replacement.naming(original):
                 _copy_state(original, copied)
                 self._replace(original, copied)
+        for original, copied in self._standardized:
+            copied.kernel.assign(original.kernel)
+            if original.use_bias:
+                copied.bias.assign(original.bias)
         for original, copied in self._pairs:
             copied.trainable = original.trainable
         if self._pairs:
@@ -154,6 +157,8 @@ class _Copier:
     def _make_copy(self, operation: Any) -> Any:
         replaced = self._plan.replacement(operation)
         if replaced is not None:
+            if not self._plan.is_replaced(operation):
+                self._standardized.append((operation, replaced))
             return replaced
         if model_graph.is_graph(operation):
             if id(operation) in self._plan.remade:
@@ -184,7 +189,10 @@ class _Copier:
             layers = model_graph.sublayers(copy)
             layer_replacement.replace(copy, replacements, config)
             for at, old in enumerate(model_graph.sublayers(original)):
-                self._pairs.append((old, replacements.layers.get(at, layers[at])))
+                new = replacements.layers.get(at, layers[at])
+                self._pairs.append((old, new))
+                if at in replacements.layers and not self._plan.is_replaced(old):
+                    self._standardized.append((old, new))
 
     def _copy_sequential(self, model: keras.Sequential) -> keras.Sequential:
         vanishing = {id(node.operation) for node in model_graph.nodes(model) if self._plan.vanishes(node)}
@@ -216,8 +224,8 @@ class _Copier:
         if self._plan.vanishes(node):
             return tensors[0]
         copy = self._copy(node.operation)
-        if self._plan.is_replaced(node.operation):
-            return copy(tensors[0])  # `training` means nothing to AGC
+        if self._plan.replaces(node.operation):
+            return copy(tensors[0])  # `training` means nothing to these
         return copy(*args, **kwargs)
 
 

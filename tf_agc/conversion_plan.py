@@ -51,6 +51,9 @@ _HANDS_CHANNELS_ON = (
     *("Pad", "MaxPool", "AveragePool"),
 )
 
+# The part of its mean that a map loses at first.
+_MEAN_SCALE = 0.25
+
 # The initial factor of a convolution that ends a residual branch: `calibrate` sets it for the batch.
 _BRANCH_FACTOR = 0.5
 
@@ -188,13 +191,13 @@ class _Norm:
 
     def replacement(self) -> AutomaticGainControl:
         activation, alpha = self.activation or (None, None)
-        by_place = {"mean_scale_initializer": "zeros"} if self.averaged_by else {}
+        mean_scale = 0.0 if self.averaged_by else _MEAN_SCALE
         return AutomaticGainControl(
             activation,
             data_format=self._data_format,
             alpha=alpha,
+            mean_scale_initializer=keras.initializers.Constant(mean_scale),
             use_bias=self.layer.center,
-            **by_place,
             activity_regularizer=self.layer.activity_regularizer,
             name=self.layer.name,
             dtype=self.layer.dtype_policy,
@@ -224,6 +227,7 @@ class Plan:
 
     def __init__(self, model: keras.Model, replace_causal: bool, standardize: bool) -> None:
         _check_model(model)
+        self._model = model
         self._graph = model_graph.CallGraph(model)
         self.remade: dict[int, keras.Model] = {}
         self._lost_classes: dict[int, ConvertedLayer] = {}  # by the model's identity
@@ -270,6 +274,10 @@ class Plan:
     def is_replaced(self, operation: Any) -> bool:
         """Whether an AGC takes the place of a layer."""
         return id(operation) in self._replaced
+
+    def replaces(self, operation: Any) -> bool:
+        """Whether an AGC or a standardized convolution takes the place of a layer."""
+        return self.is_replaced(operation) or id(operation) in self._convolutions
 
     def junction(self, node: Any) -> tuple[keras.layers.BatchNormalization, int] | None:
         """For the call of an Add that an AGC computes: the BatchNormalization before it, and at which of the inputs."""
@@ -394,29 +402,34 @@ class Plan:
         """
         norms: list[_Norm] = []
         ends_branch = False
-        todo, seen = list(call.outputs), {id(call)}
+        todo, seen = [(x, True) for x in call.outputs], {id(call)}
         while todo:
-            tensor = todo.pop()
-            maker = producers[id(tensor)]
+            tensor, is_own = todo.pop()  # is_own: nothing else has been added or concatenated to it
             readers = self._graph.readers(tensor)
-            if not readers or (maker.node is not None and maker.scope.model and maker.gives_output_of_model()):
+            if not readers or self._is_output(producers[id(tensor)]):
                 return [], False
             for reader in readers:
-                if id(reader) in seen:
-                    continue
-                seen.add(id(reader))
                 if id(reader.operation) in self._replaced:
                     norms.append(self._replaced[id(reader.operation)])
-                elif _adds(reader):
-                    depths = [producers[id(x)].depth if id(x) in producers else 0 for x in reader.inputs]
-                    own = depths[[x is tensor for x in reader.inputs].index(True)]
-                    ends_branch |= maker_is_alone(call, tensor) and len(depths) == 2 and depths.count(own) == 1 and own == max(depths)
-                    todo.extend(reader.outputs)
-                elif is_of_keras(reader.operation, *_HANDS_CHANNELS_ON):
-                    todo.extend(reader.outputs)
+                elif _adds(reader) or is_of_keras(reader.operation, *_HANDS_CHANNELS_ON):
+                    if _adds_two_maps(reader) and is_own:
+                        depths = [producers[id(x)].depth if id(x) in producers else 0 for x in reader.inputs]
+                        other = depths[reader.inputs[0] is tensor]
+                        ends_branch |= producers[id(tensor)].depth > other
+                    if id(reader) not in seen:
+                        seen.add(id(reader))
+                        todo.extend((x, is_own and len(reader.inputs) == 1) for x in reader.outputs)
                 else:
                     return [], False
         return norms, ends_branch
+
+    def _is_output(self, call: Call) -> bool:
+        """Whether the outermost model, or something that no graph shows, has an output of a call."""
+        if call.node is None:
+            return False
+        if not self._held_tensors.isdisjoint(map(id, call.node.outputs)):
+            return True
+        return call.scope.model is self._model and call.gives_output_of_model()
 
     def _only_reader(self, norm: keras.layers.BatchNormalization, call: Call) -> Call | None:
         """What reads the output of a call, if it is in the same graph, and one layer can stand for both."""
@@ -424,9 +437,9 @@ class Plan:
         readers = self._graph.readers(output)
         if len(readers) != 1 or readers[0].scope is not call.scope or call.node is None or call.gives_output_of_model():
             return None
-        (reader,) = readers
         if not self._held_tensors.isdisjoint(map(id, call.node.outputs)):
             return None
+        (reader,) = readers
         # Losses and metrics may be given by the name of an output.
         if len(call.scope.model.outputs) > 1 and reader.gives_output_of_model():
             return None

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from tf_agc import AutomaticGainControl, conversion_table, convert, export_saved_model
+from tf_agc import AutomaticGainControl, StandardizedConv2D, conversion_table, convert, export_saved_model
 
 _X = np.random.default_rng(0).standard_normal((4, 8, 9, 3)).astype(np.float32)
 
@@ -47,7 +47,7 @@ def _saved_and_loaded(model, tmp_path):
         return keras.saving.load_model(tmp_path / "model.keras")
 
 
-def _convert_and_check(model, tmp_path, agc, x=_X):
+def _convert_and_check(model, tmp_path, agc, standardized, x=_X):
     """The copy has the class, shares nothing, trains, and is what it was after it was saved and loaded."""
     _randomize(model)
     before = _state(model)
@@ -57,6 +57,7 @@ def _convert_and_check(model, tmp_path, agc, x=_X):
     assert not _kinds(converted, layers.BatchNormalization)
     assert len(_kinds(converted, AutomaticGainControl)) == agc
     assert not {id(weight) for weight in model.weights} & {id(weight) for weight in converted.weights}
+    assert len(_kinds(converted, StandardizedConv2D)) == standardized
     old = {id(weight): weight.numpy() for weight in model.weights}
     kept = [layer for layer in _kinds(model, layers.Conv2D | layers.Dense)]
     copied = [layer for layer in _kinds(converted, layers.Conv2D | layers.Dense)]
@@ -112,7 +113,7 @@ def test_a_model_with_a_constructor_of_its_own(tmp_path):
         ("norm1", ["relu1"], ""),
         ("norm2", ["add", "relu"], ""),
     ]
-    converted = _convert_and_check(model, tmp_path, agc=2)
+    converted = _convert_and_check(model, tmp_path, agc=2, standardized=2)
     assert (converted.name, converted.factor) == ("mine", 3.0)
     assert [layer.name for layer in converted.layers[1:]] == ["conv", "norm1", "conv2", "norm2"]
     assert converted.first is converted.get_layer("conv")
@@ -158,7 +159,7 @@ def test_nested_in_a_functional_model(tmp_path):
         ("backbone/norm1", ""),
         ("backbone/norm2", "pool"),
     ]
-    converted = _convert_and_check(model, tmp_path, agc=2)
+    converted = _convert_and_check(model, tmp_path, agc=2, standardized=2)
     assert isinstance(converted.get_layer("backbone"), Residual)
 
 
@@ -197,7 +198,7 @@ class Detector(keras.Model):
 
 def test_a_model_that_holds_another_and_calls_a_part_of_it(tmp_path):
     model = Detector(Residual(5, name="backbone"))
-    converted = _convert_and_check(model, tmp_path, agc=3)
+    converted = _convert_and_check(model, tmp_path, agc=3, standardized=3)
     part, backbone = converted.get_layer("part"), converted.backbone
     assert part.get_layer("norm1") is backbone.get_layer("norm1")
     assert isinstance(backbone, Residual)
@@ -220,7 +221,7 @@ class TwoLayers(keras.Sequential):
 
 
 def test_a_sequential_model_with_a_constructor_of_its_own(tmp_path):
-    converted = _convert_and_check(TwoLayers(5), tmp_path, agc=1)
+    converted = _convert_and_check(TwoLayers(5), tmp_path, agc=1, standardized=1)
     assert [layer.name for layer in converted.layers] == ["conv", "norm"]
     assert converted.norm is converted.layers[1] and converted.norm._fused == "relu"
 
@@ -286,7 +287,7 @@ def test_a_custom_layer(tmp_path):
         ("own", "linear", ""),
         ("block/norm", "linear", ""),
     ]
-    converted = _convert_and_check(model, tmp_path, agc=2)
+    converted = _convert_and_check(model, tmp_path, agc=2, standardized=0)
     block = converted.get_layer("block")
     assert isinstance(block.norm, AutomaticGainControl)
     expected = ops.relu(block.norm(block.conv(_X)))
@@ -297,7 +298,9 @@ def test_a_custom_layer_that_keras_builds(tmp_path):
     inputs = keras.Input((8, 9, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras's, that the layer has no build()
-        converted = _convert_and_check(keras.Model(inputs, LazyBlock(name="lazy")(inputs)), tmp_path, agc=2)
+        converted = _convert_and_check(
+            keras.Model(inputs, LazyBlock(name="lazy")(inputs)), tmp_path, agc=2, standardized=0
+        )
     lazy = converted.get_layer("lazy")
     assert isinstance(lazy.steps[1][0], AutomaticGainControl)
     assert isinstance(lazy.by_name["last"][0], AutomaticGainControl)
@@ -313,7 +316,7 @@ def test_a_subclassed_model(tmp_path):
             "stem": ("linear", []),
             "block/norm": ("linear", []),
         }
-        converted = _convert_and_check(model, tmp_path, agc=3)
+        converted = _convert_and_check(model, tmp_path, agc=3, standardized=1)
     assert converted.alias is converted.stem and isinstance(converted.stem, AutomaticGainControl)
     assert [layer.name for layer in converted.encoder.layers] == ["conv", "inner"]
 
