@@ -4,19 +4,19 @@ What becomes of each layer is decided in `tf_agc.conversion_plan`; here the copy
 the original is only read.
 """
 
-import contextlib
 import tempfile
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 
-from tf_agc import calibration, model_graph
-from tf_agc.conversion_plan import ConversionTable, ConvertedLayer, Plan, can_be_constructed, summary
+from tf_agc import calibration, layer_replacement, model_graph
+from tf_agc.conversion_plan import ConversionTable, Plan, can_be_constructed, summary
 
 
-def convert(model: keras.Model, calibrate_with: Any = None, replace_causal: bool = False) -> keras.Model:
+def convert(
+    model: keras.Model, calibrate_with: Any = None, replace_causal: bool = False, standardize: bool = True
+) -> keras.Model:
     """Returns a copy of a model with AutomaticGainControl in place of BatchNormalization.
 
     **The copy has to be trained.** The two layers compute different things: BatchNormalization's
@@ -45,40 +45,45 @@ def convert(model: keras.Model, calibrate_with: Any = None, replace_causal: bool
 
     What stays as it was: names (an AGC has the name of the layer that it replaces), `trainable`, dtype
     policies, activity regularizers, shared layers and models, the structure of inputs and outputs, the
-    state of preprocessing layers. The original is not changed, and shares no weights with the copy. The
-    copy is not compiled: its weights need an optimizer of their own. Other layers are copied through
+    state of preprocessing layers. The original is not changed, and shares no weights with the copy. `convert` does
+    not compile the copy: its weights need an optimizer of their own. Other layers are copied through
     `get_config()`, so custom ones must have it, and custom functions that they name must be registered.
     What Keras does not save of a layer starts anew, such as a `tf.Variable` that is none of its weights.
+
+    A model keeps its class, its methods and its attributes. Custom layers, subclassed models and models with a
+    constructor of their own (KerasHub's) are made again by their `from_config()`, and the layers in them are replaced
+    wherever an attribute, or a list, tuple or dict in one, holds them. The copy's class is a subclass of the original's
+    that says, when it is saved, what was replaced. Inside the code of custom layers and subclassed models an AGC is
+    linear, as no graph tells what follows. Where a functional or Sequential class cannot make its model again, as its
+    `get_config()` does not have what its constructor needs, the copy is a plain functional or Sequential model, and is
+    listed. What could be saved and not loaded again is refused.
 
     Models may be nested, also in TimeDistributed. A BatchNormalization is left alone, with one warning
     that lists all of them and why, where a call's map has one position, as far as sizes are known now
     (its mean is the map itself), where it has no spatial axes (behind a Dense layer), where its axis is
     not that of the channels, where it is called with a mask, where a subclass has a `call` of its own,
-    inside custom layers and subclassed models, whose code `convert` does not rewrite, and in causal networks,
-    unless `replace_causal` asks for it: before or behind a Conv1D with padding="causal", padding of the
-    start alone, attention with a causal mask, or a recurrent layer that returns sequences. A model class
-    whose constructor does not take (inputs, outputs, name) cannot be made again: such a model is copied
-    as a plain functional or Sequential model, and listed too. `tf_agc.conversion_table(model)` tells all
-    of it before anything is done. Of sizes that only a batch has, the warning lists what is seen with
-    `calibrate_with`: an AGC all of whose channels are constant there.
+    where a custom layer holds it in no attribute, and in causal networks, unless `replace_causal` asks for it: before
+    or behind a Conv1D with padding="causal", padding of the start alone, attention with a causal mask, or a recurrent
+    layer that returns sequences, or in a custom layer or subclassed model with one of them.
+    `tf_agc.conversion_table(model)` tells all of it before anything is done.
 
     Args:
-        model: a functional or Sequential model, built; compiled or not.
+        model: a model of any kind, built; compiled or not.
         calibrate_with: one batch of the model's inputs, for `tf_agc.calibrate`; None leaves all gains
             at 1.
         replace_causal: whether BatchNormalization is replaced in causal networks too. AGC's mean is over the whole
             sequence, so what the copy gives at one step depends on later ones.
 
     Returns:
-        A new model of the same class, not compiled.
+        A new model of the same class, or of a subclass of it.
 
     Raises:
-        TypeError: model is not a functional or Sequential model.
+        TypeError: model is not a Keras model.
         ValueError: the model is not built; it has no BatchNormalization, or none that can be replaced;
-            a layer or a model cannot be made again (the message names it). What `calibrate` raises for the
-            batch.
+            a layer or a model cannot be made again (the message names it), or the copy could not be loaded again. What
+            `calibrate` raises for the batch.
     """
-    plan = Plan(model, replace_causal)
+    plan = Plan(model, replace_causal, standardize)
     table = plan.table()
     if not plan.norms:
         raise ValueError(f"model '{model.name}' has no BatchNormalization layer to convert")
@@ -86,21 +91,18 @@ def convert(model: keras.Model, calibrate_with: Any = None, replace_causal: bool
         raise ValueError(f"model '{model.name}' has no BatchNormalization layer that can be replaced:{summary(table)}")
     copy = _Copier(plan).copy(model)
     if calibrate_with is not None:
-        reason = "replaced, but constant on calibrate_with, as maps of one position are"
-        for row in calibration.calibrate(copy, calibrate_with):
-            if row.calls and len(row.kept) == row.gain.size:
-                table.append(ConvertedLayer(row.layer, reason=reason))
+        calibration.calibrate(copy, calibrate_with)
     if notes := summary(table):
         warnings.warn(f"convert did not carry over all of model '{model.name}':{notes}", stacklevel=2)
     return copy
 
 
-def conversion_table(model: keras.Model, replace_causal: bool = False) -> ConversionTable:
+def conversion_table(model: keras.Model, replace_causal: bool = False, standardize: bool = True) -> ConversionTable:
     """Tells what `convert` makes of each BatchNormalization layer, without converting anything.
 
     Args:
         model: as in `convert`.
-        replace_causal: as in `convert`.
+        replace_causal, standardize: as in `convert`.
 
     Returns:
         A list with one row for each BatchNormalization layer, in order of execution: what replaces it,
@@ -110,7 +112,7 @@ def conversion_table(model: keras.Model, replace_causal: bool = False) -> Conver
     Raises:
         TypeError, ValueError: the model is of a kind that `convert` refuses, or not built.
     """
-    return Plan(model, replace_causal).table()
+    return Plan(model, replace_causal, standardize).table()
 
 
 class _Copier:
@@ -119,17 +121,32 @@ class _Copier:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._copies: dict[int, tuple[Any, Any]] = {}  # original and copy; layers before the models that hold them
-        self._kept: list[tuple[keras.Layer, keras.Layer]] = []  # those copied as they are
+        self._kept: list[tuple[keras.Layer, keras.Layer]] = []  # those made again by their class
+        self._standardized: list[tuple[keras.Layer, keras.Layer]] = []  # convolutions and what became of them
+        # Layers of which some are replaced in place, and what they became; models before their layers.
+        self._pairs: list[tuple[keras.Layer, keras.Layer]] = []
 
     def copy(self, model: keras.Model) -> keras.Model:
         copy = self._copy(model)
+        if not copy.built:
+            with layer_replacement.naming(model):
+                copy.build_from_config(model.get_build_config())
         # Models before their layers: what is set on a model is set on all of its layers.
         for original, copied in reversed(self._copies.values()):
             if isinstance(original, keras.Layer):
                 copied.trainable = original.trainable
         for original, copied in self._kept:
-            with _naming(original):
+            with layer_replacement.naming(original):
                 _copy_state(original, copied)
+                self._replace(original, copied)
+        for original, copied in self._standardized:
+            copied.kernel.assign(original.kernel)
+            if original.use_bias:
+                copied.bias.assign(original.bias)
+        for original, copied in self._pairs:
+            copied.trainable = original.trainable
+        if self._pairs:
+            _check_loading(model, copy)
         return copy
 
     def _copy(self, operation: Any) -> Any:
@@ -138,27 +155,50 @@ class _Copier:
         return self._copies[id(operation)][1]
 
     def _make_copy(self, operation: Any) -> Any:
-        replacement = self._plan.replacement(operation)
-        if replacement is not None:
-            return replacement
-        if isinstance(operation, keras.Sequential) and model_graph.is_graph(operation):
-            return self._copy_sequential(operation)
+        replaced = self._plan.replacement(operation)
+        if replaced is not None:
+            if not self._plan.is_replaced(operation):
+                self._standardized.append((operation, replaced))
+            return replaced
         if model_graph.is_graph(operation):
+            if id(operation) in self._plan.remade:
+                copy = self._plan.remade[id(operation)]
+                with layer_replacement.naming(operation):
+                    _copy_state(operation, copy)
+                    self._replace(operation, copy)  # before anything calls it
+                return copy
+            if isinstance(operation, keras.Sequential):
+                return self._copy_sequential(operation)
             return self._copy_functional(operation)
         if type(operation) is keras.layers.TimeDistributed:
             layer = self._copy(operation.layer)
             return keras.layers.TimeDistributed(layer, name=operation.name, dtype=operation.dtype_policy)
-        with _naming(operation):
-            copy = _copy_layer(operation)
+        copy = layer_replacement.remake(operation)
         if isinstance(operation, keras.Layer):
             self._kept.append((operation, copy))
         return copy
+
+    def _replace(self, original: keras.Layer, copy: keras.Layer) -> None:
+        """Replaces in a copy that its class made what is to be replaced in it."""
+        replacements = self._plan.replacements_in(original)
+        if replacements.layers:
+            config = {
+                "original": keras.saving.serialize_keras_object(copy),
+                "replacements": replacements.get_config(),
+            }
+            layers = model_graph.sublayers(copy)
+            layer_replacement.replace(copy, replacements, config)
+            for at, old in enumerate(model_graph.sublayers(original)):
+                new = replacements.layers.get(at, layers[at])
+                self._pairs.append((old, new))
+                if at in replacements.layers and not self._plan.is_replaced(old):
+                    self._standardized.append((old, new))
 
     def _copy_sequential(self, model: keras.Sequential) -> keras.Sequential:
         vanishing = {id(node.operation) for node in model_graph.nodes(model) if self._plan.vanishes(node)}
         layers = [self._copy(layer) for layer in model.layers if id(layer) not in vanishing]
         kind = type(model) if can_be_constructed(type(model)) else keras.Sequential
-        with _naming(model):
+        with layer_replacement.naming(model):
             return kind([_input_layer(model.inputs[0]), *layers], name=model.name)
 
     def _copy_functional(self, model: keras.Model) -> keras.Model:
@@ -171,7 +211,7 @@ class _Copier:
             tensors.update(zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=True))
         outputs = keras.tree.map_structure(lambda tensor: tensors[id(tensor)], model.output)
         kind = type(model) if can_be_constructed(type(model)) else keras.Model
-        with _naming(model):
+        with layer_replacement.naming(model):
             return kind(inputs, outputs, name=model.name)
 
     def _call(self, node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -184,8 +224,8 @@ class _Copier:
         if self._plan.vanishes(node):
             return tensors[0]
         copy = self._copy(node.operation)
-        if self._plan.is_replaced(node.operation):
-            return copy(tensors[0])  # `training` means nothing to AGC
+        if self._plan.replaces(node.operation):
+            return copy(tensors[0])  # `training` means nothing to these
         return copy(*args, **kwargs)
 
 
@@ -196,18 +236,21 @@ def _input_layer(tensor: keras.KerasTensor) -> keras.layers.InputLayer:
     return keras.layers.InputLayer.from_config({**original.get_config(), "optional": original.optional})
 
 
-def _copy_layer(operation: Any) -> Any:
-    if type(operation) is keras.layers.Lambda:
-        # Its configuration has the code of a lambda, but not the globals that the code uses.
-        return keras.layers.Lambda(
-            operation.function,
-            operation._output_shape,
-            operation.mask,
-            operation.arguments,
-            name=operation.name,
-            dtype=operation.dtype_policy,
-        )
-    return type(operation).from_config(operation.get_config())
+def _check_loading(model: keras.Model, copy: keras.Model) -> None:
+    """Raises ValueError where a copy could be trained and saved, and not loaded again."""
+    kinds = {keras.saving.get_registered_name(type(each)): type(each) for each in model_graph.sublayers(model)}
+    try:
+        with warnings.catch_warnings(), keras.saving.custom_object_scope(kinds):
+            warnings.simplefilter("ignore")  # they have been told
+            loaded = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(copy), safe_mode=False)
+        saved, made = ([weight.shape for weight in each.weights] for each in (copy, loaded))
+        if saved != made:
+            raise ValueError(f"it has {len(saved)} weights, and {len(made)} when it is made from its configuration")
+    except Exception as error:
+        raise ValueError(
+            f"model '{model.name}' ({type(model).__name__}) cannot be converted, as the copy could be saved and not be "
+            f"loaded: {error}"
+        ) from error
 
 
 def _copy_state(original: keras.Layer, copy: keras.Layer) -> None:
@@ -222,15 +265,3 @@ def _copy_state(original: keras.Layer, copy: keras.Layer) -> None:
             with tempfile.TemporaryDirectory() as directory:
                 old.save_assets(directory)
                 new.load_assets(directory)
-
-
-@contextlib.contextmanager
-def _naming(operation: Any) -> Iterator[None]:
-    try:
-        yield
-    except KeyError as error:  # its message is the key alone
-        raise ValueError(
-            f"layer '{operation.name}' ({type(operation).__name__}) cannot be copied: missing argument {error}"
-        ) from error
-    except Exception as error:
-        raise ValueError(f"layer '{operation.name}' ({type(operation).__name__}) cannot be copied: {error}") from error

@@ -1,17 +1,18 @@
 """What becomes of each BatchNormalization of a model: the decisions of `tf_agc.convert`, and the table that tells them.
 
-They are taken from the model's graph, before anything is copied. Nothing here makes a model, or computes anything.
+They are taken from the model's graph, before it is copied. Nothing here computes anything.
 """
 
 import collections
 import dataclasses
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import keras
 
-from tf_agc import model_graph, reference
+from tf_agc import layer_replacement, model_graph, reference, standardized
 from tf_agc.activations import FusedActivation, find_fused
 from tf_agc.layer import AutomaticGainControl
 from tf_agc.model_graph import Call, is_of_keras
@@ -33,6 +34,25 @@ _LINEAR = (
     keras.layers.Dense,
     keras.layers.EinsumDense,
 )
+
+# What takes the place of a convolution whose output an AGC normalizes.
+_STANDARDIZED: dict[type, type[keras.layers.Layer]] = {
+    keras.layers.Conv1D: standardized.StandardizedConv1D,
+    keras.layers.Conv2D: standardized.StandardizedConv2D,
+    keras.layers.Conv3D: standardized.StandardizedConv3D,
+    keras.layers.DepthwiseConv2D: standardized.StandardizedDepthwiseConv2D,
+}
+
+# Between a convolution and what normalizes its output: layers that hand each channel on, or parts of its map.
+_HANDS_CHANNELS_ON = (
+    *("Concatenate", "Dropout", "GaussianDropout", "GaussianNoise", "AlphaDropout", "Identity"),
+    *(f"{kind}{rank}D" for kind in ("SpatialDropout", "ZeroPadding", "Cropping", "UpSampling") for rank in (1, 2, 3)),
+    *(f"{kind}Pooling{rank}D" for kind in ("Max", "Average") for rank in (1, 2, 3)),
+    *("Pad", "MaxPool", "AveragePool"),
+)
+
+# The initial factor of a convolution that ends a residual branch: `calibrate` sets it for the batch.
+_BRANCH_FACTOR = 0.5
 
 # Layers without weights that are not linear, and have no `activation`. Others, custom ones too, are taken for linear.
 _NOT_LINEAR = (
@@ -67,6 +87,7 @@ class ConvertedLayer:
         layer: the layer's name, after those of the nested models that it is in ("encoder/bn1").
         activation: the activation that AGC computes, "linear" for none; empty where there is no AGC.
         fused: names of the Add and activation layers that disappear, because AGC computes them.
+        standardized: names of the convolutions whose output it normalizes, which are standardized.
         averaged_by: name of what averages the maps behind the AGC, for which its mean scale is 0 at first; or empty.
         reason: why there is no AGC, or what a model loses; empty for a layer that is replaced.
     """
@@ -76,9 +97,12 @@ class ConvertedLayer:
     fused: list[str] = dataclasses.field(default_factory=list)
     averaged_by: str = ""
     reason: str = ""
+    standardized: list[str] = dataclasses.field(default_factory=list)
 
     def _cells(self) -> list[str]:
         notes = [f"with {', '.join(self.fused)}"] if self.fused else []
+        if self.standardized:
+            notes.append(f"standardizes {', '.join(self.standardized)}")
         if self.averaged_by:
             notes.append(f"mean scale 0 at first, as {self.averaged_by} averages the map")
         return [self.layer, self.activation and f"AGC, {self.activation}", "; ".join(notes) or self.reason]
@@ -121,14 +145,16 @@ class _Norm:
     path: str
     calls: list[_NormCall] = dataclasses.field(default_factory=list)
     obstacle: str = ""
+    in_code: bool = False  # called by code, which no graph tells
     causal: str = ""  # the name of something causal before or behind it
     averaged_by: str = ""
+    standardized: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def activation(self) -> FusedActivation | None:
         """What AGC computes too: one and the same activation behind every call."""
-        first, *others = {_find_activation(each.activation) for each in self.calls}
-        return None if others else first
+        activations = {_find_activation(each.activation) for each in self.calls}
+        return activations.pop() if len(activations) == 1 and not self.in_code else None
 
     @property
     def _data_format(self) -> str:
@@ -137,7 +163,9 @@ class _Norm:
 
     @property
     def _shapes(self) -> list[tuple[int | None, ...]]:
-        return [each.call.inputs[0].shape for each in self.calls]
+        shapes = [each.call.inputs[0].shape for each in self.calls]
+        built = self.layer.get_build_config() or {}
+        return [*shapes, tuple(built["input_shape"])] if self.in_code and "input_shape" in built else shapes
 
     def reason(self) -> str:
         """Why the layer is left alone; empty where it is replaced. What is behind ": " is of this layer alone."""
@@ -162,7 +190,8 @@ class _Norm:
         return AutomaticGainControl(
             **(self.activation or FusedActivation("linear"))._asdict(),
             data_format=self._data_format,
-            mean_scale_initializer="zeros" if self.averaged_by else "ones",
+            mean_scale_initializer="zeros" if self.averaged_by else None,
+            use_bias=self.layer.center,
             activity_regularizer=self.layer.activity_regularizer,
             name=self.layer.name,
             dtype=self.layer.dtype_policy,
@@ -175,7 +204,8 @@ class _Norm:
         adds = [each.add.operation.name for each in self.calls if each.add]
         activations = [each.activation.operation.name for each in self.calls if each.activation and self.activation]
         fused = list(dict.fromkeys(adds + activations))
-        return ConvertedLayer(self.path, (self.activation or ("linear",))[0], fused, self.averaged_by)
+        activation = (self.activation or ("linear",))[0]
+        return ConvertedLayer(self.path, activation, fused, self.averaged_by, standardized=self.standardized)
 
 
 class Plan:
@@ -183,25 +213,26 @@ class Plan:
 
     Args:
         model: as in `convert`.
-        replace_causal: as in `convert`.
+        replace_causal, standardize: as in `convert`.
 
     Attributes:
         norms: the BatchNormalization layers, by identity.
     """
 
-    def __init__(self, model: keras.Model, replace_causal: bool) -> None:
+    def __init__(self, model: keras.Model, replace_causal: bool, standardize: bool) -> None:
         _check_model(model)
+        self._model = model
         self._graph = model_graph.CallGraph(model)
+        self.remade: dict[int, keras.Model] = {}
+        self._lost_classes: dict[int, ConvertedLayer] = {}  # by the model's identity
+        self._remake_models()
         self.norms: dict[int, _Norm] = {}
         for call in self._graph.calls:
             self._find_norms(call)
+        self._find_norms_in_code(model)
         if not replace_causal:
             self._mark_causal()
-        self._lost_classes: dict[int, ConvertedLayer] = {}  # by the model's identity
-        for path, nested in self._graph.models:
-            if not can_be_constructed(type(nested)):
-                reason = f"copied without its class {type(nested).__name__}, which has a constructor of its own"
-                self._lost_classes.setdefault(id(nested), ConvertedLayer(path, reason=reason))
+        self._held_tensors = set(map(id, layer_replacement.held(model, keras.KerasTensor)))
         replaced = [norm for norm in self.norms.values() if not norm.reason()]
         self._choose_adds(replaced)
         self._centered = self._find_centered({id(norm.layer) for norm in replaced})
@@ -211,6 +242,9 @@ class Plan:
             norm.averaged_by = next(filter(None, (self._averaged_by(each.call) for each in norm.calls)), "")
 
         self._replaced = {id(norm.layer): norm for norm in replaced}
+        self._convolutions: dict[int, dict[str, Any]] = {}  # by identity: the arguments that their replacements add
+        if standardize:
+            self._find_convolutions()
         # By the identity of Keras's nodes, as the copy is made from them.
         self._junctions: dict[int, tuple[keras.layers.BatchNormalization, int]] = {}
         self._vanishing: set[int] = set()
@@ -224,13 +258,20 @@ class Plan:
                 if each.activation and norm.activation:
                     self._vanishing.add(id(each.activation.node))
 
-    def replacement(self, operation: Any) -> AutomaticGainControl | None:
+    def replacement(self, operation: Any) -> keras.layers.Layer | None:
         """What replaces a layer, made anew; None where it is copied."""
+        if id(operation) in self._convolutions:
+            kind = _STANDARDIZED[type(operation)]
+            return kind.from_config({**operation.get_config(), **self._convolutions[id(operation)]})
         return self._replaced[id(operation)].replacement() if self.is_replaced(operation) else None
 
     def is_replaced(self, operation: Any) -> bool:
         """Whether an AGC takes the place of a layer."""
         return id(operation) in self._replaced
+
+    def replaces(self, operation: Any) -> bool:
+        """Whether an AGC or a standardized convolution takes the place of a layer."""
+        return self.is_replaced(operation) or id(operation) in self._convolutions
 
     def junction(self, node: Any) -> tuple[keras.layers.BatchNormalization, int] | None:
         """For the call of an Add that an AGC computes: the BatchNormalization before it, and at which of the inputs."""
@@ -239,6 +280,25 @@ class Plan:
     def vanishes(self, node: Any) -> bool:
         """Whether the copy hands the input of this call on, because an AGC behind or before it computes it."""
         return id(node) in self._vanishing
+
+    def replacements_in(self, root: keras.Layer) -> layer_replacement.Replacements:
+        """What is replaced in a layer or model whose class makes its layers itself."""
+        found = layer_replacement.Replacements()
+        layers = model_graph.sublayers(root)
+        positions = {id(layer): at for at, layer in enumerate(layers)}
+        for at, layer in enumerate(layers):
+            new = self.replacement(layer)
+            if new is not None:
+                new.trainable = layer.trainable
+                found.layers[at] = new
+            if model_graph.is_graph(layer):
+                for number, node in enumerate(model_graph.nodes(layer)):
+                    junction = self.junction(node)
+                    if junction is not None:
+                        found.junctions[at, number] = positions[id(junction[0])], junction[1]
+                    elif self.vanishes(node):
+                        found.vanishing.add((at, number))
+        return found
 
     def table(self) -> ConversionTable:
         return ConversionTable([*(norm.row() for norm in self.norms.values()), *self._lost_classes.values()])
@@ -252,11 +312,38 @@ class Plan:
                 norm.obstacle = f"its class {type(operation).__name__} has a call() of its own"
             elif len(call.inputs) > 1:
                 norm.obstacle = "it is called with a mask, and AGC averages over all positions"
-        elif isinstance(operation, keras.Layer) and not _hands_in(operation):
-            for layer in model_graph.sublayers(operation):
+
+    def _find_norms_in_code(self, model: keras.Model) -> None:
+        called = {id(call.operation) for call in self._graph.calls}
+        reachable = set(map(id, layer_replacement.held(model, keras.layers.BatchNormalization)))
+        paths = {id(layer): path for path, layer in model_graph.sublayer_paths(model)}
+        for holder in model_graph.sublayers(model):
+            if model_graph.is_graph(holder) or (id(holder) in called and _hands_in(holder)):
+                continue
+            for layer in holder._layers:
                 if isinstance(layer, keras.layers.BatchNormalization):
-                    norm = self._norm(layer, f"{call.path}/{layer.name}")
-                    norm.obstacle = f"it is inside a {type(operation).__name__}, whose code convert does not rewrite"
+                    norm = self._norm(layer, paths[id(layer)])
+                    norm.in_code = True
+                    if not model_graph.keras_defines_call(layer):
+                        norm.obstacle = f"its class {type(layer).__name__} has a call() of its own"
+                    elif not norm._shapes:
+                        norm.obstacle = "it is not built, and its input is not known"
+                    elif id(layer) not in reachable:
+                        norm.obstacle = f"it is not in an attribute of the {type(holder).__name__} that calls it"
+
+    def _remake_models(self) -> None:
+        """Makes the models with constructors of their own again, as nothing else tells whether they can."""
+        tried: set[int] = set()  # with what is in them, which they make too
+        for path, nested in self._graph.models:
+            if can_be_constructed(type(nested)) or id(nested) in tried:
+                continue
+            try:
+                self.remade[id(nested)] = layer_replacement.remake(nested)
+                tried.update(map(id, model_graph.sublayers(nested)))
+            except ValueError as error:
+                cause = str(error.__cause__).splitlines()[0]
+                reason = f"copied without its class {type(nested).__name__}, which cannot make it again: {cause}"
+                self._lost_classes.setdefault(id(nested), ConvertedLayer(path, reason=reason))
 
     def _norm(self, layer: keras.layers.BatchNormalization, path: str) -> _Norm:
         return self.norms.setdefault(id(layer), _Norm(layer, path))
@@ -280,15 +367,71 @@ class Plan:
                 if name:
                     behind = call.outputs if forward else _with_same_steps(call)
                     reached.update((id(x), name) for x in behind)
-                    norm = self.norms.get(id(call.operation))
-                    if norm and not norm.causal:
-                        norm.causal = name
+                    for layer in _layers_called(call.operation):
+                        norm = self.norms.get(id(layer))
+                        if norm and not norm.causal:
+                            norm.causal = name
+
+    def _find_convolutions(self) -> None:
+        """Finds the convolutions whose output, in every call, nothing reads but what is replaced."""
+        producers = {id(x): call for call in self._graph.calls for x in call.outputs}
+        by_layer: dict[int, list[Call]] = collections.defaultdict(list)
+        for call in self._graph.calls:
+            if _can_be_standardized(call.operation):
+                by_layer[id(call.operation)].append(call)
+        for calls in by_layer.values():
+            read_by = [self._norms_behind(call, producers) for call in calls]
+            if all(norms for norms, _ in read_by):
+                ends_branch = any(ends for _, ends in read_by)
+                factor = {"use_gain": True, "gain_initializer": keras.initializers.Constant(_BRANCH_FACTOR)}
+                self._convolutions[id(calls[0].operation)] = factor if ends_branch else {}
+                read_by[0][0][0].standardized.append(calls[0].operation.name)
+
+    def _norms_behind(self, call: Call, producers: dict[int, Call]) -> tuple[list[_Norm], bool]:
+        """The replaced layers that read an output, directly or as a part of sums and concatenations.
+
+        Returns:
+            The layers, none where anything else reads it; whether the output is the branch of a residual block: of
+            two maps that are added, the one at the end of the longer way.
+        """
+        norms: list[_Norm] = []
+        ends_branch = False
+        todo, seen = [(x, True) for x in call.outputs], {id(call)}
+        while todo:
+            tensor, is_own = todo.pop()  # is_own: nothing else has been added or concatenated to it
+            readers = self._graph.readers(tensor)
+            if not readers or self._is_output(producers[id(tensor)]):
+                return [], False
+            for reader in readers:
+                if id(reader.operation) in self._replaced:
+                    norms.append(self._replaced[id(reader.operation)])
+                elif _adds(reader) or is_of_keras(reader.operation, *_HANDS_CHANNELS_ON):
+                    if _adds_two_maps(reader) and is_own:
+                        depths = [producers[id(x)].depth if id(x) in producers else 0 for x in reader.inputs]
+                        other = depths[reader.inputs[0] is tensor]
+                        ends_branch |= producers[id(tensor)].depth > other
+                    if id(reader) not in seen:
+                        seen.add(id(reader))
+                        todo.extend((x, is_own and len(reader.inputs) == 1) for x in reader.outputs)
+                else:
+                    return [], False
+        return norms, ends_branch
+
+    def _is_output(self, call: Call) -> bool:
+        """Whether the outermost model, or something that no graph shows, has an output of a call."""
+        if call.node is None:
+            return False
+        if not self._held_tensors.isdisjoint(map(id, call.node.outputs)):
+            return True
+        return call.scope.model is self._model and call.gives_output_of_model()
 
     def _only_reader(self, norm: keras.layers.BatchNormalization, call: Call) -> Call | None:
         """What reads the output of a call, if it is in the same graph, and one layer can stand for both."""
         (output,) = call.outputs
         readers = self._graph.readers(output)
         if len(readers) != 1 or readers[0].scope is not call.scope or call.node is None or call.gives_output_of_model():
+            return None
+        if not self._held_tensors.isdisjoint(map(id, call.node.outputs)):
             return None
         (reader,) = readers
         # Losses and metrics may be given by the name of an output.
@@ -349,6 +492,16 @@ class Plan:
                     seen.add(id(reader))
                     todo.extend(reader.outputs)
         return ""
+
+
+def _can_be_standardized(operation: Any) -> bool:
+    if type(operation) not in _STANDARDIZED or operation.activation is not keras.activations.linear:
+        return False
+    if operation.quantization_mode is not None or getattr(operation, "lora_enabled", False):
+        return False
+    filters = operation.kernel.shape[:-1]
+    inputs = filters[:-1] if isinstance(operation, keras.layers.DepthwiseConv2D) else filters
+    return math.prod(inputs) > 1
 
 
 def _find_activation(call: Call | None) -> FusedActivation | None:
@@ -417,6 +570,12 @@ def _averages_maps(call: Call) -> bool:
     return is_of_keras(operation, *_AVERAGES) and of_whole_maps
 
 
+def _layers_called(operation: Any) -> list[Any]:
+    """A layer or an operation, and where code of its own runs, which no graph tells, all layers in it."""
+    has_code = isinstance(operation, keras.Layer) and not type(operation).__module__.startswith("keras.")
+    return model_graph.sublayers(operation) if has_code and not _hands_in(operation) else [operation]
+
+
 def _is_causal(call: Call, padded: set[int]) -> bool:
     """Whether a call keeps later steps of a sequence out of earlier ones.
 
@@ -425,9 +584,15 @@ def _is_causal(call: Call, padded: set[int]) -> bool:
         padded: the tensors, by identity, that come of zeros at both ends; those of this call are added.
     """
     operation = call.operation
+    inside = _layers_called(operation)
     kwargs = call.node.arguments.kwargs if call.node else {}
-    if isinstance(operation, keras.layers.RNN):
-        return bool(operation.return_sequences and not operation.go_backwards)
+    both_ways = {id(each) for x in inside if isinstance(x, keras.layers.Bidirectional) for each in x._layers}
+    for layer in inside:
+        if isinstance(layer, keras.layers.RNN) and id(layer) not in both_ways:
+            if layer.return_sequences and not layer.go_backwards:
+                return True
+        elif getattr(layer, "padding", None) == "causal":
+            return True
     ends = _paddings(operation)
     if len(call.inputs) == 1 and (
         any(before == after > 0 for before, after in ends)
@@ -438,7 +603,7 @@ def _is_causal(call: Call, padded: set[int]) -> bool:
         before, after = operation.cropping
         return bool(after > before == 0)
     starts_alone = any(before > after == 0 for before, after in ends)
-    return starts_alone or getattr(operation, "padding", None) == "causal" or bool(kwargs.get("use_causal_mask"))
+    return starts_alone or bool(kwargs.get("use_causal_mask"))
 
 
 def _paddings(operation: Any) -> list[tuple[int, int]]:
@@ -465,17 +630,11 @@ def _with_same_steps(call: Call) -> list[keras.KerasTensor]:
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
-        raise TypeError(f"model must be a functional or Sequential keras.Model, got {type(model).__name__}")
-    is_sequential = isinstance(model, keras.Sequential) and model_graph.keras_defines_call(model)
-    if is_sequential and not model_graph.is_graph(model):
+        raise TypeError(f"model must be a keras.Model, got {type(model).__name__}")
+    if not model.built or (type(model) is keras.Sequential and not model_graph.is_graph(model)):
         raise ValueError(
             f"model '{model.name}' is not built: call it on a batch, or call its build() with an input shape, "
             "before converting it"
-        )
-    if not model_graph.is_graph(model):
-        raise TypeError(
-            f"model must be a functional or Sequential keras.Model, got the subclassed model '{model.name}' "
-            f"({type(model).__name__}): replace BatchNormalization in its code"
         )
 
 

@@ -1,4 +1,4 @@
-"""Reads the graph of a functional or Sequential model: which operation is called where, on what, and who reads that.
+"""Reads the graph of a model: which operation is called where, on what, and who reads that.
 
 Keras's private names for graphs are used here alone. Models are only read; what `convert` looks for is not known here.
 """
@@ -33,6 +33,16 @@ def is_of_keras(operation: Any, *names: str) -> bool:
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """The layer itself and all layers in it; private, as Keras has no public way to list them."""
     return layer._flatten_layers()
+
+
+def sublayer_paths(layer: keras.Layer, prefix: str = "") -> list[tuple[str, keras.Layer]]:
+    """All layers in a layer, each with the names of those that hold it ("encoder/norm")."""
+    found: dict[int, tuple[str, keras.Layer]] = {}
+    for each in layer._layers:
+        path = prefix + each.name
+        for inner_path, inner in [(path, each), *sublayer_paths(each, f"{path}/")]:
+            found.setdefault(id(inner), (inner_path, inner))
+    return list(found.values())
 
 
 def nodes(model: keras.Model) -> list[Any]:
@@ -87,6 +97,10 @@ class Call:
 class CallGraph:
     """All calls of a model, in the order of execution, those in nested models and in TimeDistributed among them.
 
+    Where a class has code of its own (a custom layer, a subclassed model), its call is one, and no graph tells what it
+    calls. Functional and Sequential models that no graph calls, but something holds, are read as if each were called
+    once, on its own inputs.
+
     Attributes:
         calls: the calls; a model that is called several times has the calls in it as often.
         models: the model itself and the nested ones, with their paths, once for each call.
@@ -97,7 +111,13 @@ class CallGraph:
         self.models: list[tuple[str, keras.Model]] = []
         self._readers: dict[int, list[Call]] = collections.defaultdict(list)
         self._depths: dict[int, int] = {}
-        self._walk(model, list(map(copy.copy, model.inputs)), model.name, "")
+        if is_graph(model):
+            self._walk(model, list(map(copy.copy, model.inputs)), model.name, "")
+        else:
+            self._record((model, model.name, None, Scope()), [], [])
+        for path, layer in sublayer_paths(model):
+            if is_graph(layer) and all(layer is not walked for _, walked in self.models):
+                self._walk(layer, list(map(copy.copy, layer.inputs)), path, f"{path}/")
 
     def readers(self, tensor: keras.KerasTensor) -> list[Call]:
         """The calls that have this tensor among their inputs."""

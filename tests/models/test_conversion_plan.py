@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+import tf_agc
 from tf_agc import AutomaticGainControl, conversion_table, convert
 
 _X = np.random.default_rng(0).standard_normal((4, 8, 9, 3)).astype(np.float32)
@@ -29,6 +30,7 @@ def _norm(name=None, **arguments):
 
 
 def _agc(name=None, **arguments):
+    arguments = {"use_bias": True, "mean_scale_initializer": keras.initializers.Constant(0.25), **arguments}
     return AutomaticGainControl(name=name, **arguments)
 
 
@@ -49,7 +51,7 @@ def _fused(model, **arguments):
 
 def _assert_computes_as(make, x=_X):
     """The copy of a model of BatchNormalizations computes what the same model with linear AGC layers does."""
-    converted, expected = convert(make(_norm)), make(_agc)
+    converted, expected = convert(make(_norm), standardize=False), make(_agc)
     _randomize(converted)
     for layer in _agc_layers(expected):
         weights = converted.get_layer(layer.name).get_weights()
@@ -137,9 +139,11 @@ def test_the_copy_is_the_model_by_hand(fresh):
             x = layers.ReLU()(layers.Add()([_norm("norm")(x), inputs]))
         return keras.Model(inputs, layers.MaxPooling2D(name="pool")(x), name="model")
 
-    converted = convert(make(False))
+    converted = convert(make(False), standardize=False)
     assert converted.to_json() == make(True).to_json()
-    assert str(conversion_table(make(False))).splitlines()[1] == "norm   AGC, relu  with add_1, re_lu_1"
+    assert (
+        str(conversion_table(make(False))).splitlines()[1] == "norm   AGC, relu  with add_1, re_lu_1; standardizes conv"
+    )
 
 
 def test_the_copy_trains_is_saved_and_converted_no_further(fresh, tmp_path):
@@ -361,7 +365,7 @@ def test_what_averages_maps(name, fresh):
     model = keras.Model(inputs, (_AVERAGES | _OTHERS)[name](_norm("norm")(inputs)))
     (row,) = conversion_table(model)
     assert bool(row.averaged_by) == (name in _AVERAGES)
-    assert np.all(convert(model).get_layer("norm").mean_scale == (0 if name in _AVERAGES else 1))
+    assert np.all(convert(model).get_layer("norm").mean_scale == (0 if name in _AVERAGES else 0.25))
 
 
 def test_the_table_says_where_the_mean_is_let_through(fresh):
@@ -537,3 +541,123 @@ def test_reasons_are_told_once(fresh):
         "norm0, norm1, norm2, norm3, norm4, norm5, norm6, norm7, ...",
         "  flat: left alone, AGC takes 1 to 6 spatial axes: input shape (None, 10)",
     ]
+
+
+# Convolutions.
+def _standardized(model, **arguments):
+    return {row.layer: row.standardized for row in conversion_table(model, **arguments)}
+
+
+@pytest.mark.parametrize(
+    "conv, kind",
+    [
+        (layers.Conv2D(4, 3, name="conv"), tf_agc.StandardizedConv2D),
+        (layers.Conv2D(6, 1, groups=3, use_bias=False, name="conv"), None),  # filters of one input
+        (layers.Conv2D(4, 3, activation="relu", name="conv"), None),
+        (layers.DepthwiseConv2D(3, depth_multiplier=2, name="conv"), tf_agc.StandardizedDepthwiseConv2D),
+        (layers.DepthwiseConv2D(1, name="conv"), None),
+        (layers.SeparableConv2D(4, 3, name="conv"), None),
+        (layers.Conv2DTranspose(4, 3, name="conv"), None),
+        (layers.Dense(4, name="conv"), None),
+    ],
+)
+def test_kinds_of_convolutions(conv, kind, fresh):
+    inputs = keras.Input((8, 9, 3))
+    model = keras.Model(inputs, _norm("norm")(conv(inputs)))
+    _randomize(model)
+    assert _standardized(model) == {"norm": ["conv"] if kind else []}
+    assert _standardized(model, standardize=False) == {"norm": []}
+    layer = convert(model).get_layer("conv")
+    assert type(layer) is (kind or type(conv))
+    for weight, old in zip(layer.get_weights(), conv.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, old)
+    assert type(convert(model, standardize=False).get_layer("conv")) is type(conv)
+    if kind:
+        config = conv.get_config()
+        assert {name: layer.get_config()[name] for name in config} == config
+        # Each filter keeps its direction, but for its mean.
+        axes = tuple(range(conv.kernel.shape.rank - (2 if "Depthwise" in kind.__name__ else 1)))
+        old = conv.kernel - np.mean(conv.kernel, axes, keepdims=True)
+        old /= np.sqrt(np.sum(np.square(old), axes, keepdims=True))
+        np.testing.assert_allclose(layer.standardized_kernel(), np.sqrt(2) * old, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial", [(9,), (5, 6, 7)])
+def test_convolutions_of_other_ranks(spatial, fresh):
+    rank = len(spatial)
+    conv = getattr(layers, f"Conv{rank}D")(4, 3, name="conv")
+    converted = convert(keras.Sequential([keras.Input((*spatial, 2)), conv, _norm()]))
+    assert type(converted.get_layer("conv")) is getattr(tf_agc, f"StandardizedConv{rank}D")
+
+
+def _read_twice(x):
+    return layers.Concatenate()([_norm("norm")(x), x])
+
+
+def _is_an_output(x):
+    return [_norm("norm")(x), x]
+
+
+def _through_relu(x):
+    return _norm("norm")(layers.ReLU()(x))
+
+
+@pytest.mark.parametrize("behind", [_read_twice, _is_an_output, _through_relu])
+def test_convolutions_that_something_else_reads_stay(behind, fresh):
+    inputs = keras.Input((8, 9, 3))
+    assert _standardized(keras.Model(inputs, behind(_conv("conv")(inputs)))) == {"norm": []}
+
+
+def test_convolutions_in_front_of_a_layer_that_stays(fresh):
+    model = keras.Sequential(
+        [keras.Input((1, 1, 3)), _conv("conv"), _norm("norm"), layers.UpSampling2D(4), _norm("last")]
+    )
+    with pytest.warns(UserWarning, match="norm: left alone"):
+        converted = convert(model)
+    assert type(converted.get_layer("conv")) is layers.Conv2D
+
+
+def test_a_pre_activation_network(fresh):
+    """The branch ends with a convolution, which gets a factor; a projected shortcut gets none."""
+    x = inputs = keras.Input((8, 9, 3))
+    for number, channels in enumerate((3, 5)):
+        y = layers.ReLU()(_norm(f"norm{number}_1")(x))
+        x = x if channels == 3 else _conv(f"projection{number}", channels)(y)
+        y = layers.ReLU()(_norm(f"norm{number}_2")(_conv(f"conv{number}_1", channels)(y)))
+        y = layers.Dropout(0.1)(_conv(f"conv{number}_2", channels)(y))
+        x = layers.Add()([x, y])
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D(name="pool")(_norm("last")(x)))
+    assert _standardized(model) == {
+        "norm0_1": [],
+        "norm0_2": ["conv0_1"],
+        "norm1_1": ["conv0_2"],
+        "norm1_2": ["conv1_1"],
+        "last": ["projection1", "conv1_2"],
+    }
+    converted = convert(model)
+    gains = {layer.name: layer.gain for layer in converted.layers if hasattr(layer, "kernel_size")}
+    assert {name for name, gain in gains.items() if gain is not None} == {"conv0_2", "conv1_2"}
+    np.testing.assert_array_equal(gains["conv1_2"], np.full(5, 0.5))
+    rows = {row.layer: row for row in tf_agc.calibrate(converted, _X)}
+    assert {name for name, row in rows.items() if row.shortcut} == {"conv0_2", "conv1_2"}
+
+
+def test_a_dense_block(fresh):
+    """What is concatenated and pooled, and normalized afterwards."""
+    x = inputs = keras.Input((8, 9, 3))
+    for number in range(2):
+        y = _conv(f"conv{number}")(layers.ReLU()(_norm(f"norm{number}")(x)))
+        x = layers.Concatenate()([x, y])
+    model = keras.Model(inputs, _norm("last")(layers.AveragePooling2D()(x)))
+    assert _standardized(model) == {"norm0": [], "norm1": ["conv0"], "last": ["conv1"]}
+    assert all(layer.gain is None for layer in convert(model).layers if hasattr(layer, "kernel_size"))
+
+
+def test_frozen_convolutions_and_their_bias(fresh):
+    conv = _conv("conv", trainable=False, bias_initializer="ones", kernel_regularizer="l2", dtype="float64")
+    model = keras.Sequential([keras.Input((8, 9, 3)), conv, _norm("norm", center=False)])
+    converted = convert(model)
+    layer = converted.get_layer("conv")
+    assert not layer.trainable and layer.kernel_regularizer is not None and layer.dtype == "float64"
+    np.testing.assert_array_equal(layer.bias, np.ones(3))
+    assert converted.get_layer("norm").bias is None  # as BatchNormalization had no beta
