@@ -632,7 +632,7 @@ def test_a_pre_activation_network(fresh):
         "norm0_2": ["conv0_1"],
         "norm1_1": ["conv0_2"],
         "norm1_2": ["conv1_1"],
-        "last": ["projection1", "conv1_2"],
+        "last": ["conv1_2", "projection1"],
     }
     converted = convert(model)
     gains = {layer.name: layer.gain for layer in converted.layers if hasattr(layer, "kernel_size")}
@@ -648,7 +648,7 @@ def test_a_dense_block(fresh):
     for number in range(2):
         y = _conv(f"conv{number}")(layers.ReLU()(_norm(f"norm{number}")(x)))
         x = layers.Concatenate()([x, y])
-    model = keras.Model(inputs, _norm("last")(layers.AveragePooling2D()(x)))
+    model = keras.Model(inputs, _norm("last")(layers.AveragePooling2D(2)(x)))
     assert _standardized(model) == {"norm0": [], "norm1": ["conv0"], "last": ["conv1"]}
     assert all(layer.gain is None for layer in convert(model).layers if hasattr(layer, "kernel_size"))
 
