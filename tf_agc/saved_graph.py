@@ -1,12 +1,13 @@
-"""The graph of a SavedModel on disk: which ops it has, and how the native one becomes stock ops.
+"""The graph of a SavedModel on disk: which ops it has, how the native one becomes stock ops, and kernels constants.
 
 Protocol buffers only. What a graph computes, how it is traced, and where it is written, is decided elsewhere.
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 # Private: keras.ops.slice_update makes such an op, and `tf.raw_ops` leaves these out.
@@ -18,10 +19,13 @@ from tensorflow.python.framework import meta_graph
 from tensorflow.python.saved_model import fingerprinting_utils
 
 from tf_agc import reference
+from tf_agc.standardized import KERNEL_ATTRIBUTE
 
 OP, GRADIENT_OP = "TfAgc>Agc", "TfAgc>AgcGrad"
 _DATA_FORMATS = {b"N...C": "channels_last", b"NC...": "channels_first"}
 _ATTRIBUTES = ("T", "U", "num_bias", "num_shortcut", "activation", "alpha", "data_format")
+# Of a protocol buffer's 2 GiB: kernels beyond them are computed at each call.
+_LARGEST_CONSTANTS = 2**30
 _CALLBACKS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
 
 
@@ -62,7 +66,62 @@ def replace_native_ops(directory: pathlib.Path) -> None:
     for _, functions in calls.values():
         graph_def.library.function.extend(functions)
 
-    stripped_op_list = meta_graph.stripped_op_list_for_graph(graph_def)
+    _write(directory, saved_model)
+
+
+def fold_kernels(directory: pathlib.Path, kernels: Mapping[bytes, Callable[[], np.ndarray]]) -> None:
+    """Makes standardized kernels constants in a SavedModel, in place, and removes what computed them.
+
+    In the written graph for the reason above: a trace in the model with constants would keep them when it is trained.
+
+    Args:
+        directory: of the SavedModel.
+        kernels: as of `standardized.kernels`. Others, as of a loaded model, stay as they are.
+    """
+    saved_model = _read(directory)
+    constants: dict[bytes, Any] = {}
+    size = 0
+    for function in saved_model.meta_graphs[0].graph_def.library.function:
+        marked = [node for node in function.node_def if KERNEL_ATTRIBUTE in node.attr]
+        for node in marked:
+            mark = node.attr[KERNEL_ATTRIBUTE].s
+            if mark not in kernels:
+                continue
+            if mark not in constants:
+                constants[mark] = tf.make_tensor_proto(kernels[mark]())
+            size += constants[mark].ByteSize()
+            if size > _LARGEST_CONSTANTS:
+                return
+            node.op = "Const"
+            del node.input[:]
+            node.attr["dtype"].type = constants[mark].dtype
+            node.attr["value"].tensor.CopyFrom(constants[mark])
+            for name in ("T", KERNEL_ATTRIBUTE):
+                del node.attr[name]
+        if marked:
+            _remove_unread(function)
+    if constants:
+        _write(directory, saved_model)
+
+
+def _remove_unread(function: Any) -> None:
+    """Removes the nodes of a function that nothing reads and that have no effect."""
+    outputs = [name.partition(":")[0] for name in function.ret.values()] + list(function.control_ret.values())
+    by_name = {node.name: node for node in function.node_def}
+    todo, live = outputs, set()
+    while todo:
+        name = todo.pop()
+        if name in by_name and name not in live:
+            live.add(name)
+            todo.extend(each.lstrip("^").partition(":")[0] for each in by_name[name].input)
+    for index in reversed(range(len(function.node_def))):
+        if function.node_def[index].name not in live:
+            del function.node_def[index]
+
+
+def _write(directory: pathlib.Path, saved_model: Any) -> None:
+    meta_graph_def = saved_model.meta_graphs[0]
+    stripped_op_list = meta_graph.stripped_op_list_for_graph(meta_graph_def.graph_def)
     meta_graph_def.meta_info_def.stripped_op_list.CopyFrom(stripped_op_list)
     (directory / "saved_model.pb").write_bytes(saved_model.SerializeToString(deterministic=True))
     fingerprinting_utils.write_fingerprint(str(directory))

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import tf_agc
 from agc_testing import ACTIVATIONS
-from tf_agc import AutomaticGainControl
+from tf_agc import AutomaticGainControl, StandardizedConv2D
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
 
@@ -23,9 +23,9 @@ def _model():
     outputs = inputs = keras.Input(X.shape[1:], name="image")
     for seed, activation in enumerate(ACTIVATIONS):
         shortcut = outputs if seed else None
-        outputs = keras.layers.Conv2D(4, 3, padding="same", kernel_initializer=keras.initializers.HeNormal(seed))(
-            outputs
-        )
+        convolution = StandardizedConv2D if seed % 2 else keras.layers.Conv2D
+        initializer = keras.initializers.HeNormal(seed)
+        outputs = convolution(4, 3, padding="same", kernel_initializer=initializer)(outputs)
         outputs = AutomaticGainControl(
             activation,
             gain_initializer=keras.initializers.RandomNormal(1, 1, seed=seed),
