@@ -23,7 +23,7 @@ import tensorflow as tf
 from keras.src.export.export_utils import get_input_signature
 from keras.src.models import Functional
 
-from tf_agc import saved_graph, standardized
+from tf_agc import graph_marks, saved_graph
 from tf_agc.export_check import Endpoint, Tensors, check_answers, name_outputs
 from tf_agc.forward_pass import agc_layers
 from tf_agc.implementation import implementation
@@ -111,9 +111,7 @@ def export_saved_model(
         with _staging_directory(base) as staging:
             with _file_errors(base):
                 archive.write_out(staging, verbose=False)
-                if portable:
-                    saved_graph.replace_native_ops(staging)
-                saved_graph.fold_kernels(staging, standardized.kernels())
+                saved_graph.rewrite(staging, graph_marks.layers(), portable)
                 if examples:
                     _write_warmup(examples, base.name, staging)
             graph_def = saved_graph.read(staging)

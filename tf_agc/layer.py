@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_agc import functional, reference
+from tf_agc import functional, graph_marks, reference
 from tf_agc.activations import KERAS_FUNCTIONS, find_fused
 from tf_agc.implementation import supports_jit
 
@@ -280,6 +280,8 @@ class AutomaticGainControl(keras.layers.Layer):
             alpha=self.alpha,
             data_format=self.data_format,
         )
+        if not tf.executing_eagerly():
+            graph_marks.mark(outputs, self)
         if not self._fused:
             linear = outputs
             outputs = self.activation(linear)

@@ -3,37 +3,21 @@
 Weights and their standardization live here. What normalizes maps is `tf_agc.layer`'s.
 """
 
-import functools
 import math
-import uuid
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
+
+from tf_agc import graph_marks
 
 # Behind a ReLU half of a centred signal is left: with this norm the variance is 1 again (He et al., arXiv 1502.01852).
 NORM = math.sqrt(2)
 # Added to a filter's squared norm, so that a constant filter becomes zeros, and not NaN.
 EPSILON = 1e-8
 
-# In graphs, the node whose output is a standardized kernel has this attribute, which tells the layer: see `kernels`.
-KERNEL_ATTRIBUTE = "_tf_agc_standardized_kernel"
-# By layer. Not in the layer, whose copies would have it too; and of this process, as graphs outlive others.
-_marks: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
-
 _Shape = tuple[int | None, ...]
-
-
-def kernels() -> dict[bytes, Callable[[], np.ndarray]]:
-    """What computes the kernel that convolves, by the attribute of its nodes, for every layer that was ever traced."""
-    return {mark: functools.partial(_value, layer) for layer, mark in _marks.items()}
-
-
-def _value(layer: "StandardizedConvolution") -> np.ndarray:
-    return layer.standardized_kernel().numpy()
 
 
 def standardize(kernel: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
@@ -102,8 +86,7 @@ class StandardizedConvolution(keras.layers.Layer):
         kernel = tf.cast(kernel, self.compute_dtype)
         if not tf.executing_eagerly():
             kernel = tf.identity(kernel, "standardized_kernel")
-            mark = _marks.setdefault(self, uuid.uuid4().bytes)
-            kernel.op._set_attr(KERNEL_ATTRIBUTE, tf.compat.v1.AttrValue(s=mark))
+            graph_marks.mark(kernel, self)
         return kernel
 
     def _inputs_of_filter(self, channels: int) -> int:

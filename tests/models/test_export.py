@@ -20,7 +20,7 @@ from tensorflow.python.framework import op_def_library  # stands for the wrapper
 
 import tf_agc
 from agc_testing import EPSILON, python
-from tf_agc import AutomaticGainControl, export, export_check, native, reference, saved_graph, standardized
+from tf_agc import AutomaticGainControl, export, export_check, graph_marks, native, reference, saved_graph
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
 
@@ -1063,7 +1063,7 @@ def test_an_old_saved_model_answers_as_ever(native_required):
 def test_an_old_saved_model_becomes_portable(tmp_path, native_required):
     # The rewriting alone, on every variant of the op: only its gradients have no definition to call.
     shutil.copytree(FIXTURE / "model", tmp_path / "model")
-    saved_graph.replace_native_ops(tmp_path / "model")
+    saved_graph.rewrite(tmp_path / "model", {}, portable=True)
     ops = _ops(tmp_path / "model")
     assert ops.count("TfAgc>Agc") == 0 and ops.count("TfAgc>AgcGrad") == 24
     answers = np.load(FIXTURE / "answers.npz")
@@ -1110,6 +1110,20 @@ def test_standardized_kernels_are_constants(portable, dtype, tmp_path):
     assert "Rsqrt" not in _ops(version)
 
 
+def test_gains_are_in_the_kernels(tmp_path):
+    inputs = keras.Input((8, 9, 3), name="image")
+    random = {"gain_initializer": "random_normal", "bias_initializer": "random_normal"}
+    x = tf_agc.StandardizedConv2D(4, 3, use_bias=False)(inputs)
+    x = AutomaticGainControl("relu", **random)(x)
+    x = tf_agc.StandardizedDepthwiseConv2D(3, depth_multiplier=2, use_bias=False)(x)
+    folded = keras.Model(inputs, AutomaticGainControl("relu", **random)(x))
+    version = tf_agc.export_saved_model(folded, tmp_path / "folded")
+    counts = collections.Counter(_ops(version))
+    # What is left of a layer: a mean with its scale, a subtraction, a bias, an activation. Nothing looks at shapes.
+    assert {counts[op] for op in ("Mean", "Mul", "Sub", "AddV2", "Relu")} == {2}
+    assert not {"Shape", "ConcatV2", "Reshape", "StridedSlice"} & set(counts)
+
+
 def test_kernels_of_exports_are_those_of_the_moment(tmp_path):
     """In functions that were traced long before too, and what is exported stays out of the model."""
     model = _standardized()
@@ -1144,14 +1158,14 @@ def test_copies_of_a_layer_have_kernels_of_their_own(tmp_path):
 
 def test_kernels_of_a_loaded_model_stay_computed(tmp_path, monkeypatch):
     tf.saved_model.save(_standardized(), str(tmp_path / "loaded"))
-    monkeypatch.setattr(standardized, "_marks", weakref.WeakKeyDictionary())  # as in another process
+    monkeypatch.setattr(graph_marks, "_marks", weakref.WeakKeyDictionary())  # as in another process
     inputs = keras.Input((8, 9, 3))
     loaded = keras.layers.TFSMLayer(tmp_path / "loaded", call_endpoint="serving_default")
     version = tf_agc.export_saved_model(keras.Model(inputs, loaded(inputs)), tmp_path / "model")
     assert set(_makers(version)) == {"Identity"}
 
 
-def test_kernels_that_a_file_cannot_hold_are_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(saved_graph, "_LARGEST_CONSTANTS", 500)
-    version = tf_agc.export_saved_model(_standardized(), tmp_path / "model")
-    assert "Const" not in _makers(version)
+@pytest.mark.parametrize("room, expected", [(0, {"Identity"}), (500, {"Identity", "Const"})])
+def test_kernels_that_a_file_cannot_hold_stay_computed(room, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved_graph, "_LARGEST_CONSTANTS", room)
+    assert set(_makers(tf_agc.export_saved_model(_standardized(), tmp_path / "model"))) == expected
