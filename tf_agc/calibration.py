@@ -118,10 +118,10 @@ def calibrate(
     The model runs as in inference (`training=False`). Nothing but gains and biases changes: other
     non-trainable state (moving averages, states of recurrent layers, seeds) is put back, unless it
     is hidden from Keras, as in a layer's own `tf.Variable`. A layer that the pass calls several
-    times (shared, or inside TimeDistributed) is calibrated on its first call. Channels that are
-    constant on the batch (dead, or maps of one value) keep their gain and bias. A layer's
-    `gain_constraint` and `bias_constraint` have the last word, as in training. On an error nothing
-    changes. On a terminal a progress bar shows which layer the pass is at.
+    times (shared, or inside TimeDistributed) is calibrated on its first call. Channels whose output is
+    constant on the batch (dead ones; at a mean scale of 1 also maps of one value each) keep their gain
+    and bias. A layer's `gain_constraint` and `bias_constraint` have the last word, as in training. On
+    an error nothing changes. On a terminal a progress bar shows which layer the pass is at.
 
     Args:
         model: a built model, compiled or not, of any kind. Its layers may be nested anywhere.

@@ -29,12 +29,15 @@ X = np.random.default_rng(0).standard_normal((3, 6, 5, 4)).astype(np.float32)
 
 
 def _layers(dtype=None):
-    """Gains that let a wrong map show, and channels that differ."""
+    """Gains and a bias that let a wrong map show, and channels that differ; without a bias, and with one."""
+    random = keras.initializers.RandomNormal(1.5, 0.5)
     return [
         keras.layers.Conv2D(5, 3, use_bias=False, dtype=dtype),
-        AutomaticGainControl("relu", gain_initializer=keras.initializers.RandomNormal(1.5, 0.5), dtype=dtype),
+        AutomaticGainControl("relu", gain_initializer=random, use_bias=False, dtype=dtype),
         keras.layers.Conv2D(3, 1, use_bias=False, dtype=dtype),
-        AutomaticGainControl("elu", alpha=0.5, gain_initializer="random_normal", dtype=dtype),
+        AutomaticGainControl(
+            "elu", alpha=0.5, gain_initializer="random_normal", bias_initializer="random_normal", dtype=dtype
+        ),
         keras.layers.GlobalMaxPooling2D(dtype=dtype),
     ]
 
@@ -51,9 +54,11 @@ def _junctions(dtype=None):
     inputs = keras.Input(X.shape[1:], name="image")
     x = keras.layers.Conv2D(4, 3, padding="same", dtype=dtype)(inputs)
     random = keras.initializers.RandomNormal(0.5, 0.5)
-    junction = AutomaticGainControl("relu", use_bias=True, bias_initializer=random, dtype=dtype)
-    x = junction(x, inputs)
-    x = AutomaticGainControl("leaky_relu", negative_slope=0.1, gain_initializer=random, dtype=dtype)(x * x, shortcut=x)
+    x = AutomaticGainControl("relu", bias_initializer=random, dtype=dtype)(x, inputs)
+    junction = AutomaticGainControl(
+        "leaky_relu", negative_slope=0.1, gain_initializer=random, use_bias=False, dtype=dtype
+    )
+    x = junction(x * x, shortcut=x)
     return keras.Model(inputs, keras.layers.GlobalMaxPooling2D(dtype=dtype)(x))
 
 
