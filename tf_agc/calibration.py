@@ -17,7 +17,7 @@ import rich.console  # Keras's own dependency
 import rich.progress
 import tensorflow as tf
 
-from tf_agc import branches, forward_pass, functional, reference
+from tf_agc import branches, forward_pass, reference
 from tf_agc import layer as agc_layer
 from tf_agc.table import format_table
 
@@ -212,7 +212,7 @@ class _Calibration:
         if not tf.executing_eagerly():
             return output
         layer = branch.end
-        axis = functional.channel_axis(layer.data_format)
+        axis = reference.channel_axis(layer.data_format)
         std, std_shortcut = _deviation(output, axis), _deviation(shortcut, axis)
         if not (std > 0 and std_shortcut > 0):
             return output
@@ -244,7 +244,7 @@ class _Calibration:
             raise ValueError(f"the input of layer '{name}' is not finite on this batch")
         ones = tf.ones(layer.gain.shape, tf.float64)
         mean_scale = tf.cast(tf.convert_to_tensor(layer.mean_scale), tf.float64)
-        axis = functional.channel_axis(layer.data_format) % x.shape.rank
+        axis = reference.channel_axis(layer.data_format) % x.shape.rank
 
         def difference(part: tf.Tensor) -> tf.Tensor:
             return reference.agc(part, ones, mean_scale, "linear", 0.0, layer.data_format)[0]

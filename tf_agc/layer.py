@@ -208,7 +208,7 @@ class AutomaticGainControl(keras.layers.Layer):
     # Keras wants the names of call's arguments where there are several.
     def build(self, inputs_shape: _Shape, shortcut_shape: _Shape | None = None) -> None:
         input_shape = self.compute_output_shape(inputs_shape, shortcut_shape)
-        axis = functional.channel_axis(self.data_format)
+        axis = reference.channel_axis(self.data_format)
         channels = input_shape[axis]
         if channels is None:
             raise ValueError(

@@ -20,9 +20,9 @@ from tensorflow.python.saved_model import fingerprinting_utils
 
 from tf_agc import reference
 from tf_agc.graph_marks import ATTRIBUTE
+from tf_agc.op_attributes import reference_arguments
 
 OP, GRADIENT_OP = "TfAgc>Agc", "TfAgc>AgcGrad"
-_DATA_FORMATS = {b"N...C": "channels_last", b"NC...": "channels_first"}
 _ATTRIBUTES = ("T", "U", "num_bias", "num_shortcut", "activation", "alpha", "data_format")
 # Of a protocol buffer's 2 GiB: kernels beyond them are computed at each call.
 _LARGEST_CONSTANTS = 2**30
@@ -230,19 +230,18 @@ def _call_of_definition(attributes: Any, has_gain: bool) -> tuple[Any, Any]:
     if "_output_shapes" in attributes:  # the first is that of y, and so of x and the shortcut
         maps_shape = tf.TensorShape(attributes["_output_shapes"].list.shape[0])
     maps = tf.TensorSpec(maps_shape, attributes["T"].type)
-    data_format = _DATA_FORMATS[attributes["data_format"].s]
+    options = reference_arguments(attributes)
     # With the number of channels, as far as it is known: the definition has fewer ops then.
-    channels = None if maps.shape.rank is None else maps.shape[-1 if data_format == "channels_last" else 1]
+    channels = None if maps.shape.rank is None else maps.shape[reference.channel_axis(options["data_format"])]
     parameter = tf.TensorSpec([channels], attributes["U"].type)
     # In the order of the op's inputs, of which the last two may be absent, and the gain where it is folded.
     inputs = {"x": maps, **({"gain": parameter} if has_gain else {}), "mean_scale": parameter}
     inputs |= {"bias": parameter} if attributes["num_bias"].i else {}
     inputs |= {"shortcut": maps} if attributes["num_shortcut"].i else {}
-    activation, alpha = attributes["activation"].s.decode(), attributes["alpha"].f
 
     def agc(*tensors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         named = {"gain": None, **dict(zip(inputs, tensors, strict=True))}
-        return reference.agc(**named, activation=activation, alpha=alpha, data_format=data_format)
+        return reference.agc(**named, **options)
 
     with tf.Graph().as_default() as graph:
         placeholders = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in inputs.values()]
