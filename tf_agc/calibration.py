@@ -17,7 +17,7 @@ import rich.console  # Keras's own dependency
 import rich.progress
 import tensorflow as tf
 
-from tf_agc import branches, forward_pass, functional, reference
+from tf_agc import branches, forward_pass, reference
 from tf_agc import layer as agc_layer
 from tf_agc.table import format_table
 
@@ -40,6 +40,7 @@ class CalibratedLayer:
         kept: indices of the channels that were constant on the batch and keep their gain and bias.
         constrained: indices of the channels whose new gain was changed by the layer's `gain_constraint`, or whose new
             bias by its `bias_constraint`.
+        constraints: which of the two did so to any channel.
         bias: the bias now, which centres each channel on the batch; shape [C], or [0] where the layer has none.
         shortcut: where the layer ends a residual branch, what gave it its deviation: "its shortcut", or that of an Add
             layer or operation; empty elsewhere.
@@ -51,6 +52,7 @@ class CalibratedLayer:
     gain: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     kept: list[int] = dataclasses.field(default_factory=list)
     constrained: list[int] = dataclasses.field(default_factory=list)
+    constraints: list[str] = dataclasses.field(default_factory=list)
     bias: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     shortcut: str = ""
 
@@ -65,7 +67,7 @@ class CalibratedLayer:
         if self.kept:
             notes.append(f"{len(self.kept)} constant, gain kept: {_first(self.kept)}")
         if self.constrained:
-            constraints = "gain_constraint or bias_constraint" if self.bias.size else "gain_constraint"
+            constraints = " or ".join(self.constraints)
             notes.append(f"{len(self.constrained)} changed by {constraints}: {_first(self.constrained)}")
         if self.calls > 1:
             notes.append(f"called {self.calls} times, calibrated on the first")
@@ -116,10 +118,10 @@ def calibrate(
     The model runs as in inference (`training=False`). Nothing but gains and biases changes: other
     non-trainable state (moving averages, states of recurrent layers, seeds) is put back, unless it
     is hidden from Keras, as in a layer's own `tf.Variable`. A layer that the pass calls several
-    times (shared, or inside TimeDistributed) is calibrated on its first call. Channels that are
-    constant on the batch (dead, or maps of one value) keep their gain and bias. A layer's
-    `gain_constraint` and `bias_constraint` have the last word, as in training. On an error nothing
-    changes. On a terminal a progress bar shows which layer the pass is at.
+    times (shared, or inside TimeDistributed) is calibrated on its first call. Channels whose output is
+    constant on the batch (dead ones; at a mean scale of 1 also maps of one value each) keep their gain
+    and bias. A layer's `gain_constraint` and `bias_constraint` have the last word, as in training. On
+    an error nothing changes. On a terminal a progress bar shows which layer the pass is at.
 
     Args:
         model: a built model, compiled or not, of any kind. Its layers may be nested anywhere.
@@ -210,7 +212,7 @@ class _Calibration:
         if not tf.executing_eagerly():
             return output
         layer = branch.end
-        axis = functional.channel_axis(layer.data_format)
+        axis = reference.channel_axis(layer.data_format)
         std, std_shortcut = _deviation(output, axis), _deviation(shortcut, axis)
         if not (std > 0 and std_shortcut > 0):
             return output
@@ -242,7 +244,7 @@ class _Calibration:
             raise ValueError(f"the input of layer '{name}' is not finite on this batch")
         ones = tf.ones(layer.gain.shape, tf.float64)
         mean_scale = tf.cast(tf.convert_to_tensor(layer.mean_scale), tf.float64)
-        axis = functional.channel_axis(layer.data_format) % x.shape.rank
+        axis = reference.channel_axis(layer.data_format) % x.shape.rank
 
         def difference(part: tf.Tensor) -> tf.Tensor:
             return reference.agc(part, ones, mean_scale, "linear", 0.0, layer.data_format)[0]
@@ -262,15 +264,17 @@ class _Calibration:
         before = _float64(layer.gain)
         sign = np.where(before < 0, -1.0, 1.0)
         gain = np.where(constant, before, sign * target / np.where(constant, 1, std_u))
-        changed = self._assign(layer.gain, gain, layer.gain_constraint)
+        changed = {"gain_constraint": self._assign(layer.gain, gain, layer.gain_constraint)}
         if layer.bias is not None:
             # A mean that float32 would round away is rounding noise, as where all of the map's mean was subtracted.
             mean_u = np.where(np.abs(mean_u) <= np.finfo(np.float32).eps * std_u, 0, mean_u)
             centring = np.where(constant, _float64(layer.bias), 0 - _float64(layer.gain) * mean_u)  # no -0
-            changed |= self._assign(layer.bias, centring, layer.bias_constraint)
+            changed["bias_constraint"] = self._assign(layer.bias, centring, layer.bias_constraint)
             row.bias = _float64(layer.bias)
         row.std_before, row.gain = np.abs(before) * std_u, _float64(layer.gain)
-        row.kept, row.constrained = np.flatnonzero(constant).tolist(), np.flatnonzero(changed).tolist()
+        row.kept = np.flatnonzero(constant).tolist()
+        row.constrained = np.flatnonzero(np.any(list(changed.values()), axis=0)).tolist()
+        row.constraints = [name for name, channels in changed.items() if channels.any()]
         return row
 
     def _assign(self, variable: keras.Variable, value: np.ndarray, constraint: Any) -> np.ndarray:

@@ -23,10 +23,10 @@ import tensorflow as tf
 from keras.src.export.export_utils import get_input_signature
 from keras.src.models import Functional
 
-from tf_agc import saved_graph
+from tf_agc import graph_marks, saved_graph
 from tf_agc.export_check import Endpoint, Tensors, check_answers, name_outputs
 from tf_agc.forward_pass import agc_layers
-from tf_agc.implementation import implementation
+from tf_agc.implementation import implementation, native_where_free_to_choose
 
 # Attributes of the object that Keras writes.
 _RESERVED_NAMES = ("non_trainable_variables", "signatures", "trainable_variables", "variables")
@@ -103,16 +103,15 @@ def export_saved_model(
     if warmup is not None:
         _import_prediction_log()  # an error before the work, not after it
 
-    # A portable export does not choose the reference while tracing: the traces of tf.functions inside the
-    # model stay in it, and would go on to run the slower reference. Keras traces again while it writes.
-    with contextlib.nullcontext() if portable else implementation("native"):
+    # Not the reference while tracing: the traces of tf.functions inside the model stay in it, and would go
+    # on to run it, which is slower. Keras traces again while it writes.
+    with native_where_free_to_choose() if portable else implementation("native"):
         archive, endpoints = _trace(model, signatures)
         examples = {} if warmup is None else _convert_warmup(warmup, endpoints)
         with _staging_directory(base) as staging:
             with _file_errors(base):
                 archive.write_out(staging, verbose=False)
-                if portable:
-                    saved_graph.replace_native_ops(staging)
+                saved_graph.rewrite(staging, graph_marks.layers(), portable)
                 if examples:
                     _write_warmup(examples, base.name, staging)
             graph_def = saved_graph.read(staging)

@@ -86,8 +86,9 @@ def run(model: keras.Model, batch: Any, observer: contextvars.ContextVar[Observe
         warnings.warn(
             f"the outputs of model '{model.name}' do not depend on its inputs: they are the same for all samples of "
             "the batch, up to rounding error. Where a pooling or a mean over the map reads a linear "
-            "AutomaticGainControl, that layer needs mean_scale_initializer='zeros'. A last layer whose weights are all "
-            "0, or so small that its outputs differ by less than 1e-6, shows the same and needs nothing",
+            "AutomaticGainControl with a mean scale of 1, that layer needs mean_scale_initializer='zeros'. A last "
+            "layer whose weights are all 0, or so small that its outputs differ by less than 1e-6, shows the same and "
+            "needs nothing",
             stacklevel=3,
         )
 

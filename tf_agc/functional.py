@@ -82,7 +82,7 @@ def agc(
         raise ValueError(f'data_format must be "channels_last" or "channels_first", got {data_format!r}')
     x = _convert_x(x)
     _check_shape(x.shape, data_format)
-    axis = channel_axis(data_format)
+    axis = reference.channel_axis(data_format)
     gain = _convert_parameter("gain", gain, x, axis)
     mean_scale = _convert_parameter("mean_scale", mean_scale, x, axis)
     if bias is not None:
@@ -94,11 +94,6 @@ def agc(
     compute = native.agc if name == "native" else reference.agc
     y, _ = compute(x, gain, mean_scale, activation, alpha, data_format, bias=bias, shortcut=shortcut)
     return y
-
-
-def channel_axis(data_format: str) -> int:
-    """The axis of the channels, counted from the end for channels_last."""
-    return -1 if data_format == "channels_last" else 1
 
 
 def spatial_sizes(shape: Any, data_format: str) -> tuple[int | None, ...]:

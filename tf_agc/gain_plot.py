@@ -72,7 +72,7 @@ def plot_gains(log: str | os.PathLike[str], path: str | os.PathLike[str] | None 
         axes.set_xlabel(title)
         if name == "sparsity":
             axes.set_xlim(-0.02, 1.02)
-        # Few and small: mean scales are near 1, and their labels long.
+        # Few and small: a quantity that has hardly moved has long labels.
         axes.locator_params(axis="x", nbins=5)
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="x", color="0.85", linewidth=0.5)

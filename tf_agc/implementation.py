@@ -6,6 +6,7 @@ The choice belongs to the code around a call, never to a layer's config or to a 
 import contextlib
 import contextvars
 import os
+import traceback
 from collections.abc import Iterator
 
 import tensorflow as tf
@@ -17,6 +18,8 @@ from tensorflow.python.ops import control_flow_util
 from tf_agc import native
 
 _NAMES = ("auto", "native", "reference")
+# Modules in which Keras and TensorFlow Lite trace what is to run elsewhere.
+_EXPORTERS = ("keras.src.export.", "tensorflow.lite.python.lite")
 _VARIABLE = "TF_AGC_IMPLEMENTATION"
 
 
@@ -42,8 +45,10 @@ def implementation(name: str) -> contextlib.AbstractContextManager[None]:
 
     Args:
         name: "auto": the native op where its library is loaded (in code that XLA compiles: both
-            libraries), else the reference. "native": the native op. "reference": stock TensorFlow
-            ops.
+            libraries), else the reference. The reference too in what Keras or TensorFlow Lite traces for
+            an export (`model.export`, `keras.export.ExportArchive`,
+            `tf.lite.TFLiteConverter.from_keras_model`), which is to run elsewhere. "native": the
+            native op. "reference": stock TensorFlow ops.
 
     Returns:
         A context manager.
@@ -87,7 +92,14 @@ def resolve() -> tuple[str, str]:
         return "reference", native.STATUS.reason
     if not native.XLA_STATUS.available and _traced_for_xla():
         return "reference", f"traced for XLA, and {native.XLA_STATUS.reason}"
+    if _traced_for_export():
+        return "reference", "traced for an export"
     return "native", native.STATUS.reason
+
+
+def native_where_free_to_choose() -> contextlib.AbstractContextManager[None]:
+    """The native op within a `with` where "auto" chooses and it is available: for exports that replace it later."""
+    return _open_scope("native" if _scope.get() == "auto" and native.STATUS.available else _scope.get())
 
 
 def supports_jit() -> bool:
@@ -103,6 +115,14 @@ def _traced_for_xla() -> bool:
     if tf.executing_eagerly():
         return False
     return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def _traced_for_export() -> bool:
+    if tf.executing_eagerly():
+        return False
+    # Nothing else tells what a trace is for.
+    callers = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(None))
+    return any(name.startswith(_EXPORTERS) for name in callers)
 
 
 def _require_native() -> None:

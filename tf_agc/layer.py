@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_agc import functional, reference
+from tf_agc import functional, graph_marks, reference
 from tf_agc.activations import KERAS_FUNCTIONS, find_fused
 from tf_agc.implementation import supports_jit
 
@@ -208,7 +208,7 @@ class AutomaticGainControl(keras.layers.Layer):
     # Keras wants the names of call's arguments where there are several.
     def build(self, inputs_shape: _Shape, shortcut_shape: _Shape | None = None) -> None:
         input_shape = self.compute_output_shape(inputs_shape, shortcut_shape)
-        axis = functional.channel_axis(self.data_format)
+        axis = reference.channel_axis(self.data_format)
         channels = input_shape[axis]
         if channels is None:
             raise ValueError(
@@ -280,6 +280,8 @@ class AutomaticGainControl(keras.layers.Layer):
             alpha=self.alpha,
             data_format=self.data_format,
         )
+        if not tf.executing_eagerly():
+            graph_marks.mark(outputs, self)
         if not self._fused:
             linear = outputs
             outputs = self.activation(linear)

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_agc import forward_pass, functional, gain_log
+from tf_agc import forward_pass, gain_log, reference
 from tf_agc import layer as agc_layer
 
 
@@ -270,7 +270,7 @@ class _Outputs:
     def observe(self, layer: agc_layer.AutomaticGainControl, outputs: tf.Tensor) -> None:
         if not tf.executing_eagerly():
             return
-        channels = functional.channel_axis(layer.data_format) % outputs.shape.rank
+        channels = reference.channel_axis(layer.data_format) % outputs.shape.rank
         others = [axis for axis in range(outputs.shape.rank) if axis != channels]
         # Half types would overflow in the squares.
         wide = outputs if outputs.dtype == tf.float64 else tf.cast(outputs, tf.float32)

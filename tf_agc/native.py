@@ -1,4 +1,4 @@
-"""Finds, checks and loads the native libraries, runs the op, and has its gradients and batching registered.
+"""Finds, checks and loads the native libraries, runs the op, and has its gradients, batching and cost registered.
 
 Why a library is not in use is a status, never an exception: `import tf_agc` must not fail for it.
 Nothing here decides which implementation runs, and nothing computes.
@@ -17,9 +17,7 @@ import tensorflow as tf
 # Private, and without a public counterpart: the one way to learn whether an op is registered.
 from tensorflow.python.framework import op_def_registry
 
-from tf_agc import batching, gradients
-
-_DATA_FORMATS = {"channels_last": "N...C", "channels_first": "NC..."}
+from tf_agc import batching, flops, gradients, op_attributes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,7 @@ def agc(
         [] if shortcut is None else [shortcut],
         activation=activation,
         alpha=alpha,
-        data_format=_DATA_FORMATS[data_format],
+        data_format=op_attributes.DATA_FORMATS[data_format],
     )
     return y, mean
 
@@ -162,6 +160,7 @@ def _load() -> tuple[Status, Any]:
         return dataclasses.replace(status, available=False, reason=reason), None
     gradients.register(ops)
     batching.register(ops)
+    flops.register()
     return status, ops
 
 

@@ -13,9 +13,14 @@ import tensorflow as tf
 RANKS = range(3, 9)  # batch, 1 to 6 spatial axes, channels
 
 
+def channel_axis(data_format: str) -> int:
+    """The axis of the channels, counted from the end for channels_last."""
+    return -1 if data_format == "channels_last" else 1
+
+
 def agc(
     x: tf.Tensor,
-    gain: tf.Tensor,
+    gain: tf.Tensor | None,
     mean_scale: tf.Tensor,
     activation: str,
     alpha: float,
@@ -32,7 +37,7 @@ def agc(
     Args:
         x: half, bfloat16, float32 or float64; shape [N, ..., C] or [N, C, ...], rank 3 to 8, known
             or not before it runs.
-        gain: U; shape [C]. U is float64 where x is, else float32.
+        gain: U; shape [C]. U is float64 where x is, else float32. None, where x has it already, multiplies nothing.
         mean_scale: U; shape [C].
         activation: "linear", "relu", "relu6", "leaky_relu" or "elu".
         alpha: slope of leaky_relu or scale of elu for z < 0; finite, >= 0; others ignore it.
@@ -50,7 +55,8 @@ def agc(
     """
     x = _require_rank(x)
     x = _require_positions(x, data_format)
-    gain = _require_length("gain", gain, x, data_format)
+    if gain is not None:
+        gain = _require_length("gain", gain, x, data_format)
     mean_scale = _require_length("mean_scale", mean_scale, x, data_format)
     if bias is not None:
         bias = _require_length("bias", bias, x, data_format)
@@ -60,27 +66,29 @@ def agc(
     compute_dtype = tf.float64 if dtype == tf.float64 else tf.float32
     x = tf.cast(x, compute_dtype)
 
-    channels_last = data_format == "channels_last"
-    rank = x.shape.rank if x.shape.rank is not None else tf.rank(x)
-    shape = tf.shape(x)
-    batch, channels = shape[:1], shape[-1:] if channels_last else shape[1:2]
-    ones = tf.ones([rank - 2], tf.int32)
-
-    def along_map(values: tf.Tensor, first: tf.Tensor | list[int]) -> tf.Tensor:
-        # An explicit shape and no broadcasting, so that a parameter of another length is an error.
-        parts = [first, ones, channels] if channels_last else [first, channels, ones]
-        return tf.reshape(values, tf.concat(parts, axis=0))
-
-    mean = tf.reduce_mean(x, axis=_spatial_axes(rank, channels_last))
-    u = x - along_map(mean_scale, [1]) * along_map(mean, batch)
-    z = along_map(gain, [1]) * u
+    axis = channel_axis(data_format)
+    mean = tf.reduce_mean(x, axis=_spatial_axes(x, axis), keepdims=True)
+    z = x - _along_maps(mean_scale, x, axis) * mean
+    if gain is not None:
+        z = _along_maps(gain, x, axis) * z
     if bias is not None:
-        z += along_map(bias, [1])
+        z += _along_maps(bias, x, axis)
     if shortcut is not None:
         z += tf.cast(shortcut, compute_dtype)
     y = tf.cast(_activate(z, activation, alpha), dtype)
     y.set_shape(x.shape)  # broadcasting a size of 0 loses what is known
-    return y, mean
+    return y, _without_positions(mean, axis)
+
+
+def _along_maps(parameter: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
+    """A parameter of shape [C] as it is broadcast over x, whose channels are on this axis."""
+    if x.shape.rank is not None and x.shape[axis] is not None and parameter.shape == [x.shape[axis]]:
+        # As few ops as there can be, for exports.
+        return parameter if axis == -1 else tf.reshape(parameter, [-1, *[1] * (x.shape.rank - 2)])
+    # To a shape that is known when it runs, so that a parameter of another length is an error, for XLA too.
+    channels = tf.shape(x)[axis]
+    ones = tf.ones([tf.rank(x) - 2], tf.int32)
+    return tf.reshape(parameter, tf.concat([ones, [channels]] if axis == -1 else [[channels], ones], axis=0))
 
 
 def _activate(z: tf.Tensor, activation: str, alpha: float) -> tf.Tensor:
@@ -101,9 +109,18 @@ def _activate(z: tf.Tensor, activation: str, alpha: float) -> tf.Tensor:
     raise ValueError(f"unknown activation {activation!r}")
 
 
-def _spatial_axes(rank: int | tf.Tensor, channels_last: bool) -> list[int] | tf.Tensor:
-    first, last = (1, rank - 1) if channels_last else (2, rank)
+def _spatial_axes(x: tf.Tensor, axis: int) -> list[int] | tf.Tensor:
+    rank = x.shape.rank if x.shape.rank is not None else tf.rank(x)
+    first, last = (1, rank - 1) if axis == -1 else (2, rank)
     return list(range(first, last)) if isinstance(rank, int) else tf.range(first, last)
+
+
+def _without_positions(mean: tf.Tensor, axis: int) -> tf.Tensor:
+    """Of shape [N, C], from [N, 1, ..., C] or [N, C, 1, ...]."""
+    if mean.shape.rank is not None:
+        return tf.squeeze(mean, _spatial_axes(mean, axis))
+    shape = tf.shape(mean)
+    return tf.reshape(mean, tf.stack([shape[0], shape[axis]]))
 
 
 def _require(condition: tf.Tensor, message: list[Any], tensor: tf.Tensor) -> tf.Tensor:
@@ -124,11 +141,11 @@ def _require_rank(x: tf.Tensor) -> tf.Tensor:
 
 
 def _require_length(name: str, parameter: tf.Tensor, x: tf.Tensor, data_format: str) -> tf.Tensor:
-    channel_axis = -1 if data_format == "channels_last" else 1
-    channels = None if x.shape.rank is None else x.shape[channel_axis]
+    axis = channel_axis(data_format)
+    channels = None if x.shape.rank is None else x.shape[axis]
     if channels is not None and parameter.shape.rank == 1 and parameter.shape[0] == channels:
         return parameter  # known: nothing to check when it runs
-    shape, expected = tf.shape(parameter), tf.shape(x)[channel_axis]
+    shape, expected = tf.shape(parameter), tf.shape(x)[axis]
     fits = tf.logical_and(tf.equal(tf.rank(parameter), 1), tf.reduce_all(tf.equal(shape, expected)))
     return _require(fits, [f"{name} must have shape [C] =", [expected], "got", shape], parameter)
 

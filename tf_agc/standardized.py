@@ -3,33 +3,21 @@
 Weights and their standardization live here. What normalizes maps is `tf_agc.layer`'s.
 """
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from tf_agc import graph_marks
 
 # Behind a ReLU half of a centred signal is left: with this norm the variance is 1 again (He et al., arXiv 1502.01852).
 NORM = math.sqrt(2)
 # Added to a filter's squared norm, so that a constant filter becomes zeros, and not NaN.
 EPSILON = 1e-8
 
-_folding: contextvars.ContextVar[bool] = contextvars.ContextVar("tf_agc_folding", default=False)
-
 _Shape = tuple[int | None, ...]
-
-
-@contextlib.contextmanager
-def folded() -> Iterator[None]:
-    """Within it, what is traced has standardized kernels as constants: for exports, whose weights do not change."""
-    token = _folding.set(True)
-    try:
-        yield
-    finally:
-        _folding.reset(token)
 
 
 def standardize(kernel: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
@@ -81,7 +69,8 @@ class StandardizedConvolution(keras.layers.Layer):
         return super().add_weight(*args, **kwargs)
 
     def call(self, inputs: Any) -> Any:
-        outputs = self._convolve(inputs, self.standardized_kernel())
+        # Inside TimeDistributed, inputs have that layer's compute dtype.
+        outputs = self._convolve(inputs, tf.cast(self.standardized_kernel(), inputs.dtype))
         if self.bias is not None:
             shape = [1] * len(outputs.shape)
             shape[-1 if self.data_format == "channels_last" else 1] = -1
@@ -90,18 +79,15 @@ class StandardizedConvolution(keras.layers.Layer):
 
     def standardized_kernel(self) -> tf.Tensor:
         """The kernel that convolves, in the compute dtype; `kernel` is the raw one, which is trained and saved."""
-        if _folding.get():
-            with tf.init_scope():
-                folded_kernel = self._standardized_kernel().numpy()
-            return tf.constant(folded_kernel)
-        return self._standardized_kernel()
-
-    def _standardized_kernel(self) -> tf.Tensor:
         dtype = "float64" if self.compute_dtype == "float64" else "float32"
         kernel = standardize(tf.cast(tf.convert_to_tensor(self.kernel), dtype), self._filter_axes())
         if self.gain is not None:
             kernel *= tf.cast(tf.convert_to_tensor(self.gain), dtype)
-        return tf.cast(kernel, self.compute_dtype)
+        kernel = tf.cast(kernel, self.compute_dtype)
+        if not tf.executing_eagerly():
+            kernel = tf.identity(kernel, "standardized_kernel")
+            graph_marks.mark(kernel, self)
+        return kernel
 
     def _inputs_of_filter(self, channels: int) -> int:
         return math.prod(self.kernel_size) * (channels // self.groups)
@@ -186,7 +172,7 @@ class StandardizedConv2D(_StandardizedConv, keras.layers.Conv2D):
     The inputs behind a ReLU are positive, and a filter of mean 0 does not pass their level on. The `kernel` that is
     trained, saved and regularized is the raw one, and the gradient goes through the standardization, which is
     computed in float32 under mixed policies. `tf_agc.export_saved_model` writes the standardized kernel as a constant:
-    a server sees a plain convolution.
+    a server sees a plain convolution, and nothing is standardized there.
 
     Source: weight standardization, [arXiv 1903.10520](https://arxiv.org/abs/1903.10520), as it is scaled in
     [arXiv 2101.08692](https://arxiv.org/abs/2101.08692).

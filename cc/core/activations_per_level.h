@@ -2,7 +2,7 @@
 // and for XLA's operations (V is an XlaOp, S is double).
 //
 // Included by loops.cc (once per instruction-set level), by cuda/activations.h and by xla/hlo.cc, each inside the
-// namespace that has, for its V: arithmetic and comparisons with V and S, FullLike, MaxZero, Expm1 and Log1p.
+// namespace that has, for its V: arithmetic and comparisons with V and S, Select, FullLike, MaxZero, Expm1 and Log1p.
 // No include guard and no includes, for the same reason.
 //
 // Forward(z) is act(z). From what was kept, k, and the gradient of the output, d:
@@ -14,10 +14,6 @@
 
 #ifndef TF_AGC_DEVICE
 #define TF_AGC_DEVICE  // CUDA needs a word before each function.
-#endif
-#ifndef TF_AGC_SELECT
-// XLA has a function for it. A function here would have CUDA compute what is not selected, which takes registers.
-#define TF_AGC_SELECT(condition, a, b) ((condition) ? (a) : (b))
 #endif
 
 template <class V, class S>
@@ -39,10 +35,10 @@ struct Relu {
   static constexpr bool kSlopeIsZeroOrOne = true;
   TF_AGC_DEVICE explicit Relu(double) {}
   TF_AGC_DEVICE V Forward(V z) const { return MaxZero(z); }
-  TF_AGC_DEVICE V Slope(V k) const { return TF_AGC_SELECT(k > S(0), FullLike(k, S(1)), FullLike(k, S(0))); }
+  TF_AGC_DEVICE V Slope(V k) const { return Select(k > S(0), FullLike(k, S(1)), FullLike(k, S(0))); }
   template <bool kShortcut>
   TF_AGC_DEVICE V GainTerm(V k, V, V dz, V, V s) const {
-    if constexpr (kShortcut) k = k - TF_AGC_SELECT(k > S(0), s, FullLike(k, S(0)));
+    if constexpr (kShortcut) k = k - Select(k > S(0), s, FullLike(k, S(0)));
     return dz * k;
   }
 };
@@ -54,17 +50,17 @@ struct Relu6 {
   TF_AGC_DEVICE explicit Relu6(double) {}
   TF_AGC_DEVICE V Forward(V z) const {
     // No minimum of a maximum: where TensorFlow 2.20's XLA compiles that for the CPU, NaN becomes 0.
-    return TF_AGC_SELECT(z > S(6), FullLike(z, S(6)), MaxZero(z));
+    return Select(z > S(6), FullLike(z, S(6)), MaxZero(z));
   }
   TF_AGC_DEVICE V Slope(V k) const {
-    const V rising = TF_AGC_SELECT(k > S(0), FullLike(k, S(1)), FullLike(k, S(0)));
-    return TF_AGC_SELECT(k < S(6), rising, FullLike(k, S(0)));
+    const V zero = FullLike(k, S(0));
+    return Select(k < S(6), Select(k > S(0), FullLike(k, S(1)), zero), zero);
   }
   template <bool kShortcut>
   TF_AGC_DEVICE V GainTerm(V k, V, V dz, V, V s) const {
     if constexpr (kShortcut) {
-      const V below_six = TF_AGC_SELECT(k < S(6), s, FullLike(k, S(0)));
-      k = k - TF_AGC_SELECT(k > S(0), below_six, FullLike(k, S(0)));
+      const V zero = FullLike(k, S(0));
+      k = k - Select(k > S(0), Select(k < S(6), s, zero), zero);
     }
     return dz * k;
   }
@@ -76,8 +72,8 @@ struct LeakyRelu {
   static constexpr bool kSlopeIsZeroOrOne = false;
   S alpha;
   TF_AGC_DEVICE explicit LeakyRelu(double a) : alpha(static_cast<S>(a)) {}
-  TF_AGC_DEVICE V Forward(V z) const { return TF_AGC_SELECT(z > S(0), z, z * alpha); }
-  TF_AGC_DEVICE V Slope(V k) const { return TF_AGC_SELECT(k > S(0), FullLike(k, S(1)), FullLike(k, alpha)); }
+  TF_AGC_DEVICE V Forward(V z) const { return Select(z > S(0), z, z * alpha); }
+  TF_AGC_DEVICE V Slope(V k) const { return Select(k > S(0), FullLike(k, S(1)), FullLike(k, alpha)); }
   // Below 0, dz * z = (d * alpha) * (k / alpha).
   template <bool kShortcut>
   TF_AGC_DEVICE V GainTerm(V k, V d, V dz, V, V s) const {
@@ -93,22 +89,21 @@ struct Elu {
   S alpha;
   TF_AGC_DEVICE explicit Elu(double a) : alpha(static_cast<S>(a)) {}
   TF_AGC_DEVICE V Forward(V z) const {
-    const V negative = TF_AGC_SELECT(z > S(0), FullLike(z, S(0)), z);
-    return TF_AGC_SELECT(z > S(0), z, Expm1(negative) * alpha);
+    const V negative = Select(z > S(0), FullLike(z, S(0)), z);
+    return Select(z > S(0), z, Expm1(negative) * alpha);
   }
   // exp(z) * alpha = k + alpha below 0; rounding k to T may take it below -alpha.
   TF_AGC_DEVICE V Slope(V k) const {
-    V slope = k + alpha;
-    slope = TF_AGC_SELECT(slope < S(0), FullLike(k, S(0)), slope);
-    return TF_AGC_SELECT(k > S(0), FullLike(k, S(1)), slope);
+    const V slope = k + alpha;
+    return Select(k > S(0), FullLike(k, S(1)), Select(slope < S(0), FullLike(k, S(0)), slope));
   }
   template <bool kShortcut>
   TF_AGC_DEVICE V GainTerm(V k, V, V dz, V, V s) const {
-    const V negative = TF_AGC_SELECT(k > S(0), FullLike(k, S(0)), k / alpha);
+    const V zero = FullLike(k, S(0));
+    const V negative = Select(k > S(0), zero, k / alpha);
     // Where k = -alpha, z is lost, and dz = 0 anyway.
-    V z = TF_AGC_SELECT(negative <= S(-1), FullLike(k, S(0)), Log1p(negative));
-    z = TF_AGC_SELECT(k > S(0), k, z);
-    if constexpr (kShortcut) z = z - TF_AGC_SELECT(negative <= S(-1), FullLike(k, S(0)), s);
+    const V z = Select(k > S(0), k, Select(negative <= S(-1), zero, Log1p(negative)));
+    if constexpr (kShortcut) return dz * (z - Select(negative <= S(-1), zero, s));
     return dz * z;
   }
 };

@@ -77,6 +77,12 @@ inline V FullLike(V, S value) {
   return Broadcast<V>(value);
 }
 
+// Lane by lane. `condition` is what comparisons of V give.
+template <class Condition, class V>
+inline V Select(Condition condition, V a, V b) {
+  return condition ? a : b;
+}
+
 // ---- Half precision ----
 
 // 16 bits to 32. The compilers' own conversion between vectors of these widths takes two or three instructions more.

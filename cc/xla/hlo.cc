@@ -74,9 +74,7 @@ XlaOp operator<=(XlaOp x, double y) { return xla::Le(x, xla::ScalarLike(x, y)); 
 XlaOp operator>(XlaOp x, double y) { return xla::Gt(x, xla::ScalarLike(x, y)); }
 XlaOp MaxZero(XlaOp z) { return xla::Max(z, xla::ScalarLike(z, 0)); }  // NaN stays.
 
-#define TF_AGC_SELECT xla::Select
 #include "cc/core/activations_per_level.h"
-#undef TF_AGC_SELECT
 
 // Calls body(act) with the op's activation and returns what it returns.
 template <class Body>

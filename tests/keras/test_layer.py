@@ -32,7 +32,7 @@ class KerasChecklistTest(TestCase):
                 {"activation": activation},
                 input_shape=(2, 4, 5, 3),
                 expected_output_shape=(2, 4, 5, 3),
-                expected_num_trainable_weights=2,
+                expected_num_trainable_weights=3,
                 expected_num_non_trainable_weights=0,
                 expected_num_losses=0,
                 supports_masking=True,
@@ -81,9 +81,13 @@ class KerasChecklistTest(TestCase):
     def test_volumes(self):
         self.run_layer_test(
             AutomaticGainControl,
-            {"activation": keras.activations.elu},
+            {"activation": keras.activations.elu, "use_bias": False},
             input_shape=(2, 3, 4, 2, 5),
             expected_output_shape=(2, 3, 4, 2, 5),
+            expected_num_trainable_weights=2,
+            expected_num_non_trainable_weights=0,
+            expected_num_losses=0,
+            supports_masking=True,
         )
 
 
@@ -165,12 +169,14 @@ def test_other_activations(activation):
     np.testing.assert_allclose(got, keras.activations.get(activation)(z), rtol=1e-6, atol=1e-6)
 
 
-def test_names_order_and_paths_of_weights():
-    layer = AutomaticGainControl(name="agc")
+@pytest.mark.parametrize("use_bias", [None, False])
+def test_names_order_paths_and_initial_values_of_weights(use_bias):
+    layer = AutomaticGainControl(name="agc", **{} if use_bias is None else {"use_bias": use_bias})
     layer.build((None, 4, 5, 3))
-    assert [weight.path for weight in layer.weights] == ["agc/gain", "agc/mean_scale"]
-    assert [weight.shape for weight in layer.weights] == [(3,), (3,)]
-    np.testing.assert_array_equal(layer.get_weights(), np.ones((2, 3)))
+    values = {"agc/gain": 1, "agc/mean_scale": 0.25} | ({"agc/bias": 0} if use_bias is None else {})
+    assert [weight.path for weight in layer.weights] == [weight.path for weight in layer.trainable_weights]
+    assert [weight.path for weight in layer.weights] == list(values)
+    np.testing.assert_array_equal(layer.get_weights(), [[value] * 3 for value in values.values()])
 
 
 @pytest.mark.parametrize("name", ["gain", "mean_scale"])
@@ -239,12 +245,15 @@ def test_weights_of_another_kind_of_layer_are_refused(tmp_path):
     def model(norm):
         return keras.Sequential([keras.Input((4, 5, 3)), Block(norm)])
 
-    norm = keras.layers.BatchNormalization(center=False, scale=False)  # two weights of shape [C], too
-    model(norm).save_weights(tmp_path / "model.weights.h5")
-    model(AutomaticGainControl(name="norm")).save_weights(tmp_path / "agc.weights.h5")
+    # Two weights of shape [C] and three, as AutomaticGainControl has without a bias and with one.
+    model(keras.layers.BatchNormalization(center=False, scale=False)).save_weights(tmp_path / "two.weights.h5")
+    model(keras.layers.BatchNormalization(scale=False)).save_weights(tmp_path / "three.weights.h5")
+    without = {"use_bias": False, "name": "norm"}
+    model(AutomaticGainControl(**without)).save_weights(tmp_path / "agc.weights.h5")
     for layer, file, message in (
-        (AutomaticGainControl(name="norm"), "model", ("gain, mean_scale", "0, 1")),
-        (AutomaticGainControl(use_bias=True, name="norm"), "agc", ("gain, mean_scale, bias", "gain, mean_scale")),
+        (AutomaticGainControl(**without), "two", ("gain, mean_scale", "0, 1")),
+        (AutomaticGainControl(name="norm"), "three", ("gain, mean_scale, bias", "0, 1, 2")),
+        (AutomaticGainControl(name="norm"), "agc", ("gain, mean_scale, bias", "gain, mean_scale")),
     ):
         message = (
             f"Layer 'norm' expects the weights {message[0]} of an AutomaticGainControl with the same arguments. "
@@ -348,7 +357,7 @@ def test_other_dtypes_are_cast_to_the_compute_dtype(dtype, policy, autocast):
     y = layer(x, shortcut)
     assert y.dtype == symbolic.dtype == layer.compute_dtype
     cast = [tf.cast(value, layer.compute_dtype) for value in (x, shortcut)]
-    want = tf_agc.agc(cast[0], 1.0, 1.0, shortcut=cast[1], activation="relu")
+    want = tf_agc.agc(cast[0], 1.0, 0.25, shortcut=cast[1], activation="relu")
     np.testing.assert_array_equal(tf.cast(y, "float64"), tf.cast(want, "float64"))
 
 
@@ -482,15 +491,16 @@ def test_names_of_other_layers_stay_theirs():
     ],
 )
 def test_dtype_policies(policy, weights, counters):
-    layer = AutomaticGainControl("relu", dtype=policy, gain_initializer="random_normal")
+    random = keras.initializers.RandomNormal(stddev=0.5)
+    layer = AutomaticGainControl("relu", dtype=policy, gain_initializer=random, bias_initializer=random)
     inputs = keras.Input((4, 5, 3))
     compute_dtype = policy.removeprefix("mixed_")
     assert layer(inputs).dtype == compute_dtype
     y = layer(_X)
     assert y.dtype == compute_dtype
-    assert layer.gain.dtype == layer.mean_scale.dtype == weights
-    gain, mean_scale = (tf.cast(weight, parameter_dtype(compute_dtype)) for weight in layer.weights)
-    want = tf_agc.agc(tf.cast(_X, compute_dtype), gain, mean_scale, activation="relu")
+    assert layer.gain.dtype == layer.mean_scale.dtype == layer.bias.dtype == weights
+    gain, mean_scale, bias = (tf.cast(weight, parameter_dtype(compute_dtype)) for weight in layer.weights)
+    want = tf_agc.agc(tf.cast(_X, compute_dtype), gain, mean_scale, bias, activation="relu")
     np.testing.assert_array_equal(tf.cast(y, tf.float64), tf.cast(want, tf.float64))
     assert counters.read()["forward"] == 2
 
@@ -524,7 +534,7 @@ def test_data_formats_and_unknown_sizes(data_format):
     assert layer.compute_output_shape((None, *shape)) == (None, *shape)
     x = _X if channels_last else np.moveaxis(_X, -1, 1)
     got = model(x) if channels_last else np.moveaxis(model(x).numpy(), 1, -1)
-    np.testing.assert_allclose(got, tf_agc.agc(_X, 1.0, 1.0, activation="relu"), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got, tf_agc.agc(_X, 1.0, 0.25, activation="relu"), rtol=1e-6, atol=1e-6)
     # Other sizes, the same weights.
     assert model(x[:1, :, 1:, :]).shape == x[:1, :, 1:, :].shape
 
@@ -717,16 +727,20 @@ def test_built_for_other_inputs():
 def test_one_position(data_format):
     shape = (None, 1, 1, 3) if data_format == "channels_last" else (None, 3, 1, 1)
     message = re.escape(f"Received: input_shape={shape}, train_mean_scale=")
-    fixed = AutomaticGainControl(data_format=data_format, train_mean_scale=False)
-    with pytest.raises(ValueError, match="at a mean_scale of 1 nothing is left of them.*" + message):
-        fixed.build(shape)
-    with pytest.warns(UserWarning, match="at a mean_scale of 1 initially nothing is left.*" + message):
-        AutomaticGainControl(data_format=data_format).build(shape)
+
+    def layer(mean_scale, **arguments):
+        return AutomaticGainControl(data_format=data_format, mean_scale_initializer=mean_scale, **arguments)
+
+    for ones in ("ones", keras.initializers.Constant(1.0)):
+        with pytest.raises(ValueError, match="at a mean_scale of 1 nothing is left of them.*" + message):
+            layer(ones, train_mean_scale=False).build(shape)
+        with pytest.warns(UserWarning, match="at a mean_scale of 1 initially nothing is left.*" + message):
+            layer(ones).build(shape)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        half = keras.initializers.Constant(0.5)
-        AutomaticGainControl(data_format=data_format, train_mean_scale=False, mean_scale_initializer=half).build(shape)
-        fixed = AutomaticGainControl(data_format=data_format, train_mean_scale=False)
+        layer(None, train_mean_scale=False).build(shape)
+        layer(keras.initializers.Constant(0.5), train_mean_scale=False).build(shape)
+        fixed = layer("ones", train_mean_scale=False)
         fixed.build((None, None, 1, 3) if data_format == "channels_last" else (None, 3, None, 1))
 
 
@@ -735,7 +749,7 @@ def test_one_position(data_format):
 def test_one_position_that_only_a_call_knows(data_format, mode):
     free, shape = ((None, None, 3), (2, 1, 1, 3)) if data_format == "channels_last" else ((3, None, None), (2, 3, 1, 1))
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    layer = AutomaticGainControl(data_format=data_format, name="agc")
+    layer = AutomaticGainControl(data_format=data_format, mean_scale_initializer="ones", name="agc")
     model = keras.Sequential([keras.Input(free), layer])
     model.compile("sgd", "mse")
     calls = {
@@ -754,8 +768,9 @@ def test_one_position_that_only_a_call_knows(data_format, mode):
         warnings.simplefilter("error")
         model(x)
         model(np.repeat(x, 2, axis=1 if data_format == "channels_last" else 2))
-        half = AutomaticGainControl(data_format=data_format, mean_scale_initializer=keras.initializers.Constant(0.5))
-        keras.Sequential([keras.Input(free), half])(x)
+        for mean_scale in (None, keras.initializers.Constant(0.5)):
+            other = AutomaticGainControl(data_format=data_format, mean_scale_initializer=mean_scale)
+            keras.Sequential([keras.Input(free), other])(x)
 
 
 def test_sparse_and_ragged_inputs_are_refused():

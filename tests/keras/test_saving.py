@@ -27,6 +27,34 @@ def _model(gain_initializer="random_normal"):
     return keras.Model(inputs, keras.layers.GlobalMaxPooling2D()(x))
 
 
+# As it was saved while the mean scale started at 1 and there was no bias unless one was asked for.
+_EARLIER = """
+{"module": "tf_agc.layer", "class_name": "AutomaticGainControl", "config": {"name": "agc", "trainable": true,
+"dtype": {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"}, "registered_name": null},
+"activation": "leaky_relu", "data_format": "channels_last", "negative_slope": 0.1, "alpha": null,
+"gain_initializer": {"module": "keras.initializers", "class_name": "Ones", "config": {}, "registered_name": null},
+"mean_scale_initializer": {"module": "keras.initializers", "class_name": "Ones", "config": {}, "registered_name": null},
+"gain_regularizer": null, "mean_scale_regularizer": null, "gain_constraint": null, "mean_scale_constraint": null,
+"train_mean_scale": true, "use_bias": false,
+"bias_initializer": {"module": "keras.initializers", "class_name": "Zeros", "config": {}, "registered_name": null},
+"bias_regularizer": null, "bias_constraint": null, "train_gain": true},
+"registered_name": "tf_agc>AutomaticGainControl", "build_config": {"input_shape": [null, 6, 7, 3]}}
+"""
+
+
+def test_a_layer_that_was_saved_with_the_earlier_defaults_keeps_them():
+    saved = json.loads(_EARLIER)
+    layer = keras.saving.deserialize_keras_object(saved)
+    again = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
+    assert again == saved
+    x = np.random.default_rng(0).standard_normal((2, 6, 7, 3)).astype(np.float32)
+    want = tf_agc.agc(x, 1.0, 1.0, activation="leaky_relu", negative_slope=0.1)
+    np.testing.assert_allclose(layer(x), want, rtol=1e-6, atol=1e-6)
+    layer.load_own_variables({"gain": np.full(3, 2.0), "mean_scale": np.full(3, 3.0)})  # all that a file of it has
+    assert [weight.name for weight in layer.weights] == ["gain", "mean_scale"]
+    np.testing.assert_array_equal(layer.get_weights(), [[2] * 3, [3] * 3])
+
+
 _LOAD = """
 import json, sys
 import numpy as np, tensorflow as tf, keras

@@ -228,14 +228,11 @@ def test_filters_of_one_input_are_refused(layer, shape, text):
     assert text in str(error.value)
 
 
-def test_folded_kernels_are_constants():
-    layer = tf_agc.StandardizedConv2D(4, 3, use_gain=True)
-    x = tf.constant(_batch((2, 7, 5, 3)), tf.float32)
-    expected = layer(x)
-    with standardized.folded():
-        function = tf.function(layer).get_concrete_function(x)
-    # The bias alone is a variable.
-    assert sorted(op.type for op in function.graph.get_operations() if op.type in ("ReadVariableOp", "Mean")) == [
-        "ReadVariableOp"
-    ]
-    np.testing.assert_array_equal(function(x), expected)
+def test_inputs_of_another_dtype_within_time_distributed():
+    """Keras casts to the compute dtype of the outer layer alone."""
+    layer = tf_agc.StandardizedConv2D(4, 3, dtype="mixed_bfloat16")
+    x = _batch((2, 3, 7, 5, 3)).astype(np.float32)
+    got = keras.layers.TimeDistributed(layer)(x)
+    expected = tf.nn.conv2d(x[:, 1], tf.cast(layer.standardized_kernel(), tf.float32), 1, "VALID")
+    assert got.dtype == "float32"
+    np.testing.assert_allclose(got[:, 1], expected, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 """`tf_agc.export_saved_model`: models of all kinds, answered for by a process that has no tf_agc; what it refuses."""
 
 import collections
+import copy
 import dataclasses
 import errno
 import pathlib
@@ -8,6 +9,7 @@ import resource
 import shutil
 import sys
 import threading
+import weakref
 from concurrent import futures
 
 import keras
@@ -18,7 +20,7 @@ from tensorflow.python.framework import op_def_library  # stands for the wrapper
 
 import tf_agc
 from agc_testing import EPSILON, python
-from tf_agc import AutomaticGainControl, export, export_check, native, reference, saved_graph
+from tf_agc import AutomaticGainControl, export, export_check, graph_marks, native, reference, saved_graph
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
 
@@ -27,12 +29,15 @@ X = np.random.default_rng(0).standard_normal((3, 6, 5, 4)).astype(np.float32)
 
 
 def _layers(dtype=None):
-    """Gains that let a wrong map show, and channels that differ."""
+    """Gains and a bias that let a wrong map show, and channels that differ; without a bias, and with one."""
+    random = keras.initializers.RandomNormal(1.5, 0.5)
     return [
         keras.layers.Conv2D(5, 3, use_bias=False, dtype=dtype),
-        AutomaticGainControl("relu", gain_initializer=keras.initializers.RandomNormal(1.5, 0.5), dtype=dtype),
+        AutomaticGainControl("relu", gain_initializer=random, use_bias=False, dtype=dtype),
         keras.layers.Conv2D(3, 1, use_bias=False, dtype=dtype),
-        AutomaticGainControl("elu", alpha=0.5, gain_initializer="random_normal", dtype=dtype),
+        AutomaticGainControl(
+            "elu", alpha=0.5, gain_initializer="random_normal", bias_initializer="random_normal", dtype=dtype
+        ),
         keras.layers.GlobalMaxPooling2D(dtype=dtype),
     ]
 
@@ -49,9 +54,11 @@ def _junctions(dtype=None):
     inputs = keras.Input(X.shape[1:], name="image")
     x = keras.layers.Conv2D(4, 3, padding="same", dtype=dtype)(inputs)
     random = keras.initializers.RandomNormal(0.5, 0.5)
-    junction = AutomaticGainControl("relu", use_bias=True, bias_initializer=random, dtype=dtype)
-    x = junction(x, inputs)
-    x = AutomaticGainControl("leaky_relu", negative_slope=0.1, gain_initializer=random, dtype=dtype)(x * x, shortcut=x)
+    x = AutomaticGainControl("relu", bias_initializer=random, dtype=dtype)(x, inputs)
+    junction = AutomaticGainControl(
+        "leaky_relu", negative_slope=0.1, gain_initializer=random, use_bias=False, dtype=dtype
+    )
+    x = junction(x * x, shortcut=x)
     return keras.Model(inputs, keras.layers.GlobalMaxPooling2D(dtype=dtype)(x))
 
 
@@ -1061,7 +1068,7 @@ def test_an_old_saved_model_answers_as_ever(native_required):
 def test_an_old_saved_model_becomes_portable(tmp_path, native_required):
     # The rewriting alone, on every variant of the op: only its gradients have no definition to call.
     shutil.copytree(FIXTURE / "model", tmp_path / "model")
-    saved_graph.replace_native_ops(tmp_path / "model")
+    saved_graph.rewrite(tmp_path / "model", {}, portable=True)
     ops = _ops(tmp_path / "model")
     assert ops.count("TfAgc>Agc") == 0 and ops.count("TfAgc>AgcGrad") == 24
     answers = np.load(FIXTURE / "answers.npz")
@@ -1073,3 +1080,97 @@ def test_an_old_saved_model_becomes_portable(tmp_path, native_required):
     fingerprint = tf.saved_model.experimental.read_fingerprint(str(tmp_path / "model"))
     old = tf.saved_model.experimental.read_fingerprint(str(FIXTURE / "model"))
     assert fingerprint.saved_model_checksum != old.saved_model_checksum
+
+
+def _standardized(dtype=None):
+    inputs = keras.Input((8, 9, 3), name="image")
+    x = tf_agc.StandardizedConv2D(4, 3, name="first", dtype=dtype)(inputs)
+    x = AutomaticGainControl("relu", dtype=dtype)(x)
+    x = tf_agc.StandardizedDepthwiseConv2D(3, use_gain=True, gain_initializer="random_normal", dtype=dtype)(x)
+    x = keras.layers.TimeDistributed(tf_agc.StandardizedConv1D(5, 2, dtype=dtype), dtype=dtype)(x)
+    return keras.Model(inputs, AutomaticGainControl(dtype=dtype)(x))
+
+
+def _makers(version):
+    """How many kernels of the convolutions in a SavedModel come of each op, constants or what reads and computes."""
+    found = collections.Counter()
+    for function in saved_graph.read(version).library.function:
+        by_name = {node.name: node for node in function.node_def}
+        for node in function.node_def:
+            if node.op in ("Conv2D", "DepthwiseConv2dNative"):
+                kernel = by_name[node.input[1].partition(":")[0]]
+                while kernel.op in ("ExpandDims", "Reshape"):
+                    kernel = by_name[kernel.input[0].partition(":")[0]]
+                found[kernel.op] += 1
+    return found
+
+
+@pytest.mark.parametrize("portable", [True, False])
+@pytest.mark.parametrize("dtype", [None, "mixed_bfloat16", "float64"])
+def test_standardized_kernels_are_constants(portable, dtype, tmp_path):
+    model = _standardized(dtype)
+    version = tf_agc.export_saved_model(model, tmp_path / "model", portable=portable)
+    assert set(_makers(version)) == {"Const"}
+    # What computed them is gone.
+    assert "Rsqrt" not in _ops(version)
+
+
+def test_gains_are_in_the_kernels(tmp_path):
+    inputs = keras.Input((8, 9, 3), name="image")
+    random = {"gain_initializer": "random_normal", "bias_initializer": "random_normal"}
+    x = tf_agc.StandardizedConv2D(4, 3, use_bias=False)(inputs)
+    x = AutomaticGainControl("relu", **random)(x)
+    x = tf_agc.StandardizedDepthwiseConv2D(3, depth_multiplier=2, use_bias=False)(x)
+    folded = keras.Model(inputs, AutomaticGainControl("relu", **random)(x))
+    version = tf_agc.export_saved_model(folded, tmp_path / "folded")
+    counts = collections.Counter(_ops(version))
+    # What is left of a layer: a mean with its scale, a subtraction, a bias, an activation. Nothing looks at shapes.
+    assert {counts[op] for op in ("Mean", "Mul", "Sub", "AddV2", "Relu")} == {2}
+    assert not {"Shape", "ConcatV2", "Reshape", "StridedSlice"} & set(counts)
+
+
+def test_kernels_of_exports_are_those_of_the_moment(tmp_path):
+    """In functions that were traced long before too, and what is exported stays out of the model."""
+    model = _standardized()
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 8, 9, 3])])
+    def answer(x):
+        return {"y": model(x, training=False)}
+
+    x = np.random.default_rng(0).standard_normal((2, 8, 9, 3)).astype(np.float32)
+    for _ in range(2):
+        before = answer(x)["y"]
+        version = tf_agc.export_saved_model(model, tmp_path / "model", signatures={"serving_default": answer})
+        assert set(_makers(version)) == {"Const"}
+        loaded = tf.saved_model.load(version).signatures["serving_default"]
+        np.testing.assert_allclose(loaded(x=tf.constant(x))["y"], before, rtol=1e-4, atol=1e-5)
+        kernel = model.get_layer("first").kernel
+        kernel.assign(kernel[::-1] + 0.1)
+        assert np.max(np.abs(answer(x)["y"] - before)) > 0.1
+
+
+def test_copies_of_a_layer_have_kernels_of_their_own(tmp_path):
+    layer = tf_agc.StandardizedConv2D(4, 3, name="first")
+    layer.build((None, 8, 9, 3))
+    other = copy.deepcopy(layer)
+    other.name = "second"
+    other.kernel.assign(other.kernel[::-1])
+    inputs = keras.Input((8, 9, 3))
+    model = keras.Model(inputs, keras.layers.Concatenate()([layer(inputs), other(inputs)]))
+    version = tf_agc.export_saved_model(model, tmp_path / "model")  # or an error, that it answers otherwise
+    assert set(_makers(version)) == {"Const"}
+
+
+def test_kernels_of_a_loaded_model_stay_computed(tmp_path, monkeypatch):
+    tf.saved_model.save(_standardized(), str(tmp_path / "loaded"))
+    monkeypatch.setattr(graph_marks, "_marks", weakref.WeakKeyDictionary())  # as in another process
+    inputs = keras.Input((8, 9, 3))
+    loaded = keras.layers.TFSMLayer(tmp_path / "loaded", call_endpoint="serving_default")
+    version = tf_agc.export_saved_model(keras.Model(inputs, loaded(inputs)), tmp_path / "model")
+    assert set(_makers(version)) == {"Identity"}
+
+
+@pytest.mark.parametrize("room, expected", [(0, {"Identity"}), (500, {"Identity", "Const"})])
+def test_kernels_that_a_file_cannot_hold_stay_computed(room, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved_graph, "_LARGEST_CONSTANTS", room)
+    assert set(_makers(tf_agc.export_saved_model(_standardized(), tmp_path / "model"))) == expected

@@ -15,9 +15,9 @@ from agc_testing import python
 _WARNING = "the outputs of model 'pooled' do not depend on its inputs: they are the same for all samples of the batch"
 
 
-def _pooled(dense="glorot_uniform", activation=None, **arguments):
+def _pooled(dense="glorot_uniform", activation=None, mean_scale="ones"):
     inputs = keras.Input((6, 7, 3))
-    x = layers.GlobalAveragePooling2D()(tf_agc.AutomaticGainControl(**arguments)(inputs))
+    x = layers.GlobalAveragePooling2D()(tf_agc.AutomaticGainControl(mean_scale_initializer=mean_scale)(inputs))
     return keras.Model(inputs, layers.Dense(4, activation, kernel_initializer=dense)(x), name="pooled")
 
 
@@ -40,18 +40,19 @@ def test_outputs_that_do_not_depend_on_inputs(activation, tmp_path):
 def test_a_last_layer_of_tiny_weights_is_said_too(dense):
     message = "A last layer whose weights are all 0, or so small that its outputs differ by less than 1e-6, shows the"
     with pytest.warns(UserWarning, match=message):
-        tf_agc.calibrate(_pooled(dense, mean_scale_initializer="zeros"), _batch(8))
+        tf_agc.calibrate(_pooled(dense, mean_scale="zeros"), _batch(8))
 
 
 @pytest.mark.parametrize(
     "model, batch",
     [
-        (_pooled(mean_scale_initializer="zeros"), _batch(8)),
-        (_pooled(mean_scale_initializer="zeros", activation="softmax"), 1e-2 * _batch(8)),
+        (_pooled(mean_scale="zeros"), _batch(8)),
+        (_pooled(mean_scale=None), _batch(8)),
+        (_pooled(mean_scale="zeros", activation="softmax"), 1e-2 * _batch(8)),
         (_pooled("zeros"), _batch(1)),
         (_pooled(), np.repeat(_batch(1), 8, axis=0)),
     ],
-    ids=["mean let through", "probabilities", "one sample", "equal samples"],
+    ids=["mean let through", "part of it let through", "probabilities", "one sample", "equal samples"],
 )
 def test_others_do_not_warn(model, batch):
     with warnings.catch_warnings():

@@ -80,7 +80,7 @@ def test_bias_shortcut_and_weights_of_every_dtype(tmp_path, policy):
     keras.config.set_dtype_policy(policy)
     try:
         inputs = keras.Input((6, 7, 3))
-        x = AutomaticGainControl("relu", name="first")(_conv()(inputs))
+        x = AutomaticGainControl("relu", use_bias=False, name="first")(_conv()(inputs))
         random = keras.initializers.RandomNormal(1.0, 0.1)
         last = AutomaticGainControl("relu", use_bias=True, bias_initializer=random, gain_initializer=random)
         model = keras.Model(inputs, last(_conv()(x), x))
@@ -402,7 +402,7 @@ def test_a_restored_training_goes_on_from_the_model(tmp_path, same_monitor, loss
 @pytest.mark.parametrize("gains", ["ones", "random_uniform"])
 def test_a_training_that_ended_before_its_first_backup_begins_anew(tmp_path, gains):
     def fit(*callbacks):
-        layer = AutomaticGainControl("relu", use_bias=True, gain_initializer=gains)
+        layer = AutomaticGainControl("relu", gain_initializer=gains)
         model = keras.Sequential([keras.Input((6, 7, 3)), layer])
         monitor = GainMonitor(tmp_path, _X, update_freq=1, append=True)
         _fit(model, [monitor, keras.callbacks.BackupAndRestore(str(tmp_path / "backup")), *callbacks], target=_X)
@@ -570,7 +570,7 @@ class _Events:
 
 
 def test_tensorboard(tmp_path):
-    model = _sequential(use_bias=True)
+    model = _sequential()
     _fit(model, GainMonitor(tmp_path, _X), epochs=2)
     rows, events = _rows(tmp_path), _events(tmp_path)
     for name in ("gain", "mean_scale", "output_std", "sparsity", "bias"):
@@ -622,28 +622,38 @@ def test_errors(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_plot(tmp_path):
-    _fit(_sequential(), GainMonitor(tmp_path, _X, update_freq=1), epochs=4)
+@pytest.fixture
+def figures(monkeypatch):
+    """Those that are drawn."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **more: (figures.append(self), save(self, *args, **more))
+    )
+    return figures
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_plot(tmp_path, figures, use_bias):
+    _fit(_sequential(use_bias=use_bias), GainMonitor(tmp_path, _X, update_freq=1), epochs=4)
     assert plot_gains(tmp_path) == tmp_path / "gains.png"
+    quantities = ["gain", "mean scale", "output standard deviation", "sparsity: fraction of zeros"]
+    drawn = [axes.get_xlabel() for axes in figures[0].axes[:-1]]  # the last is the bar of colours
+    assert drawn == quantities + (["bias"] if use_bias else [])
     assert plot_gains(tmp_path / "gains.csv", tmp_path / "other.PNG") == tmp_path / "other.PNG"
     for name in ("gains.png", "other.PNG"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize("centre", [1, 0])
 @pytest.mark.parametrize("spread", [1e-5, 3e-4, 2e-3, 0.07, 0.5, 30, 4e5])
-def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch, spread):
+def test_labels_of_the_plot_do_not_overlap(tmp_path, figures, centre, spread):
     quantities = ("gain", "mean_scale", "output_std", "sparsity", "bias")
     header = "epoch,step,iterations,layer," + ",".join(
         f"{name}_{over}" for name in quantities for over in ("mean", "min", "max")
     )
-    values = [f"{1 + spread * factor:.6g}" for factor in (0.1, -0.6, 1.0)]
+    values = [f"{centre + spread * factor:.6g}" for factor in (0.1, -0.6, 1.0)]
     rows = [f"0,{step},{step},agc_{layer}," + ",".join(5 * values) for step in (0, 391) for layer in range(3)]
     (tmp_path / "gains.csv").write_text("\n".join([header, *rows]) + "\n")
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **more: (figures.append(self), save(self, *args, **more))
-    )
     plot_gains(tmp_path)
     (figure,) = figures
     for axes in figure.axes[:5]:

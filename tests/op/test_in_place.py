@@ -13,16 +13,17 @@ pytestmark = pytest.mark.usefixtures("native_required", "fresh_keras")
 _ATTRIBUTES = "relu", 0.0, "channels_last"
 
 
-def _blocks(number=8):
+def _blocks(number=8, use_bias=True):
     layers = [keras.Input((8, 8, 4))]
     for _ in range(number):
         layers += [keras.layers.Conv2D(4, 3, padding="same", use_bias=False)]
-        layers += [AutomaticGainControl("relu")]
+        layers += [AutomaticGainControl("relu", use_bias=use_bias)]
     return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()])
 
 
-def test_training_graph_of_8_blocks(counters):
-    model = _blocks()
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_training_graph_of_8_blocks(counters, use_bias):
+    model = _blocks(use_bias=use_bias)
     optimizer = keras.optimizers.SGD(0.01)
     optimizer.build(model.trainable_variables)
 

@@ -102,7 +102,7 @@ def test_unknown_shapes_of_a_shortcut(x_shape, shortcut_shape):
 
 
 def test_stock_inference_ops_only():
-    stock = {"Placeholder", "Const", "Identity", "NoOp", "Shape", "StridedSlice", "Pack", "Range"}
+    stock = {"Placeholder", "Const", "Identity", "NoOp", "Shape", "StridedSlice", "Pack", "Range", "Squeeze"}
     stock |= {"Fill", "ConcatV2", "Reshape", "Mean", "Mul", "Sub", "Cast", "Greater", "SelectV2"}
     stock |= {"Relu", "Relu6", "LeakyRelu", "Elu", "Rank", "Assert", "All", "Equal", "LogicalOr"}
     stock |= {"GreaterEqual", "LessEqual", "LogicalAnd", "AddV2"}

@@ -208,7 +208,7 @@ def test_tensorflows_messages_are_printed(tmp_path, fresh_keras, native_required
     """Every message quoted as TensorFlow's (Keras is part of it here), in a process that has what causes them."""
     model = keras.Sequential([keras.Input((4, 4, 3)), tf_agc.AutomaticGainControl("relu")])
     model.save(tmp_path / "model.keras")
-    model.export(tmp_path / "exported", verbose=False)
+    tf.saved_model.save(model, tmp_path / "exported")
     source = 'extern "C" void missing(); extern "C" void call() { missing(); }'
     compiler = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", tmp_path / "undefined.so"]
     subprocess.run(compiler, input=source, text=True, check=True)

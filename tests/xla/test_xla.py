@@ -406,10 +406,12 @@ def _copies(function, *arguments, shape):
     return re.findall(rf"= {re.escape(shape)}\S* copy\(", steps)
 
 
-def test_training_step_in_place(fresh_keras, xla_counters):
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_training_step_in_place(fresh_keras, xla_counters, use_bias):
     layers = [keras.Input((8, 8, 3))]
     for _ in range(3):
-        layers += [keras.layers.Conv2D(5, 3, padding="same", use_bias=False), AutomaticGainControl("relu")]
+        layers += [keras.layers.Conv2D(5, 3, padding="same", use_bias=False)]
+        layers += [AutomaticGainControl("relu", use_bias=use_bias)]
     model = keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()])
 
     @_jit

@@ -42,8 +42,8 @@ def train(strategy, normalization: str) -> None:
     batches = tf.data.Dataset.from_tensor_slices((images, labels)).batch(BATCH)
     batches = strategy.experimental_distribute_dataset(batches)  # every replica gets its part of every batch
 
-    def synchronized_batch_norm(activation):
-        return [keras.layers.BatchNormalization(synchronized=True), keras.layers.Activation(activation)]
+    def synchronized_batch_norm(place):
+        return [keras.layers.BatchNormalization(synchronized=True), keras.layers.Activation(place.activation)]
 
     with strategy.scope():
         keras.utils.set_random_seed(0)  # the same initial weights on every worker

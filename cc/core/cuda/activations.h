@@ -13,6 +13,10 @@ namespace core {
 namespace cuda {
 
 template <class V>
+TF_AGC_DEVICE V Select(bool condition, V a, V b) {
+  return condition ? a : b;
+}
+template <class V>
 TF_AGC_DEVICE V FullLike(V, V value) {
   return value;
 }
