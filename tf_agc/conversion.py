@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from tf_agc import calibration, layer_replacement, model_graph
+from tf_agc import calibration, layer_replacement, model_graph, standardized
 from tf_agc.conversion_plan import ConversionTable, Plan, can_be_constructed, summary
 
 
@@ -21,15 +21,17 @@ def convert(
 
     **The copy has to be trained.** The two layers compute different things: BatchNormalization's moving averages,
     gamma and beta (with their initializers, regularizers and constraints) are dropped, and a network that was trained
-    with BatchNormalization does not keep its accuracy. All other weights are copied, so the result is a start for
+    with BatchNormalization does not keep its accuracy. Other weights are copied, so the result is a start for
     training; `calibrate_with`, or `tf_agc.calibrate` later, gives it initial gains and biases that fit, without which
     a deep network may diverge. An AGC has a bias where the BatchNormalization has a beta (`center`).
 
     With `standardize`, every convolution becomes a standardized one (`tf_agc.StandardizedConv2D` and its like) whose
     output nothing reads but AGCs, directly or in sums, concatenations, poolings, padding and dropout. At the end of a
     residual branch, where no AGC is between it and the sum (pre-activation networks), it has a gain too, 0.5 at first.
-    A convolution stays as it is with an activation, with LoRA or quantized, and where its filters have one input each.
-    So do subclasses, transposed and separable convolutions, and those inside the code of custom layers.
+    Filters keep their directions, and start with a norm of sqrt(2), whatever theirs was; so do those of a separable
+    convolution, which becomes no standardized one. A convolution stays as it is with an activation, with LoRA or
+    quantized, and where its filters have one input each. So do subclasses, transposed convolutions, and those inside
+    the code of custom layers.
 
     A ReLU (max_value None or 6), LeakyReLU or ELU layer, an Activation layer of relu, relu6, leaky_relu
     or elu (by name, or the function of keras.activations or tf.nn), or an operation such as keras.ops.relu,
@@ -145,11 +147,14 @@ class _Copier:
                 _copy_state(original, copied)
                 self._replace(original, copied)
         for original, copied in self._standardized:
-            copied.kernel.assign(original.kernel)
+            copied.start_from(original.kernel)
             if original.use_bias:
                 copied.bias.assign(original.bias)
         for original, copied in self._pairs:
             copied.trainable = original.trainable
+        for original, copied in [*self._kept, *self._pairs]:
+            if self._plan.is_rescaled(original):
+                standardized.rescale_separable(copied)
         if self._pairs:
             _check_loading(model, copy)
         return copy

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from benchmarks import result_files
 from option_types import at_least, not_negative
@@ -149,7 +150,7 @@ def _read(path: pathlib.Path) -> tuple[list[Training], dict[str, str]]:
     return read_rows(path, Training) if path.exists() else ([], {})
 
 
-def train(case: Case) -> dict[str, float]:
+def train(case: Case) -> dict[str, Any]:
     """What a training adds to its case."""
     import keras
     import numpy as np
@@ -164,7 +165,8 @@ def train(case: Case) -> dict[str, float]:
     }[case.optimizer]()
     # XLA would take minutes for each of them.
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
-    start, losses = time.perf_counter(), []
+    losses: list[float] = []
+    start = time.perf_counter()
     while len(losses) < case.steps and np.all(np.isfinite(losses)):
         losses.append(float(model.train_on_batch(images, labels)))
         model.reset_metrics()  # else it would be the mean of all steps
@@ -177,7 +179,7 @@ def train(case: Case) -> dict[str, float]:
     }
 
 
-def initial_model(case: Case):
+def initial_model(case: Case) -> tuple[Any, Any, Any]:
     """Returns a case's model before training, and its images and labels."""
     import keras
 
@@ -195,7 +197,7 @@ def initial_model(case: Case):
     return model, images, labels
 
 
-def gratings(size: int):
+def gratings(size: int) -> tuple[Any, Any]:
     """Returns IMAGES float32 images of values from 0 to 255, and labels: gratings in CLASSES directions, in noise."""
     import numpy as np
 
