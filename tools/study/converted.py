@@ -3,8 +3,8 @@ the losses, one row for each model.
 
 Both start from the same random weights, and see the same 32 images in every step: gratings in four directions, in
 noise. The copy is made with `tf_agc.convert`'s defaults and calibrated on the images. What is compared is how far the
-loss falls in training, no accuracy. One seed takes about TODO minutes of one core; InceptionResNetV2, NASNetMobile and
-DenseNet121 take most of it, a minute and more each before the first step.
+loss falls in training, no accuracy. One seed takes about half an hour of one core; InceptionResNetV2, NASNetMobile
+and DenseNet121 take most of it, a minute and more each before the first step.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="only these")
     run.add_argument("--normalizations", choices=NORMALIZATIONS, nargs="+", default=NORMALIZATIONS, help="only these")
     run.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="(default: 0)")
-    run.add_argument("--steps", type=at_least(_LAST_STEPS), default=40, help="of each training (default: %(default)s)")
+    run.add_argument("--steps", type=at_least(_LAST_STEPS), default=20, help="of each training (default: %(default)s)")
     run.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="(default: adam)")
     run.add_argument("--learning_rate", type=not_negative, default=1e-3, help="(default: %(default)s)")
     run.set_defaults(call=run_all)
