@@ -65,6 +65,37 @@ def find(model: keras.Model) -> list[Branch]:
     return found
 
 
+def count(model: keras.Model) -> int:
+    """How many branches of a functional or Sequential model start at what they are added to; 0 of another model.
+
+    Not those of projected shortcuts. What adds is an Add, or an AutomaticGainControl with a shortcut.
+    """
+    if not model_graph.is_graph(model):
+        return 0
+    graph = CallGraph(model)
+    producers = {id(x): call for call in graph.calls for x in call.outputs}
+
+    def starts_at(branch: keras.KerasTensor, shortcut: keras.KerasTensor) -> bool:
+        todo, seen = [branch], set()
+        depth = producers[id(shortcut)].depth if id(shortcut) in producers else 0
+        while todo:
+            call = producers.get(id(todo.pop()))
+            if call and id(call) not in seen and call.depth > depth:
+                seen.add(id(call))
+                if any(x is shortcut for x in call.inputs):
+                    return True
+                todo.extend(call.inputs)
+        return False
+
+    pairs = [
+        call.inputs
+        for call in graph.calls
+        if len(call.inputs) == 2
+        and (isinstance(call.operation, AutomaticGainControl) or is_of_keras(call.operation, "Add"))
+    ]
+    return sum(starts_at(a, b) or starts_at(b, a) for a, b in pairs)
+
+
 def _end(graph: CallGraph, producers: dict[int, Call], x: keras.KerasTensor, reader: Call) -> Call | None:
     while graph.readers(x) == [reader] and id(x) in producers:
         reader = producers[id(x)]

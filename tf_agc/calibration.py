@@ -23,6 +23,9 @@ from tf_agc.table import format_table
 
 # The deviation of a residual branch, as a share of that of what it is added to: docs/evidence.md.
 BRANCH_FACTOR = 0.5
+# It was measured in networks of so many residual branches. What all of them together can make of a signal grows with
+# the power of their number, so that each one gets less where there are more.
+_BRANCHES = 7
 
 # Elements of a map that are in float64 at once, where the whole batch would take the memory of a training step.
 _ELEMENTS_AT_ONCE = 2**20
@@ -99,7 +102,7 @@ def calibrate(
     model: keras.Model,
     batch: Any,
     target_std: float | Mapping[str, float] = 1.0,
-    branch_factor: float = BRANCH_FACTOR,
+    branch_factor: float | None = None,
 ) -> CalibrationTable:
     """Sets every AutomaticGainControl layer's gain, and bias, from one batch, in one eager forward pass.
 
@@ -111,9 +114,10 @@ def calibrate(
     channel is centred; what a `shortcut` adds counts for neither.
 
     The end of a residual branch gets half (`branch_factor`) of the deviation of what it is added to (both
-    averaged over the channels), as a block should start as a small change of its input. It is a layer that is called
-    with a `shortcut`; in functional models also a linear AutomaticGainControl, or a standardized
-    convolution with `use_gain`, that an Add layer or operation reads, be it through dropout.
+    averaged over the channels), and less in deep networks, as a block should start as a small change of its
+    input. It is a layer that is called with a `shortcut`; in functional models also a linear
+    AutomaticGainControl, or a standardized convolution with `use_gain`, that an Add layer or operation reads,
+    be it through dropout.
 
     The model runs as in inference (`training=False`). Nothing but gains and biases changes: other
     non-trainable state (moving averages, states of recurrent layers, seeds) is put back, unless it
@@ -131,7 +135,9 @@ def calibrate(
         target_std: the standard deviation to reach, positive: a number for all layers but the ends of
             residual branches, or a dict from the paths of some layers (as in the table that is
             returned), ends among them, to numbers, which leaves 1 for the others.
-        branch_factor: the share of its shortcut's deviation that the end of a residual branch gets; positive.
+        branch_factor: the share of its shortcut's deviation that the end of a residual branch gets, positive; None:
+            0.5, and in functional models of more than 7 branches that start at what they are added to, 3.5 over their
+            number.
 
     Returns:
         A list with one row for each layer, in order of execution; layers that were not reached come
@@ -148,7 +154,8 @@ def calibrate(
         raise TypeError(f"model must be a keras.Model, got {type(model).__name__}")
     for std in target_std.values() if isinstance(target_std, Mapping) else [target_std]:
         _check_positive("target_std", std)
-    _check_positive("branch_factor", branch_factor)
+    if branch_factor is not None:
+        _check_positive("branch_factor", branch_factor)
     if not model.built:
         raise ValueError(
             f"model '{model.name}' is not built: call it on a batch, or call its build() with an "
@@ -163,6 +170,8 @@ def calibrate(
             f"target_std must name AutomaticGainControl layers of model '{model.name}' by their paths, got {unknown}"
         )
     batch = forward_pass.convert_batch(batch)
+    if branch_factor is None:
+        branch_factor = BRANCH_FACTOR * min(1, _BRANCHES / max(1, branches.count(model)))
 
     console = rich.console.Console(stderr=True)
     bar = rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal)

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from tf_agc import calibration, layer_replacement, model_graph
+from tf_agc import calibration, layer_replacement, model_graph, standardized
 from tf_agc.conversion_plan import ConversionTable, Plan, can_be_constructed, summary
 
 
@@ -19,13 +19,19 @@ def convert(
 ) -> keras.Model:
     """Returns a copy of a model with AutomaticGainControl in place of BatchNormalization.
 
-    **The copy has to be trained.** The two layers compute different things: BatchNormalization's
-    moving averages, gamma and beta (with their initializers, regularizers and constraints) cannot be
-    carried over and are dropped, the predictions are not those of the original, and a network that
-    was trained with BatchNormalization does not keep its accuracy. Every AGC starts with a gain and
-    a mean scale of 1, and has no bias. All other weights are copied, so the result is a start for
-    training; `calibrate_with`, or `tf_agc.calibrate` later, gives it initial gains that fit, without
-    which a deep network may diverge.
+    **The copy has to be trained.** The two layers compute different things: BatchNormalization's moving averages,
+    gamma and beta (with their initializers, regularizers and constraints) are dropped, and a network that was trained
+    with BatchNormalization does not keep its accuracy. Other weights are copied, so the result is a start for
+    training; `calibrate_with`, or `tf_agc.calibrate` later, gives it initial gains and biases that fit, without which
+    a deep network may diverge. An AGC has a bias where the BatchNormalization has a beta (`center`).
+
+    With `standardize`, every convolution becomes a standardized one (`tf_agc.StandardizedConv2D` and its like) whose
+    output nothing reads but AGCs, directly or in sums, concatenations, poolings, padding and dropout. At the end of a
+    residual branch, where no AGC is between it and the sum (pre-activation networks), it has a gain too, 0.5 at first.
+    Filters keep their directions, and start with a norm of sqrt(2), whatever theirs was; so do those of a separable
+    convolution, which becomes no standardized one. A convolution stays as it is with an activation, with LoRA or
+    quantized, and where its filters have one input each. So do subclasses, transposed convolutions, and those inside
+    the code of custom layers.
 
     A ReLU (max_value None or 6), LeakyReLU or ELU layer, an Activation layer of relu, relu6, leaky_relu
     or elu (by name, or the function of keras.activations or tf.nn), or an operation such as keras.ops.relu,
@@ -39,9 +45,9 @@ def convert(
     as its `shortcut`. Where both maps come from a BatchNormalization (a projected shortcut), the one at the end of
     the longer way is the junction, and the other's AGC is linear. A sum of more maps, or one that broadcasts, stays.
 
-    Where a global average pooling, or another mean over the map, reads an AGC (its activation, dropout,
-    convolutions and concatenations may be between), the mean is let through: its mean scale is 0 at first.
-    With a mean scale of 1, a linear AGC would give such a pooling zeros.
+    Where a global average pooling, or another mean over the map (in a squeeze-and-excite block), reads an AGC, the
+    mean is let through: its mean scale is 0 at first. Activations, dropout, convolutions and concatenations may be
+    between. Elsewhere it is the layer's default.
 
     What stays as it was: names (an AGC has the name of the layer that it replaces), `trainable`, dtype
     policies, activity regularizers, shared layers and models, the structure of inputs and outputs, the
@@ -73,6 +79,7 @@ def convert(
             at 1.
         replace_causal: whether BatchNormalization is replaced in causal networks too. AGC's mean is over the whole
             sequence, so what the copy gives at one step depends on later ones.
+        standardize: whether the convolutions in front of AGCs are standardized.
 
     Returns:
         A new model of the same class, or of a subclass of it.
@@ -140,11 +147,14 @@ class _Copier:
                 _copy_state(original, copied)
                 self._replace(original, copied)
         for original, copied in self._standardized:
-            copied.kernel.assign(original.kernel)
+            copied.start_from(original.kernel)
             if original.use_bias:
                 copied.bias.assign(original.bias)
         for original, copied in self._pairs:
             copied.trainable = original.trainable
+        for original, copied in [*self._kept, *self._pairs]:
+            if self._plan.is_rescaled(original):
+                standardized.rescale_separable(copied)
         if self._pairs:
             _check_loading(model, copy)
         return copy

@@ -43,6 +43,9 @@ _STANDARDIZED: dict[type, type[keras.layers.Layer]] = {
     keras.layers.DepthwiseConv2D: standardized.StandardizedDepthwiseConv2D,
 }
 
+# What is not standardized, but takes filters of another norm in its place.
+_RESCALED = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+
 # Between a convolution and what normalizes its output: layers that hand each channel on, or parts of its map.
 _HANDS_CHANNELS_ON = (
     *("Concatenate", "Dropout", "GaussianDropout", "GaussianNoise", "AlphaDropout", "Identity"),
@@ -243,6 +246,7 @@ class Plan:
 
         self._replaced = {id(norm.layer): norm for norm in replaced}
         self._convolutions: dict[int, dict[str, Any]] = {}  # by identity: the arguments that their replacements add
+        self._rescaled: set[int] = set()
         if standardize:
             self._find_convolutions()
         # By the identity of Keras's nodes, as the copy is made from them.
@@ -272,6 +276,10 @@ class Plan:
     def replaces(self, operation: Any) -> bool:
         """Whether an AGC or a standardized convolution takes the place of a layer."""
         return self.is_replaced(operation) or id(operation) in self._convolutions
+
+    def is_rescaled(self, operation: Any) -> bool:
+        """Whether a layer is copied with filters of another norm."""
+        return id(operation) in self._rescaled
 
     def junction(self, node: Any) -> tuple[keras.layers.BatchNormalization, int] | None:
         """For the call of an Add that an AGC computes: the BatchNormalization before it, and at which of the inputs."""
@@ -377,11 +385,15 @@ class Plan:
         producers = {id(x): call for call in self._graph.calls for x in call.outputs}
         by_layer: dict[int, list[Call]] = collections.defaultdict(list)
         for call in self._graph.calls:
-            if _can_be_standardized(call.operation):
+            if _can_be_standardized(call.operation) or _can_be_rescaled(call.operation):
                 by_layer[id(call.operation)].append(call)
         for calls in by_layer.values():
             read_by = [self._norms_behind(call, producers) for call in calls]
-            if all(norms for norms, _ in read_by):
+            if not all(norms for norms, _ in read_by):
+                continue
+            if _can_be_rescaled(calls[0].operation):
+                self._rescaled.add(id(calls[0].operation))
+            else:
                 ends_branch = any(ends for _, ends in read_by)
                 factor = {"use_gain": True, "gain_initializer": keras.initializers.Constant(_BRANCH_FACTOR)}
                 self._convolutions[id(calls[0].operation)] = factor if ends_branch else {}
@@ -502,6 +514,10 @@ def _can_be_standardized(operation: Any) -> bool:
     filters = operation.kernel.shape[:-1]
     inputs = filters[:-1] if isinstance(operation, keras.layers.DepthwiseConv2D) else filters
     return math.prod(inputs) > 1
+
+
+def _can_be_rescaled(operation: Any) -> bool:
+    return type(operation) in _RESCALED and operation.activation is keras.activations.linear
 
 
 def _find_activation(call: Call | None) -> FusedActivation | None:

@@ -42,6 +42,23 @@ def standardize(kernel: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     return centred * (NORM * tf.math.rsqrt(tf.reduce_sum(centred * centred, axes, keepdims=True) + EPSILON))
 
 
+def _in_full_precision(kernel: Any) -> tf.Tensor:
+    kernel = tf.convert_to_tensor(kernel)
+    return tf.cast(kernel, "float64" if kernel.dtype == "float64" else "float32")
+
+
+def rescale_separable(layer: keras.layers.SeparableConv1D | keras.layers.SeparableConv2D) -> None:
+    """Gives the filters of a separable convolution norms of 1 and NORM, in the directions that they have.
+
+    They are not standardized, and what normalizes the output makes up for the norms. With those of Glorot's
+    initializer, which are far smaller, the first steps of an optimizer such as Adam would turn them all over.
+    """
+    for kernel, norm in ((layer.depthwise_kernel, 1.0), (layer.pointwise_kernel, NORM)):
+        filters = 2 if kernel is layer.depthwise_kernel else 1  # axes of the kernel that are not summed over
+        axes = list(range(len(kernel.shape) - filters))
+        kernel.assign(norm * tf.math.l2_normalize(_in_full_precision(kernel), axes, epsilon=1e-30))  # zeros stay so
+
+
 class StandardizedConvolution(keras.layers.Layer):
     """What the layers below add to Keras's: before it in the order of base classes."""
 
@@ -79,15 +96,23 @@ class StandardizedConvolution(keras.layers.Layer):
 
     def standardized_kernel(self) -> tf.Tensor:
         """The kernel that convolves, in the compute dtype; `kernel` is the raw one, which is trained and saved."""
-        dtype = "float64" if self.compute_dtype == "float64" else "float32"
-        kernel = standardize(tf.cast(tf.convert_to_tensor(self.kernel), dtype), self._filter_axes())
+        kernel = standardize(_in_full_precision(self.kernel), self._filter_axes())
         if self.gain is not None:
-            kernel *= tf.cast(tf.convert_to_tensor(self.gain), dtype)
+            kernel *= tf.cast(tf.convert_to_tensor(self.gain), kernel.dtype)
         kernel = tf.cast(kernel, self.compute_dtype)
         if not tf.executing_eagerly():
             kernel = tf.identity(kernel, "standardized_kernel")
             graph_marks.mark(kernel, self)
         return kernel
+
+    def start_from(self, kernel: keras.Variable) -> None:
+        """Takes over the kernel of another layer, standardized: that is what convolves in any case.
+
+        How far an optimizer's step turns a filter depends on the norm of the raw one. This norm is that of He's
+        initializer, with which networks were measured; Glorot's is smaller, and Adam's first steps turn wide filters
+        all over.
+        """
+        self.kernel.assign(standardize(_in_full_precision(kernel), self._filter_axes()))
 
     def _inputs_of_filter(self, channels: int) -> int:
         return math.prod(self.kernel_size) * (channels // self.groups)

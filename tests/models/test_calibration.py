@@ -243,6 +243,20 @@ def test_a_branch_gets_half_of_its_shortcut(join, factor):
     assert all("call" not in vars(each) for each in inner.layers)
 
 
+def test_a_branch_gets_less_in_a_deep_network():
+    """Of 14 that start at what they are added to, twice the number that get a half; a projected shortcut is none."""
+    x = keras.Input((9, 10, 3))
+    y = AutomaticGainControl(name="projected")(_conv(3)(x), AutomaticGainControl()(_conv(3)(x)))
+    for number in range(14):
+        z = _conv(3)(keras.layers.ReLU()(y))
+        y = AutomaticGainControl()(z, y) if number % 2 else y + AutomaticGainControl(name=f"end{number}")(z)
+    model = keras.Model(x, y)
+    calibrate(model, _X)
+    shortcut, branch = (each.output for each in (model.get_layer("projected"), model.get_layer("end0")))
+    shortcut, branch = keras.Model(x, [shortcut, branch])(_X)
+    np.testing.assert_allclose(_deviation(branch), 0.25 * _deviation(shortcut), rtol=1e-4)
+
+
 def test_what_is_no_branch():
     """Read elsewhere too, not linear, constrained, called twice, a sum of three."""
     x = keras.Input((9, 10, 3))
@@ -536,6 +550,7 @@ def test_errors():
             calibrate(model, _X, target_std=bad)
         with pytest.raises(ValueError, match=f"target_std must be a number, finite and > 0, got {bad!r}"):
             calibrate(model, _X, target_std={model.layers[-1].path: bad})
+    for bad in (0.0, -1.0, np.nan, np.inf, "a"):
         with pytest.raises(ValueError, match=f"branch_factor must be a number, finite and > 0, got {bad!r}"):
             calibrate(model, _X, branch_factor=bad)
     with pytest.raises(ValueError, match=r"target_std must name .* of model '.*' by their paths, got \['x', 'y'\]"):

@@ -569,8 +569,7 @@ def test_kinds_of_convolutions(conv, kind, fresh):
     assert _standardized(model, standardize=False) == {"norm": []}
     layer = convert(model).get_layer("conv")
     assert type(layer) is (kind or type(conv))
-    for weight, old in zip(layer.get_weights(), conv.get_weights(), strict=True):
-        np.testing.assert_array_equal(weight, old)
+    np.testing.assert_array_equal(layer.bias, conv.bias)
     assert type(convert(model, standardize=False).get_layer("conv")) is type(conv)
     if kind:
         config = conv.get_config()
@@ -579,7 +578,25 @@ def test_kinds_of_convolutions(conv, kind, fresh):
         axes = tuple(range(conv.kernel.shape.rank - (2 if "Depthwise" in kind.__name__ else 1)))
         old = conv.kernel - np.mean(conv.kernel, axes, keepdims=True)
         old /= np.sqrt(np.sum(np.square(old), axes, keepdims=True))
-        np.testing.assert_allclose(layer.standardized_kernel(), np.sqrt(2) * old, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(layer.kernel, np.sqrt(2) * old, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(layer.standardized_kernel(), layer.kernel, rtol=1e-4, atol=1e-5)
+    elif not isinstance(conv, layers.SeparableConv2D):
+        for weight, old in zip(layer.get_weights(), conv.get_weights(), strict=True):
+            np.testing.assert_array_equal(weight, old)
+
+
+@pytest.mark.parametrize("conv", [layers.SeparableConv1D(4, 3, depth_multiplier=2), layers.SeparableConv2D(4, 3)])
+def test_separable_convolutions_keep_their_directions(conv, fresh):
+    model = keras.Sequential([keras.Input((8, 9, 3)[-conv.rank - 1 :]), conv, _norm()])
+    _randomize(model)
+    copy, exact = (convert(model, standardize=standardize).get_layer(conv.name) for standardize in (True, False))
+    depthwise, pointwise = conv.depthwise_kernel.numpy(), conv.pointwise_kernel.numpy()
+    depthwise /= np.sqrt(np.sum(np.square(depthwise), axis=tuple(range(conv.rank)), keepdims=True))
+    pointwise *= np.sqrt(2 / np.sum(np.square(pointwise), axis=tuple(range(conv.rank + 1)), keepdims=True))
+    for weight, expected in zip(copy.get_weights(), [depthwise, pointwise, conv.bias], strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=1e-5)
+    for weight, expected in zip(exact.get_weights(), conv.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, expected)
 
 
 @pytest.mark.parametrize("spatial", [(9,), (5, 6, 7)])
@@ -632,7 +649,7 @@ def test_a_pre_activation_network(fresh):
         "norm0_2": ["conv0_1"],
         "norm1_1": ["conv0_2"],
         "norm1_2": ["conv1_1"],
-        "last": ["projection1", "conv1_2"],
+        "last": ["conv1_2", "projection1"],
     }
     converted = convert(model)
     gains = {layer.name: layer.gain for layer in converted.layers if hasattr(layer, "kernel_size")}
@@ -648,7 +665,7 @@ def test_a_dense_block(fresh):
     for number in range(2):
         y = _conv(f"conv{number}")(layers.ReLU()(_norm(f"norm{number}")(x)))
         x = layers.Concatenate()([x, y])
-    model = keras.Model(inputs, _norm("last")(layers.AveragePooling2D()(x)))
+    model = keras.Model(inputs, _norm("last")(layers.AveragePooling2D(2)(x)))
     assert _standardized(model) == {"norm0": [], "norm1": ["conv0"], "last": ["conv1"]}
     assert all(layer.gain is None for layer in convert(model).layers if hasattr(layer, "kernel_size"))
 
