@@ -1,7 +1,6 @@
 """Converted copies train: with Adam at 1e-3 their loss falls as that of the originals does, and never blows up."""
 
 import keras
-import numpy as np
 import pytest
 
 import tf_agc
