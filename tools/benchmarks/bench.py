@@ -60,10 +60,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def _shapes(text: str) -> list[tuple[int, ...]]:
-    shapes = [tuple(int(size) for size in shape.split(",")) for shape in text.split()]
-    if not shapes or any(len(shape) != 4 or min(shape) < 1 for shape in shapes):
-        raise argparse.ArgumentTypeError(f"must be shapes N,H,W,C separated by blanks, got {text!r}")
-    return shapes
+    try:
+        return [bench_shapes.parse(shape) for shape in text.split() or [text]]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be shapes N,H,W,C separated by blanks, got {text!r}") from error
 
 
 def bazel_build(*targets: str) -> None:
