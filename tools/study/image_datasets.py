@@ -6,7 +6,6 @@ Reading and splitting only: no augmentation, no batches, no training.
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import pathlib
 import urllib.parse
 from collections.abc import Iterator
@@ -129,18 +128,20 @@ def load(name: str, data_dir: pathlib.Path) -> ImageDataset:
 
 
 def _prepared_builder(name: str, data_dir: pathlib.Path) -> tfds.core.DatasetBuilder:
-    make_builder = functools.partial(tfds.builder, name)
-    if name == FashionMnist.name and FashionMnist.FILES.is_dir():
-        make_builder = FashionMnist
-    builder = make_builder(data_dir=data_dir)
+    has_files = name == FashionMnist.name and FashionMnist.FILES.is_dir()
+
+    def make_builder() -> tfds.core.DatasetBuilder:
+        return FashionMnist(data_dir=data_dir) if has_files else tfds.builder(name, data_dir=data_dir)
+
+    builder = make_builder()
     if builder.is_prepared():
         return builder
-    if make_builder is not FashionMnist:
+    if not has_files:
         _check_network(builder)
     data_dir.mkdir(parents=True, exist_ok=True)
     with _locked(data_dir / f".{name}.lock"):
         # Made anew: another process may have prepared the data set while this one waited.
-        builder = make_builder(data_dir=data_dir)
+        builder = make_builder()
         builder.download_and_prepare()
     return builder
 
