@@ -30,7 +30,7 @@ def _residual(x):
 
 def _mobile(x):
     x = _norm(_conv(x, 24, strides=2))
-    for _ in range(3):
+    for _ in range(4):
         y = _norm(_conv(x, 96, 1))
         y = _norm(layers.DepthwiseConv2D(3, padding="same", use_bias=False)(y))
         scale = layers.GlobalAveragePooling2D(keepdims=True)(y)
