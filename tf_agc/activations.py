@@ -22,7 +22,10 @@ KERAS_FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 # By identity.
 _NAMES = {function: name for name, function in KERAS_FUNCTIONS.items()} | {
-    getattr(module, name): name for module in (tf.nn, keras.ops) for name in KERAS_FUNCTIONS if name != "linear"
+    function: name
+    for module in (tf.nn, keras.ops)
+    for name in KERAS_FUNCTIONS
+    if (function := getattr(module, name, None))
 }
 
 

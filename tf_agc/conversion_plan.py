@@ -14,6 +14,7 @@ import keras
 
 from tf_agc import layer_replacement, model_graph, reference, standardized
 from tf_agc.activations import FusedActivation, find_fused
+from tf_agc.calibration import BRANCH_FACTOR
 from tf_agc.layer import AutomaticGainControl
 from tf_agc.model_graph import Call, is_of_keras
 from tf_agc.table import format_table
@@ -53,9 +54,6 @@ _HANDS_CHANNELS_ON = (
     *(f"{kind}Pooling{rank}D" for kind in ("Max", "Average") for rank in (1, 2, 3)),
     *("Pad", "MaxPool", "AveragePool"),
 )
-
-# The initial factor of a convolution that ends a residual branch: `calibrate` sets it for the batch.
-_BRANCH_FACTOR = 0.5
 
 # Layers without weights that are not linear, and have no `activation`. Others, custom ones too, are taken for linear.
 _NOT_LINEAR = (
@@ -395,7 +393,7 @@ class Plan:
                 self._rescaled.add(id(calls[0].operation))
             else:
                 ends_branch = any(ends for _, ends in read_by)
-                factor = {"use_gain": True, "gain_initializer": keras.initializers.Constant(_BRANCH_FACTOR)}
+                factor = {"use_gain": True, "gain_initializer": keras.initializers.Constant(BRANCH_FACTOR)}
                 self._convolutions[id(calls[0].operation)] = factor if ends_branch else {}
                 read_by[0][0][0].standardized.append(calls[0].operation.name)
 

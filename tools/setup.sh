@@ -84,6 +84,11 @@ need_sanitizers() {
   done
 }
 
+need_aarch64() {
+  need_file /usr/bin/aarch64-linux-gnu-g++ "a compiler for aarch64" g++-aarch64-linux-gnu
+  need_file /usr/bin/qemu-aarch64 "an emulation of aarch64" qemu-user
+}
+
 check_compiler() {
   local options=(-std=c++17)
   command -v g++ >/dev/null || install "a C++ compiler" g++

@@ -29,6 +29,11 @@ fi
 
 "${ROOT}/tools/build.sh" --tensorflow "${RELEASE}"
 run_bazel test "${tests[@]}"
+if (need_aarch64); then
+  "${ROOT}/tools/test_aarch64.sh" --tensorflow "${RELEASE}"
+else
+  say "cc/core is not tested on aarch64"
+fi
 # Programs that tests in Python start.
 run_bazel build //cc/serving:saved_model_runner //cc/serving:saved_model_runner_without_ops
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <memory>
 
 #include "cc/core/agc.h"
@@ -45,8 +46,8 @@ class Reader {
 Case ReadCase(Reader* reader) {
   Case c;
   c.shape.layout = kLayouts[reader->Below(2)];
-  c.type = kTypes[reader->Below(4)];
-  c.activation = kActivations[reader->Below(5)];
+  c.type = kTypes[reader->Below(std::size(kTypes))];
+  c.activation = kActivations[reader->Below(std::size(kActivations))];
   c.alpha = reader->Below(2) == 0 ? AlphaOf(c.activation) : 0;
   c.bias = reader->Below(2) == 1;
   c.shortcut = reader->Below(2) == 1;

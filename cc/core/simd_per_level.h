@@ -2,9 +2,9 @@
 //
 // Included by loops.cc only, once per level, inside that level's namespace (TF_AGC_ISA_LEVEL). Written with the
 // compiler's vector extensions, so that one source serves every level and aarch64; intrinsics only where the extensions
-// have no word for an instruction (half precision). Everything that is called from here must be inlined, an intrinsic
-// or plain C: a template of the standard library would become a weak symbol of this level in a library that also runs
-// on lower ones.
+// have no word for an instruction (half precision), or a compiler makes many of it. Everything that is called from here
+// must be inlined, an intrinsic or plain C: a template of the standard library would become a weak symbol of this level
+// in a library that also runs on lower ones.
 
 #ifndef TF_AGC_CC_CORE_SIMD_PER_LEVEL_H_
 #define TF_AGC_CC_CORE_SIMD_PER_LEVEL_H_
@@ -21,6 +21,8 @@
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cc/core/types.h"
@@ -91,6 +93,8 @@ inline UintVector Widen(ShortVector value) {
   return BitCast<UintVector>(_mm512_cvtepu16_epi32(BitCast<__m256i>(value)));
 #elif defined(__AVX2__)
   return BitCast<UintVector>(_mm256_cvtepu16_epi32(BitCast<__m128i>(value)));
+#elif defined(__aarch64__)
+  return BitCast<UintVector>(vmovl_u16(BitCast<uint16x4_t>(value)));
 #else
   return __builtin_convertvector(value, UintVector);
 #endif
@@ -103,6 +107,8 @@ inline ShortVector Narrow(UintVector value) {
 #elif defined(__AVX2__)
   const __m256i v = BitCast<__m256i>(value);
   return BitCast<ShortVector>(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+#elif defined(__aarch64__)
+  return BitCast<ShortVector>(vmovn_u32(BitCast<uint32x4_t>(value)));
 #else
   return __builtin_convertvector(value, ShortVector);
 #endif
@@ -113,6 +119,8 @@ inline FloatVector HalfToFloat(ShortVector half) {
   return _mm512_cvtph_ps(BitCast<__m256i>(half));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(BitCast<__m128i>(half));
+#elif defined(__aarch64__)
+  return BitCast<FloatVector>(vcvt_f32_f16(BitCast<float16x4_t>(half)));
 #else
   const UintVector bits = Widen(half);
   const UintVector magnitude = bits & 0x7fffu;
@@ -129,6 +137,8 @@ inline ShortVector FloatToHalf(FloatVector value) {
   return BitCast<ShortVector>(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   return BitCast<ShortVector>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+  return BitCast<ShortVector>(vcvt_f16_f32(BitCast<float32x4_t>(value)));
 #else
   const UintVector bits = BitCast<UintVector>(value);
   const UintVector magnitude = bits & 0x7fffffffu;
@@ -193,6 +203,8 @@ inline FloatVector MaxZero(FloatVector z) {
   return _mm256_max_ps(FloatVector{}, z);
 #elif defined(__x86_64__)
   return _mm_max_ps(FloatVector{}, z);
+#elif defined(__aarch64__)
+  return BitCast<FloatVector>(vmaxq_f32(BitCast<float32x4_t>(z), vdupq_n_f32(0)));
 #else
   return z < 0.0f ? FloatVector{} : z;
 #endif

@@ -146,6 +146,7 @@ def test_metadata(dist_info):
     assert fields.get_all("Requires-Dist") == [
         f"tensorflow=={tensorflow}",
         "keras>=3.12",
+        "rich",
         *(f'{package}; extra == "plot"' for package in ("matplotlib", "tensorboard")),
     ]
     assert fields.get_all("Provides-Extra") == ["plot"]

@@ -290,12 +290,28 @@ def test_monitor_counts_the_records_against_the_steps(fresh_keras, native_requir
     assert "| tiny, 4 | 2 |" in bench.monitor_table([half], {}) and "| 2.5 | 490 |" in bench.monitor_table([half], {})
 
 
+def test_serving_measures_both_runtimes(fresh_keras, native_required, monkeypatch, tmp_path):
+    from benchmarks import bench, bench_model, bench_serving, result_files
+    from tf_agc import models
+
+    tiny = bench_model.Network(lambda norm: models.plain_cnn((8, 8, 3), 10, norm, filters=(4,)), (8, 8, 3), 4)
+    monkeypatch.setitem(bench_model.NETWORKS, "tiny", tiny)
+    rows = list(bench_serving.measure("tiny", quick=True))
+    ops = {(row.runtime, row.normalization): row.ops for row in rows}
+    assert len(rows) == len(ops) == 4 and all(row.median_ms > 0 for row in rows)
+    for runtime in ("TensorFlow", "TensorFlow Lite"):
+        # For each of two layers a mean, its scale, a subtraction and, where others have it in the convolution, a bias.
+        assert 0 < ops[runtime, "agc"] - ops[runtime, "folded batch_norm"] <= 8
+    result_files.write_csv(tmp_path / "serving.csv", rows, {})
+    assert bench.serving_table(*bench.read_csv(tmp_path / "serving.csv")).count("tiny | TensorFlow") == 4
+
+
 def test_a_foreign_file_is_refused(tmp_path):
     from benchmarks import bench
 
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit, match="other.csv is not a result of `bench.py cpu` or `bench.py model`"):
+    with pytest.raises(SystemExit, match="other.csv is not a result of `bench.py cpu`, `bench.py model` or"):
         bench.read_csv(path)
 
 

@@ -375,6 +375,13 @@ def test_a_section_that_breaks_does_not_stop_the_others(check, monkeypatch):
     assert len(results["sections"]["latency"]["notes"]) == 4
 
 
+def test_one_shape_alone(check):
+    code, _, rows = check("--section", "bandwidth", "--shape", "2,9,11,64")
+    assert code == 0
+    timed = [row for row in rows if row.startswith("bandwidth")]
+    assert timed and all("2x9x11x64" in row for row in timed)
+
+
 def test_the_deadline_leaves_timings_out(check):
     code, results, rows = check("--section", "bandwidth", "--minutes", "0")
     assert code == 0 and not any(row.startswith("bandwidth") for row in rows)

@@ -61,6 +61,37 @@ VERSION = """
 """
 
 
+# As between releases in July 2026, likewise.
+DEVELOPMENT = {
+    "WORKSPACE": """workspace(name = "tf_serving")
+
+load("//tensorflow_serving:repo.bzl", "tensorflow_http_archive")
+tensorflow_http_archive(
+    name = "org_tensorflow",
+    git_commit = "2f504bde54087483657c7066f9982a146c32ddfc",
+    patch = "//third_party/tensorflow:tensorflow.patch",
+    patch_cmds = [
+        "echo -e 'cc_library(deps = [a])' >> BUILD",
+        \"\"\"python3 -c 'import re
+for p in []: pass'\"\"\",
+    ],
+    repo_mapping = {"@local_xla": "@local_xla"},
+)
+""",
+    "tensorflow_serving/model_servers/BUILD": """
+SUPPORTED_TENSORFLOW_OPS = if_v2([]) + if_not_v2([
+    "@org_tensorflow//tensorflow/contrib:contrib_kernels",
+    "@org_tensorflow//tensorflow/contrib:contrib_ops_op_lib",
+]) + [
+    "@org_tensorflow_text//tensorflow_text:ops_lib",
+    # Support for TensorFlow Decision Forests inference ops.
+    "@org_tensorflow_decision_forests//tensorflow_decision_forests/tensorflow/ops/inference:kernel_and_op",
+]
+""",
+    "tensorflow_serving/model_servers/version.h": re.sub("VERSION [0-9]+", "VERSION 0", VERSION),
+}
+
+
 def _make_tree(directory, **changed):
     files = {apply_overlay.WORKSPACE: WORKSPACE, apply_overlay.BUILD: BUILD, apply_overlay.VERSION: VERSION, **changed}
     for name, text in files.items():
@@ -116,6 +147,23 @@ def test_a_second_time_says_so_and_changes_nothing(tmp_path):
 def test_another_release_on_request(tmp_path):
     tree = _make_tree(tmp_path, **{apply_overlay.VERSION: VERSION.replace("20", "21").replace('X ""', 'X "-rc1"')})
     assert _overlay(tree, "--release", "2.21.0-rc1").returncode == 0
+
+
+def test_sources_between_releases(tmp_path):
+    tree = _make_tree(tmp_path, **DEVELOPMENT)
+    done = _overlay(tree)
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"warning: {tree} are sources between releases, whose TensorFlow may be another one than 2.20.0's: export with "
+        "the same, and try what the server answers\n"
+    )
+    after = _contents(tree)
+    for name, addition in (
+        (apply_overlay.WORKSPACE, 'name = "tf_agc"'),
+        (apply_overlay.BUILD, '"@tf_agc//cc:ops_lib"'),
+    ):
+        assert after[name].decode().count(addition) == 1
+        assert set(DEVELOPMENT[name].splitlines()) <= set(after[name].decode().splitlines())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Benchmarks: `cpu` (the op), `model` (whole networks), `monitor` (GainMonitor), `report` (the tables and the plot).
+"""Benchmarks: `cpu` (the op), `model` and `serving` (networks), `monitor` (GainMonitor), `report` (tables and plot).
 
-Options, files and tables; what is measured and how is in bench_cpu.py, bench_model.py and bench_monitor.py, the plot in
-bench_plot.py.
+Options, files and tables; what is measured and how is in bench_cpu.py, bench_model.py, bench_serving.py and
+bench_monitor.py, the plot in bench_plot.py.
 """
 
 import argparse
@@ -52,6 +52,11 @@ def parse_options() -> argparse.Namespace:
     monitor.add_argument("--quick", action="store_true", help="one network, three epochs")
     monitor.set_defaults(run=run_monitor)
 
+    serving = commands.add_parser("serving", help="the latency of exported networks, one image, one thread")
+    serving.add_argument("--quick", action="store_true", help="one network, twenty calls")
+    serving.add_argument("--csv", type=pathlib.Path, help="write the results here, after each network")
+    serving.set_defaults(run=run_serving)
+
     report = commands.add_parser("report", help="table and plot out of a CSV file of either benchmark")
     report.add_argument("csv", type=pathlib.Path)
     report.add_argument("--plot", type=pathlib.Path, help="write the plot of `cpu` here (PNG)")
@@ -60,10 +65,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def _shapes(text: str) -> list[tuple[int, ...]]:
-    shapes = [tuple(int(size) for size in shape.split(",")) for shape in text.split()]
-    if not shapes or any(len(shape) != 4 or min(shape) < 1 for shape in shapes):
-        raise argparse.ArgumentTypeError(f"must be shapes N,H,W,C separated by blanks, got {text!r}")
-    return shapes
+    try:
+        return [bench_shapes.parse(shape) for shape in text.split() or [text]]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be shapes N,H,W,C separated by blanks, got {text!r}") from error
 
 
 def bazel_build(*targets: str) -> None:
@@ -226,6 +231,21 @@ def run_monitor(options: argparse.Namespace) -> None:
     print(monitor_table(rows, machine.describe()))
 
 
+def run_serving(options: argparse.Namespace) -> None:
+    import rich.progress
+
+    from benchmarks import bench_model, bench_serving, machine
+
+    bench_serving.use_one_thread()
+    meta, rows = machine.describe(), []
+    networks = list(bench_model.NETWORKS)[: 1 if options.quick else None]
+    for name in rich.progress.track(networks, description="networks", console=_console()):
+        rows.extend(bench_serving.measure(name, options.quick))
+        if options.csv:
+            result_files.write_csv(options.csv, rows, meta)
+    print(serving_table(rows, meta))
+
+
 def _console():
     import rich.console
 
@@ -234,12 +254,12 @@ def _console():
 
 def read_csv(path: pathlib.Path) -> tuple[list, dict[str, str]]:
     """Returns what `result_files.write_csv` wrote, of either benchmark."""
-    from benchmarks import bench_cpu, bench_model
+    from benchmarks import bench_cpu, bench_model, bench_serving
 
     try:
-        return result_files.read_csv(path, bench_cpu.Row, bench_model.Row)
+        return result_files.read_csv(path, bench_cpu.Row, bench_model.Row, bench_serving.Row)
     except result_files.ForeignFileError:
-        sys.exit(f"{path} is not a result of `bench.py cpu` or `bench.py model`")
+        sys.exit(f"{path} is not a result of `bench.py cpu`, `bench.py model` or `bench.py serving`")
 
 
 def _table(header: str, rows: list[list[str]], meta: dict[str, str]) -> str:
@@ -266,6 +286,28 @@ def model_table(rows: list, meta: dict[str, str]) -> str:
         names = [f"{row.network}, {row.batch}", row.normalization, "yes" if row.jit else "no"]
         cells.append([*names, *times, *([""] * 3 if row.jit else memory)])
     return _table(header, cells, meta)
+
+
+def serving_table(rows: list, meta: dict[str, str]) -> str:
+    """Returns a Markdown table of exported networks."""
+    cells = []
+    for row in rows:
+        folded = next(
+            r for r in rows if (r.network, r.runtime) == (row.network, row.runtime) and "folded" in r.normalization
+        )
+        ratio = f"{row.median_ms / folded.median_ms:.2f}"
+        cells.append(
+            [
+                row.network,
+                row.runtime,
+                row.normalization,
+                f"{row.ops}",
+                f"{row.median_ms:.4g}",
+                f"{row.spread_ms:.2g}",
+                ratio,
+            ]
+        )
+    return _table("network | runtime | normalization | ops | ms a call | ± | of folded BatchNorm", cells, meta)
 
 
 def monitor_table(rows: list, meta: dict[str, str]) -> str:
@@ -346,7 +388,7 @@ def best_peer(rows: list, ours) -> object:
 def run_report(options: argparse.Namespace) -> None:
     rows, meta = read_csv(options.csv)
     if not hasattr(rows[0], "passes"):
-        print(model_table(rows, meta))
+        print((serving_table if hasattr(rows[0], "runtime") else model_table)(rows, meta))
         return
     junctions = [row for row in rows if row.passes.startswith("junction")]
     if len(junctions) < len(rows):

@@ -30,3 +30,11 @@ JUNCTION_DTYPES = DTYPES[:2]
 LARGE_SHAPES = ((32, 56, 56, 256), (32, 28, 28, 512), (32, 14, 14, 1024), (64, 112, 112, 64), (128, 56, 56, 256))
 # One sample that stays in the cache.
 LATENCY_SHAPE = (1, 56, 56, 64)
+
+
+def parse(text: str) -> tuple[int, ...]:
+    """A shape as an option has it, N,H,W,C. Raises ValueError for anything else."""
+    shape = tuple(map(int, text.split(",")))
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"must be four sizes N,H,W,C, got {text!r}")
+    return shape

@@ -68,6 +68,7 @@ class Check:
     library: pathlib.Path
     small: bool
     deadline: float  # of time.monotonic: what is not begun until then is left out
+    shape: tuple[int, ...] | None = None  # the only one whose bandwidth is wanted
 
     # ---- Correctness ----
 
@@ -138,6 +139,8 @@ class Check:
         """Each pass against a copy of the same bytes, both in graphs that walk through more than the L2 cache."""
         shapes = [(shape, "channels_last") for shape in (*reversed(bench_shapes.LARGE_SHAPES), *bench_shapes.SHAPES)]
         shapes += [(shape, "channels_first") for shape in bench_shapes.CHANNELS_FIRST_SHAPES]
+        if self.shape:
+            shapes = [(self.shape, layout) for layout in DATA_FORMATS]
         for dtype, (shape, layout) in itertools.product(("bfloat16", "float32", "float16"), shapes):
             if time.monotonic() > self.deadline:
                 report.note(f"left out for want of time, from {shape} {layout} {dtype} on")
@@ -304,6 +307,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tensorflow", action="store_true", help="the TensorFlow op as well")
     parser.add_argument("--minutes", type=float, default=7, help="timings that are not begun by then are left out")
     parser.add_argument("--small", action="store_true", help="few small shapes for correctness")
+    parser.add_argument(
+        "--shape",
+        type=bench_shapes.parse,
+        metavar="N,H,W,C",
+        help="the bandwidth of this one alone",
+    )
     parser.add_argument("--commit", help="what is tested, where the checkout has no .git")
     options = parser.parse_args(arguments)
     if options.library is not None and not options.library.is_file():
@@ -316,17 +325,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as directory:
         try:
             driver = gpu_driver.Driver()
             library = options.library or build(driver.compute_capability, pathlib.Path(directory))
             launchers = gpu_driver.Launchers(library)
             launchers.start(driver.stream)
+            deadline = time.monotonic() + 60 * options.minutes  # not counting the build
         except gpu_driver.Error as error:
             print(f"tf_agc: nothing was checked: {error}.", file=sys.stderr)
             return 2
-        check = Check(driver, launchers, library, options.small, deadline)
+        check = Check(driver, launchers, library, options.small, deadline, options.shape)
         report = Report(options.output, describe(driver, options.commit))
         for name in options.section or SECTIONS:
             report.run(name, getattr(check, name))

@@ -15,6 +15,7 @@ import shutil
 import sys
 
 RELEASE = "2.20.0"
+DEVELOPMENT = "0.0.0"  # what their sources between releases say
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 WORKSPACE = "WORKSPACE"
@@ -35,7 +36,8 @@ def main() -> None:
     parser.add_argument(
         "--release",
         default=RELEASE,
-        help="the release that the sources must be; the overlay was written for %(default)s",
+        help="the release that the sources must be; the overlay was written for %(default)s. Sources between releases "
+        "are taken too, with a warning",
     )
     arguments = parser.parse_args()
     try:
@@ -47,7 +49,13 @@ def main() -> None:
 def apply(serving: pathlib.Path, release: str = RELEASE, checkout: pathlib.Path = CHECKOUT) -> str:
     """Returns what was done, in one line. Raises OverlayError, with nothing changed, on a tree of another shape."""
     found = _release(serving / VERSION)
-    if found != release:
+    if found == DEVELOPMENT:
+        print(
+            f"warning: {serving} are sources between releases, whose TensorFlow may be another one than {release}'s: "
+            "export with the same, and try what the server answers",
+            file=sys.stderr,
+        )
+    elif found != release:
         raise OverlayError(f"{serving} must be the sources of TensorFlow Serving {release}, got {found}")
     workspace = _add_repository(serving / WORKSPACE, checkout)
     build = _add_ops(serving / BUILD)

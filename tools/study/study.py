@@ -154,7 +154,12 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--search", action="store_true", help="search the learning rates, which the comparison needs")
     run.add_argument("--quick", action="store_true", help="digits, the plain network, one seed")
     run.add_argument("--estimate", action="store_true", help="print the plan and its hours, train nothing")
-    run.add_argument("--dataset", choices=["cifar10", "fashion_mnist"], help="(default: cifar10)")
+    run.add_argument(
+        "--dataset",
+        choices=["cifar10", "fashion_mnist"],
+        help="(default: cifar10; the other one is read "
+        "from Debian's package dataset-fashion-mnist, where it is installed)",
+    )
     run.add_argument("--network", choices=NETWORKS, help="only this one")
     run.add_argument("--batch_size", type=int, help="only this one")
     run.add_argument("--normalization", choices=NORMALIZATIONS, nargs="+", help="only these")

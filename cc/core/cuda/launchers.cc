@@ -1,4 +1,4 @@
-// The plan of a call, and the memory that it needs. The launches themselves are in forward.cu and backward.cu.
+// The plan of a call, and the memory that it needs. The launches themselves are in launch_pass.h.
 
 #include "cc/core/cuda/launchers.h"
 
