@@ -250,8 +250,7 @@ def _check_loading(model: keras.Model, copy: keras.Model) -> None:
     """Raises ValueError where a copy could be trained and saved, and not loaded again."""
     kinds = {keras.saving.get_registered_name(type(each)): type(each) for each in model_graph.sublayers(model)}
     try:
-        with warnings.catch_warnings(), keras.saving.custom_object_scope(kinds):
-            warnings.simplefilter("ignore")  # they have been told
+        with keras.saving.custom_object_scope(kinds):
             loaded = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(copy), safe_mode=False)
         saved, made = ([weight.shape for weight in each.weights] for each in (copy, loaded))
         if saved != made:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +31,9 @@ from tf_agc.implementation import implementation, native_where_free_to_choose
 
 # Attributes of the object that Keras writes.
 _RESERVED_NAMES = ("non_trainable_variables", "signatures", "trainable_variables", "variables")
+
+# TensorFlow ignores warnings while it writes. Where two threads did so at once, warnings could stay ignored.
+_WRITING = threading.Lock()
 
 _MAX_VERSION = 2**63 - 1  # a server reads an int64, and no directory with a larger number
 
@@ -110,7 +114,8 @@ def export_saved_model(
         examples = {} if warmup is None else _convert_warmup(warmup, endpoints)
         with _staging_directory(base) as staging:
             with _file_errors(base):
-                archive.write_out(staging, verbose=False)
+                with _WRITING:
+                    archive.write_out(staging, verbose=False)
                 saved_graph.rewrite(staging, graph_marks.layers(), portable)
                 if examples:
                     _write_warmup(examples, base.name, staging)
