@@ -48,7 +48,7 @@ def _agc(place: Place) -> list[keras.layers.Layer]:
 
 
 def _agc_alone(place: Place) -> list[keras.layers.Layer]:
-    # As the paper has it: all of the mean goes, no bias.
+    # As the first version of the layer: all of the mean goes, no bias.
     return [
         AutomaticGainControl(
             place.activation, gain_initializer=_scale(place), mean_scale_initializer="ones", use_bias=False

@@ -65,11 +65,13 @@ def rewrite(directory: pathlib.Path, layers: Mapping[bytes, Any], portable: bool
     for node in graph_def.node if portable else ():
         _replace(node, calls)
     for function in graph_def.library.function:
-        room -= _fold_kernels(function, layers, kernels, room)
+        folded = _fold_kernels(function, layers, kernels, room)
+        room -= folded
         if portable:
             _fold_gains(function, layers)
             _replace_in_function(function, calls)
-        _remove_unread(function)
+        if folded:  # others are left as they were traced
+            _remove_unread(function)
     for _, functions in calls.values():
         graph_def.library.function.extend(functions)
     for node in nodes(graph_def):
