@@ -5,7 +5,7 @@ Protocol buffers only. What a graph computes, how it is traced, and where it is 
 
 import collections
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -62,6 +62,7 @@ def rewrite(directory: pathlib.Path, layers: Mapping[bytes, Any], portable: bool
     kernels: dict[bytes, Any] = {}
     calls: dict[bytes, tuple[Any, Any]] = {}
     room = _LARGEST_CONSTANTS
+    captured = _captured_by_gradients(meta_graph_def.object_graph_def)
     for node in graph_def.node if portable else ():
         _replace(node, calls)
     for function in graph_def.library.function:
@@ -71,7 +72,7 @@ def rewrite(directory: pathlib.Path, layers: Mapping[bytes, Any], portable: bool
             _fold_gains(function, layers)
             _replace_in_function(function, calls)
         if folded:  # others are left as they were traced
-            _remove_unread(function)
+            _remove_unread(function, captured[function.signature.name])
     for _, functions in calls.values():
         graph_def.library.function.extend(functions)
     for node in nodes(graph_def):
@@ -182,10 +183,20 @@ def _replace_in_function(function: Any, calls: dict[bytes, tuple[Any, Any]]) -> 
         function.ret[result] = renamed.get(name, name)
 
 
-def _remove_unread(function: Any) -> None:
+def _captured_by_gradients(object_graph_def: Any) -> Mapping[str, list[str]]:
+    """By function, the nodes that functions of `tf.custom_gradient` read: a SavedModel has those too."""
+    captured = collections.defaultdict(list)
+    for node in object_graph_def.nodes:
+        if node.WhichOneof("kind") == "captured_tensor":
+            captured[node.captured_tensor.concrete_function].append(_name_of(node.captured_tensor.name))
+    return captured
+
+
+def _remove_unread(function: Any, captured: Iterable[str]) -> None:
     """Removes the nodes of a function that it does not run: nothing reads them, and they have no effect."""
     by_name = {node.name: node for node in function.node_def}
-    todo, live = [*map(_name_of, function.ret.values()), *function.control_ret.values()], set()
+    todo = [*map(_name_of, function.ret.values()), *function.control_ret.values(), *captured]
+    live: set[str] = set()
     while todo:
         name = todo.pop()
         if name in by_name and name not in live:

@@ -1129,6 +1129,30 @@ def test_gains_are_in_the_kernels(tmp_path):
     assert not {"Shape", "ConcatV2", "Reshape", "StridedSlice"} & set(counts)
 
 
+def test_custom_gradients_keep_what_they_read(tmp_path):
+    @tf.custom_gradient
+    def cubed(x):
+        slope = 3 * x * x  # which nothing but the gradient reads
+        return x**3, lambda upstream: upstream * slope
+
+    class Cubed(keras.layers.Layer):
+        def call(self, x):
+            return cubed(x)
+
+    model = keras.Sequential([keras.Input((8, 9, 3)), tf_agc.StandardizedConv2D(4, 3), Cubed()])
+    version = tf_agc.export_saved_model(model, tmp_path / "model")
+    assert set(_makers(version)) == {"Const"} and "Rsqrt" not in _ops(version)
+    saved = tf.saved_model.load(version)
+    loaded = saved.signatures["serving_default"]
+    (name,) = loaded.structured_input_signature[1]
+    x = tf.constant(np.random.default_rng(0).standard_normal((2, 8, 9, 3)), tf.float32)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        answers = *loaded(**{name: x}).values(), model(x)
+    expected = tape.gradient(answers[1], x)
+    np.testing.assert_allclose(tape.gradient(answers[0], x), expected, rtol=1e-4, atol=1e-5 * np.max(np.abs(expected)))
+
+
 def test_kernels_of_exports_are_those_of_the_moment(tmp_path):
     """In functions that were traced long before too, and what is exported stays out of the model."""
     model = _standardized()
