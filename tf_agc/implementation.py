@@ -92,7 +92,7 @@ def resolve() -> tuple[str, str]:
         return "reference", native.STATUS.reason
     if not native.XLA_STATUS.available and _traced_for_xla():
         return "reference", f"traced for XLA, and {native.XLA_STATUS.reason}"
-    if _traced_for_export():
+    if traced_for_export():
         return "reference", "traced for an export"
     return "native", native.STATUS.reason
 
@@ -117,7 +117,8 @@ def _traced_for_xla() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
-def _traced_for_export() -> bool:
+def traced_for_export() -> bool:
+    """Whether Keras or TensorFlow Lite traces a graph here and now that is to run elsewhere, for inference."""
     if tf.executing_eagerly():
         return False
     # Nothing else tells what a trace is for.

@@ -4,13 +4,13 @@ Weights and their standardization live here. What normalizes maps is `tf_agc.lay
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_agc import graph_marks
+from tf_agc import graph_marks, implementation
 
 # Behind a ReLU half of a centred signal is left: with this norm the variance is 1 again (He et al., arXiv 1502.01852).
 NORM = math.sqrt(2)
@@ -38,8 +38,24 @@ def standardize(kernel: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     Returns:
         A tensor of the same shape and dtype.
     """
-    centred = kernel - tf.reduce_mean(kernel, axes, keepdims=True)
-    return centred * (NORM * tf.math.rsqrt(tf.reduce_sum(centred * centred, axes, keepdims=True) + EPSILON))
+
+    def with_gradient(kernel: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        centred = kernel - tf.reduce_mean(kernel, axes, keepdims=True)
+        scale = NORM * tf.math.rsqrt(tf.reduce_sum(tf.square(centred), axes, keepdims=True) + EPSILON)
+        result = centred * scale
+
+        # Written from the result, which the convolution keeps in any case: else training would keep `centred` too, as
+        # large as all kernels together.
+        def gradient(upstream: tf.Tensor) -> tf.Tensor:
+            mean = tf.reduce_mean(upstream, axes, keepdims=True)
+            along = tf.reduce_sum(upstream * result, axes, keepdims=True) / NORM**2
+            return scale * (upstream - (result * along + mean))
+
+        return result, gradient
+
+    if implementation.traced_for_export():  # with no need of a gradient, which a SavedModel would have functions for
+        return with_gradient(kernel)[0]
+    return tf.custom_gradient(with_gradient)(kernel)
 
 
 def _in_full_precision(kernel: Any) -> tf.Tensor:

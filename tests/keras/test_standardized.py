@@ -132,6 +132,38 @@ def test_the_gradient_goes_through_mean_and_norm():
     np.testing.assert_allclose((gradient * centred).sum((0, 1, 2)), np.zeros(5), atol=1e-7)
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_derivatives_of_every_order_are_those_of_the_definition(graph):
+    kernel = tf.constant(_batch((3, 2, 4, 5)))
+    direction = tf.constant(_batch(kernel.shape, seed=1))
+
+    def definition(kernel):
+        centred = kernel - tf.reduce_mean(kernel, (0, 1, 2), keepdims=True)
+        return np.sqrt(2) * centred / tf.sqrt(tf.reduce_sum(centred**2, (0, 1, 2), keepdims=True) + 1e-8)
+
+    def derivatives(function):
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch(kernel)
+            with tf.GradientTape() as tape:
+                tape.watch(kernel)
+                y = function(kernel)
+                loss = tf.reduce_sum(direction * y + y**3)
+            first = tape.gradient(loss, kernel)
+        with tf.autodiff.ForwardAccumulator(kernel, direction) as forward:
+            y = function(kernel)
+        second = outer.gradient(first, kernel, direction)
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            some = function(kernel)[0, 0]
+        return [first, second, forward.jvp(y), tape.jacobian(some, kernel)]
+
+    run = tf.function(derivatives) if graph else derivatives
+    for got, expected in zip(
+        run(lambda kernel: standardized.standardize(kernel, (0, 1, 2))), derivatives(definition), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", [tf_agc.StandardizedConv2D, tf_agc.StandardizedDepthwiseConv2D])
 def test_channels_first(kind):
     arguments = {"kernel_size": 3, "use_gain": True, "use_bias": True} | (
