@@ -31,13 +31,16 @@ TF_AGC_DEVICE void WriteParameterGradients(const BackwardArgs& args, int64_t cha
   static_cast<S*>(args.dmean_scale)[channel] = static_cast<S>(-gain * mean_scale_sum);
 }
 
-template <class T, bool kShortcut>
+// kRelu is for that activation alone: the others' registers are not its.
+template <class T, bool kShortcut, bool kRelu>
 struct BackwardPass {
   using Args = BackwardArgs;
   using Element = T;
   using S = Compute<T>;
-  static constexpr int kSums = Sums(Pass::kBackward);
-  static constexpr int kParameters = Parameters(Pass::kBackward, kShortcut);
+  static constexpr Pass kPass = Pass::kBackward;
+  static constexpr bool kLean = kRelu;
+  static constexpr int kSums = Sums(kPass);
+  static constexpr int kParameters = Parameters(kPass, kShortcut);
 
   struct OfMap {
     S gain;
@@ -74,31 +77,42 @@ struct BackwardPass {
                                        S (&sums)[kSums][ThreadType::kMaps]) {
     constexpr int kVector = ThreadType::kVector;
     const int threads = static_cast<int>(blockDim.x);
-    WithTerms(launch, thread, [&](auto load, auto terms, auto act) {
+    WithTerms(launch, thread, [&](auto terms, auto act) {
       using Held = std::conditional_t<decltype(act)::kSlopeIsZeroOrOne, T, S>;
+      constexpr bool kCopies = kCanCopy<T, kVector>;
+      constexpr int kLoads = kShortcut ? kUnroll / 2 : kUnroll;  // 64 bytes together, without dy.
       auto* slots = reinterpret_cast<Vector<Held, kVector>*>(held) + threadIdx.x;
-      using WithHeld = InputsWithHeld<Held, kVector>;
-      auto load_to_hold = [&](int step) { return WithHeld{load(step), {}}; };
-      auto hold_terms = [&](WithHeld& in, int i, S* out) {
-        terms(in.inputs, i, out);
-        FromCompute(out[0], &in.dz.values[i]);
+      // dy comes to where its dz will be held, which is no smaller.
+      auto dy_of = [&](int step) { return reinterpret_cast<Vector<T, kVector>*>(&slots[step * threads]); };
+      if constexpr (kCopies) StartCopies(thread, static_cast<const T*>(launch.args.dy), dy_of);
+      if (launch.prefetch) PrefetchSteps(thread, static_cast<const T*>(launch.args.kept));
+      if (kShortcut && launch.prefetch) PrefetchSteps(thread, static_cast<const T*>(launch.args.shortcut));
+      auto load = LoadInputs</*kForSums=*/true, /*kDy=*/!kCopies>(launch, thread);
+      auto load_steps = [&](int step, auto& in) {
+        LoadEach(step, load, in);
+        if constexpr (kCopies) WaitForStep(thread, step);
       };
-      auto hold = [&](int step, const WithHeld& in) { slots[step * threads] = in.dz; };
-      SumSteps<kVector>(0, thread.count, [](int) {}, load_to_hold, hold_terms, hold, sums);
+      auto hold_terms = [&](int step, Inputs<kVector, true> in, S(&out)[kSums][kVector]) {
+        if constexpr (kCopies) in.dy = *dy_of(step);
+        terms(step, in, out);
+        slots[step * threads] = FromCompute<Held>(out[0]);
+      };
+      SumSteps<Inputs<kVector, true>, kLoads, kVector>(0, thread.count, load_steps, hold_terms, sums);
     });
   }
 
   template <class ThreadType>
   static TF_AGC_DEVICE void Sum(const LaunchArgs<Args>& launch, const ThreadType& thread,
                                 double (&totals)[kSums][ThreadType::kMaps]) {
-    WithTerms(launch, thread, [&](auto load, auto terms, auto) { SumAll<S>(thread, load, terms, totals); });
+    auto load = LoadInputs</*kForSums=*/true>(launch, thread);
+    WithTerms(launch, thread, [&](auto terms, auto) { SumAll<S>(thread, load, terms, totals); });
   }
 
   template <class ThreadType>
   static TF_AGC_DEVICE void WriteHeld(const LaunchArgs<Args>& launch, const ThreadType& thread,
                                       const unsigned char* held,
                                       const S (&parameters)[kParameters][ThreadType::kMaps]) {
-    if (HoldsDzInT(launch.args.activation)) {
+    if (kRelu || HoldsDzInT(launch.args.activation)) {
       WriteHeldAs<T>(launch, thread, held, parameters);
     } else {
       WriteHeldAs<S>(launch, thread, held, parameters);
@@ -128,13 +142,8 @@ struct BackwardPass {
     std::conditional_t<kForSums && kShortcut, Vector<T, kVector>, Absent> shortcut;
   };
 
-  template <class Held, int kVector>
-  struct InputsWithHeld {
-    Inputs<kVector, true> inputs;
-    Vector<Held, kVector> dz;
-  };
-
-  template <bool kForSums, class ThreadType>
+  // Without kDy, dy comes from elsewhere.
+  template <bool kForSums, bool kDy = true, class ThreadType>
   static TF_AGC_DEVICE auto LoadInputs(const LaunchArgs<Args>& launch, const ThreadType& thread) {
     constexpr int kVector = ThreadType::kVector;
     const T* dy = static_cast<const T*>(launch.args.dy);
@@ -142,7 +151,9 @@ struct BackwardPass {
     const T* shortcut = static_cast<const T*>(launch.args.shortcut);
     return [=, &thread](int step) {
       const int64_t element = thread.Element(step);
-      Inputs<kVector, kForSums> in{Load<kVector>(dy + element), Load<kVector>(kept + element), {}};
+      Inputs<kVector, kForSums> in{};
+      if constexpr (kDy) in.dy = Load<kVector>(dy + element);
+      in.kept = Load<kVector>(kept + element);
       if constexpr (kForSums && kShortcut) in.shortcut = Load<kVector>(shortcut + element);
       return in;
     };
@@ -151,12 +162,17 @@ struct BackwardPass {
   // WithActivation, but for kLinear where there is a shortcut: types.h has no such call.
   template <class Body>
   static TF_AGC_DEVICE void WithActivationOf(const LaunchArgs<Args>& launch, const Body& body) {
-    WithActivation<S, S>(launch.args.activation, launch.args.alpha, [&](auto act) {
-      if constexpr (!(kShortcut && decltype(act)::kKeepsInput)) body(act);
-    });
+    if constexpr (kRelu) {
+      body(Relu<S, S>(launch.args.alpha));
+    } else {
+      WithActivation<S, S>(launch.args.activation, launch.args.alpha, [&](auto act) {
+        using Act = decltype(act);
+        if constexpr (!std::is_same_v<Act, Relu<S, S>> && !(kShortcut && Act::kKeepsInput)) body(act);
+      });
+    }
   }
 
-  // Calls body(load, terms, act).
+  // Calls body(terms, act).
   template <class ThreadType, class Body>
   static TF_AGC_DEVICE void WithTerms(const LaunchArgs<Args>& launch, const ThreadType& thread, const Body& body) {
     constexpr int kVector = ThreadType::kVector, kMaps = ThreadType::kMaps;
@@ -172,14 +188,18 @@ struct BackwardPass {
                       static_cast<const S*>(launch.args.mean)[map];
         }
       }
-      auto terms = [&](const Inputs<kVector, true>& in, int i, S* out) {
-        const S dy = ToCompute(in.dy.values[i]), kept = ToCompute(in.kept.values[i]);
-        S shortcut = S(0);
-        if constexpr (kShortcut) shortcut = ToCompute(in.shortcut.values[i]);
-        out[0] = dy * act.Slope(kept);
-        out[1] = act.template GainTerm<kShortcut>(kept, dy, out[0], offset[i % kMaps], shortcut);
+      // dz is the first of them.
+      auto terms = [&](int, const Inputs<kVector, true>& in, S(&out)[kSums][kVector]) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          const S dy = ToCompute(in.dy.values[i]), kept = ToCompute(in.kept.values[i]);
+          S shortcut = S(0);
+          if constexpr (kShortcut) shortcut = ToCompute(in.shortcut.values[i]);
+          out[0][i] = dy * act.Slope(kept);
+          out[1][i] = act.template GainTerm<kShortcut>(kept, dy, out[0][i], offset[i % kMaps], shortcut);
+        }
       };
-      body(LoadInputs</*kForSums=*/true>(launch, thread), terms, act);
+      body(terms, act);
     });
   }
 
@@ -257,6 +277,13 @@ __global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant_
   WriteParameterGradients<T>(launch.args, channel, sums[0], sums[1]);
 }
 
+template <class T, bool kShortcut>
+int LaunchBackward(bool relu, const Plan& plan, const Device& device, const LaunchArgs<BackwardArgs>& launch,
+                   void* stream) {
+  return relu ? LaunchPass<BackwardPass<T, kShortcut, true>>(plan, device, launch, stream)
+              : LaunchPass<BackwardPass<T, kShortcut, false>>(plan, device, launch, stream);
+}
+
 template <class T>
 int RunBackward(const BackwardArgs& args, const Device& device, void* workspace, void* stream) {
   Plan plan{};
@@ -264,8 +291,9 @@ int RunBackward(const BackwardArgs& args, const Device& device, void* workspace,
     plan = PlanOf(args, device);
     if (workspace == nullptr && WorkspaceBytes(plan) > 0) return kInvalidValue;
     const LaunchArgs<BackwardArgs> launch = MakeLaunchArgs(args, plan, workspace);
-    const int error = args.shortcut != nullptr ? LaunchPass<BackwardPass<T, true>>(plan, device, launch, stream)
-                                               : LaunchPass<BackwardPass<T, false>>(plan, device, launch, stream);
+    const bool relu = launch.args.activation == Activation::kRelu;
+    const int error = args.shortcut != nullptr ? LaunchBackward<T, true>(relu, plan, device, launch, stream)
+                                               : LaunchBackward<T, false>(relu, plan, device, launch, stream);
     if (error != 0 || plan.sample_sums == 0) return error;
   }
   const bool bias = args.bias != nullptr;

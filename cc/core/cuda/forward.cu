@@ -24,8 +24,10 @@ struct ForwardPass {
   using Args = ForwardArgs;
   using Element = T;
   using S = Compute<T>;
-  static constexpr int kSums = Sums(Pass::kForward);
-  static constexpr int kParameters = Parameters(Pass::kForward, kAddends);
+  static constexpr Pass kPass = Pass::kForward;
+  static constexpr bool kLean = !kAddends;
+  static constexpr int kSums = Sums(kPass);
+  static constexpr int kParameters = Parameters(kPass, kAddends);
 
   struct OfMap {
     S gain;
@@ -58,20 +60,22 @@ struct ForwardPass {
     const T* x = static_cast<const T*>(launch.args.x);
     auto* slots = reinterpret_cast<Input*>(held) + threadIdx.x;
     const int threads = static_cast<int>(blockDim.x);
-    auto terms = [](const Input& in, int i, S* out) { out[0] = ToCompute(in.values[i]); };
-    if constexpr (sizeof(Input) < 4) {
-      auto load = [&](int step) { return Load<kVector>(x + thread.Element(step)); };
-      auto hold = [&](int step, const Input& in) { slots[step * threads] = in; };
-      SumSteps<kVector>(0, thread.count, [](int) {}, load, terms, hold, sums);
+    if constexpr (kCanCopy<T, kVector>) {
+      StartCopies(thread, x, [&](int step) { return &slots[step * threads]; });
+      auto load = [&](int step, auto& in) {
+        WaitForStep(thread, step);
+        LoadEach(step, [&](int each) { return slots[each * threads]; }, in);
+      };
+      SumSteps<Input, kUnroll, kVector>(0, thread.count, load, Terms<kVector>, sums);
     } else {
-      for (int step = 0; step < thread.count; ++step) {
-        StartCopy(&slots[step * threads], reinterpret_cast<const Input*>(x + thread.Element(step)));
-        if ((step + 1) % kUnroll == 0) EndBatch();
-      }
-      EndBatch();
-      auto wait_for = [&](int step) { WaitForBatches(thread.count / kUnroll - step / kUnroll); };
-      auto load = [&](int step) { return slots[step * threads]; };
-      SumSteps<kVector>(0, thread.count, wait_for, load, terms, [](int, const Input&) {}, sums);
+      auto load = [&](int step, auto& in) {
+        LoadEach(step, [&](int each) { return Load<kVector>(x + thread.Element(each)); }, in);
+      };
+      auto hold_terms = [&](int step, const Input& in, S(&out)[kSums][kVector]) {
+        slots[step * threads] = in;
+        Terms(step, in, out);
+      };
+      SumSteps<Input, kUnroll, kVector>(0, thread.count, load, hold_terms, sums);
     }
   }
 
@@ -81,8 +85,7 @@ struct ForwardPass {
     constexpr int kVector = ThreadType::kVector;
     const T* x = static_cast<const T*>(launch.args.x);
     auto load = [&](int step) { return Load<kVector>(x + thread.Element(step)); };
-    auto terms = [](const Vector<T, kVector>& in, int i, S* out) { out[0] = ToCompute(in.values[i]); };
-    SumAll<S>(thread, load, terms, totals);
+    SumAll<S>(thread, load, Terms<kVector>, totals);
   }
 
   template <class ThreadType>
@@ -107,6 +110,12 @@ struct ForwardPass {
     Vector<T, kVector> x;
     std::conditional_t<kAddends, Vector<T, kVector>, Absent> shortcut;
   };
+
+  template <int kVector>
+  static TF_AGC_DEVICE void Terms(int, const Vector<T, kVector>& x, S (&out)[kSums][kVector]) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[0][i] = ToCompute(x.values[i]);
+  }
 
   // y = act(gain * (x - offset) + bias + shortcut). The difference comes first: where the mean is large against the
   // deviation, gain * x - gain * offset would lose the digits that the sum was careful to keep.

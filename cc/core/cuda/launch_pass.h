@@ -68,7 +68,7 @@ int WithElementType(DataType data_type, const Body& body) {
 
 template <class Args>
 LaunchArgs<Args> MakeLaunchArgs(const Args& args, const Plan& plan, void* workspace) {
-  LaunchArgs<Args> launch{args, plan.walk, 0, nullptr, nullptr, nullptr};
+  LaunchArgs<Args> launch{args, plan.walk, 0, nullptr, nullptr, nullptr, plan.prefetch};
   launch.args.activation = Effective(args.activation, args.alpha);
   double* doubles = static_cast<double*>(workspace);
   if (plan.sample_sums > 0) launch.sample_sums = doubles;

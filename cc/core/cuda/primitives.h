@@ -82,6 +82,15 @@ TF_AGC_DEVICE void WaitForBatches(int later) {
   asm volatile("" ::: "memory");  // Not in the toolkit's: what is read next must not be read before.
 }
 
+// A hint: nothing is read.
+TF_AGC_DEVICE void PrefetchToL2(const void* address) {
+#if defined(TF_AGC_CUDA_EMULATION)
+  (void)address;
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
 // Clusters. Code compiled for less than 9.0 has none, nor has its plan: the other branches are never reached.
 TF_AGC_DEVICE void ClusterArrive() {
 #if __CUDA_ARCH__ >= 900
