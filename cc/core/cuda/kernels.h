@@ -83,7 +83,7 @@ struct LaunchArgs {
 // What stands for the elements of an input that a kernel does not have.
 struct Absent {};
 
-// PassType is a pass (forward.cu, backward.cu): what is summed and written, apart from where its inputs and sums lie.
+// PassType is a pass (forward_pass.h, backward_pass.h): what is summed and written, apart from where its inputs and sums lie.
 // Its Finish() turns the totals of one map into its parameters; with `first`, once for each map, it also writes what
 // the map has for others.
 
