@@ -204,7 +204,7 @@ class Check:
 
     def sanitizer(self, report: Report) -> None:
         """memcheck and racecheck over small shapes."""
-        tool = _find_tool("compute-sanitizer") or shutil.which("compute-sanitizer", path=_usual_path())
+        tool = find_tool("compute-sanitizer") or shutil.which("compute-sanitizer", path=_usual_path())
         if tool is None:
             report.note("left out: there is no compute-sanitizer in CUDA_HOME, on PATH or in /usr/local/cuda")
             return
@@ -240,7 +240,7 @@ def _usual_path() -> str:
     return f"{os.environ.get('PATH', os.defpath)}:/usr/local/cuda/bin"
 
 
-def _find_tool(name: str) -> str | None:
+def find_tool(name: str) -> str | None:
     """A program of the CUDA toolkit: CUDA_HOME's, or the one on PATH, or that of the usual place."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which(name, path=f"{home}/bin" if home else _usual_path())
@@ -252,7 +252,7 @@ def build(compute_capability: tuple[int, int], directory: pathlib.Path) -> pathl
     Raises:
         gpu_driver.Error: there is no nvcc, or it refuses the sources.
     """
-    nvcc = _find_tool("nvcc")
+    nvcc = find_tool("nvcc")
     if nvcc is None:
         raise gpu_driver.Error(
             "there is no nvcc to build the kernels with; name a built library with --library "
