@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 _REGISTERS = 65536  # of a multiprocessor
 _THREADS = 256  # of a block: plan.h's kMaxThreads
 
-# Pass, its template arguments, vector; blocks on a multiprocessor, and the bytes, stored and loaded together, that may go
-# to memory for want of registers.
+# Pass, its template arguments, vector; blocks on a multiprocessor; bytes, stored and loaded together, that may go to
+# memory for want of registers.
 _KERNELS = (
     ("Backward", "Bfloat16, false, true", 8, 3, 0),
     ("Backward", "Half, false, true", 8, 3, 0),

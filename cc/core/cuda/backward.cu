@@ -79,8 +79,12 @@ int RunBackward(const BackwardArgs& args, const Device& device, void* workspace,
     if (error != 0 || plan.sample_sums == 0) return error;
   }
   const bool bias = args.bias != nullptr;
-  const Grid grid{CeilDiv(args.shape.channels, kGradientChannels), kMaxThreads, 1,
-                  ChannelGradients(bias) * kMaxThreads * int64_t{sizeof(double)}, device.shared_bytes_per_block};
+  const Grid grid{CeilDiv(args.shape.channels, kGradientChannels),
+                  kMaxThreads,
+                  1,
+                  ChannelGradients(bias) * kMaxThreads * int64_t{sizeof(double)},
+                  device.shared_bytes_per_block,
+                  /*holds=*/false};
   return Launch(bias ? &AddSamples<T, true> : &AddSamples<T, false>, grid, stream,
                 MakeLaunchArgs(args, plan, workspace));
 }

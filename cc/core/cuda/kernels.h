@@ -83,9 +83,9 @@ struct LaunchArgs {
 // What stands for the elements of an input that a kernel does not have.
 struct Absent {};
 
-// PassType is a pass (forward_pass.h, backward_pass.h): what is summed and written, apart from where its inputs and sums lie.
-// Its Finish() turns the totals of one map into its parameters; with `first`, once for each map, it also writes what
-// the map has for others.
+// PassType is a pass (forward_pass.h, backward_pass.h): what is summed and written, apart from where its inputs and
+// sums lie. Its Finish() turns the totals of one map into its parameters; with `first`, once for each map, it also
+// writes what the map has for others.
 
 // What the first of the maps that a thread finishes needs beside its sums.
 template <class PassType>
@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(kMaxThreads, MostSharing(PassType::kPass, Pass
       return sum;
     };
     FinishTile<PassType>(launch, thread.tile, of_first, thread.block == 0, total, parameters);
-    ClusterArrive();  // This block has read what it needs of the others.
+    // This block has read what it needs of the others: FinishTile() has used it, and ended with a barrier.
+    ClusterArriveRelaxed();
   }
   S own[kParameters][kMaps];
   ReadParameters(walk, thread, parameters, own);
