@@ -592,6 +592,37 @@ TEST(MissingBarrier, IsARace) {
   }
 }
 
+// Two blocks read each other's shared memory, which must live until both have: for that a relaxed arrival is enough,
+// but not for what they write.
+void ReadOther(bool publish) {
+  auto* own = reinterpret_cast<int*>(emulation::SharedMemory());
+  own[threadIdx.x] = static_cast<int>(threadIdx.x);
+  publish ? __cluster_barrier_arrive() : __cluster_barrier_arrive_relaxed();
+  __cluster_barrier_wait();
+  const auto* others = static_cast<const int*>(__cluster_map_shared_rank(own, 1 - blockIdx.x));
+  EXPECT_EQ(others[threadIdx.x], static_cast<int>(threadIdx.x));
+  __cluster_barrier_arrive_relaxed();
+  __cluster_barrier_wait();
+}
+
+TEST(RelaxedArrival, PublishesNothing) {
+  testing::FLAGS_gtest_death_test_style = "threadsafe";
+  auto run = [](bool publish) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {2, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(2);
+    config.blockDim = dim3(32);
+    config.dynamicSmemBytes = 32 * sizeof(int);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    std::exit(cudaLaunchKernelEx(&config, &ReadOther, publish));
+  };
+  EXPECT_EXIT(run(true), testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(run(false), testing::ExitedWithCode(66), "ThreadSanitizer: data race");
+}
+
 #else
 
 TEST(MissingBarrier, ChangesResults) {
