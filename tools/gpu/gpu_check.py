@@ -50,8 +50,8 @@ SWEPT_SHAPES = ((32, 112, 112, 64), (32, 56, 56, 256), (32, 28, 28, 512), (32, 1
 # For the sanitizers, which take a hundred times as long.
 SMALL_SHAPES = ((2, 5, 7, 3), (2, 9, 11, 64), (1, 17, 13, 40))
 
-# Of //cc/core/cuda:agc_cuda, in that directory.
-_SOURCES = ("agc_cuda.cu", "backward.cu", "forward.cu", "launchers.cc", "plan.cc")
+# Of //cc/core/cuda:agc_cuda and what it depends on, in that directory.
+_SOURCES = ("agc_cuda.cu", "backward.cu", "driver.cc", "forward.cu", "launchers.cc", "plan.cc")
 
 # Passes over memory; of a junction, which has a bias and a shortcut.
 _TRAFFIC = {"forward": 2, "backward": 3}

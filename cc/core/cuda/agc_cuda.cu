@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "cc/core/cuda/agc_cuda.h"
+#include "cc/core/cuda/driver.h"
 #include "cc/core/cuda/launchers.h"
 #include "cc/core/cuda/plan.h"
 #include "cc/core/types.h"
@@ -113,6 +115,13 @@ int TfAgcCudaBackward(const tf_agc::core::BackwardArgs* args, void* workspace, v
   tf_agc::core::cuda::Device device;
   const int error = CurrentDevice(&device);
   return error != 0 ? error : tf_agc::core::cuda::Backward(*args, device, workspace, stream);
+}
+
+const char* TfAgcCudaProblem() {
+  using tf_agc::core::cuda::DriverProblem;
+  static const std::string* problem =
+      new std::string(DriverProblem(tf_agc::core::cuda::DriverVersion("libcuda.so.1"), CUDART_VERSION));
+  return problem->c_str();
 }
 
 void TfAgcCudaTry(int segment_bytes, int cluster, int sharing, int prefetch) {

@@ -34,6 +34,10 @@ int TfAgcCudaBackward(const tf_agc::core::BackwardArgs* args, void* workspace, v
 // What an error that they returned means, in a static string.
 const char* TfAgcCudaErrorString(int error);
 
+// Why none of this can run on this machine: its driver is too old. "" where nothing is known to stand in the way, as
+// where there is no driver. Half a sentence, in a static string.
+const char* TfAgcCudaProblem();
+
 // ---- For tools/gpu/gpu_check.sh ----
 
 // What this thread's calls, their workspaces included, try from here on instead of what the rule of plan.h chooses:
