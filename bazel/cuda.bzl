@@ -9,8 +9,10 @@ load("//bazel:library.bzl", "COPTS")
 
 _OLDEST_NVCC = (12, 0)
 
-# Turing to Hopper. The PTX of the last serves whatever is newer: the driver compiles it when the library is first used.
+# Turing to Hopper, and Blackwell where nvcc has it. The PTX of 90, or of the newest where 90 is not chosen, serves
+# whatever is newer and has no code of its own: the driver compiles it when the library is first used.
 _DEFAULT_ARCHITECTURES = "75 80 86 89 90"
+_ARCHITECTURES_OF_NEWER_NVCC = ["100", "120"]
 
 CudaToolkitInfo = provider(
     doc = "An installed CUDA compiler.",
@@ -61,30 +63,37 @@ def _find_static_runtime(repository_ctx, top):
             return file
     fail("%s has no libcudart_static.a in %s." % (top, ", ".join(directories)))
 
-def _architectures(repository_ctx):
-    text = repository_ctx.os.environ.get("TF_AGC_CUDA_ARCHITECTURES") or _DEFAULT_ARCHITECTURES
+# Those of Blackwell that this nvcc compiles for.
+def _newer_architectures(repository_ctx, nvcc):
+    known = repository_ctx.execute([nvcc, "--list-gpu-code"]).stdout.split("\n")
+    return [name for name in _ARCHITECTURES_OF_NEWER_NVCC if "sm_" + name in known]
+
+def _architectures(repository_ctx, nvcc):
+    text = repository_ctx.os.environ.get("TF_AGC_CUDA_ARCHITECTURES")
+    text = text or " ".join([_DEFAULT_ARCHITECTURES] + _newer_architectures(repository_ctx, nvcc))
     words = [word for word in text.replace(",", " ").split(" ") if word]
     for word in words:
         if not word.isdigit():
             fail("TF_AGC_CUDA_ARCHITECTURES must list numbers such as \"75 90\" (sm_75 and sm_90), got \"%s\"." % text)
 
-    # Each once, the newest last: its PTX is what newer GPUs compile, and CapabilityOfCode() takes that for granted.
+    # Each once, the newest last.
     return [str(number) for number in sorted({int(word): None for word in words}.keys())]
 
 def _cuda_repository_impl(repository_ctx):
     nvcc = _find_nvcc(repository_ctx)
     release, top = _ask_nvcc(repository_ctx, nvcc)
     repository_ctx.symlink(_find_static_runtime(repository_ctx, top), "libcudart_static.a")
-    architectures = _architectures(repository_ctx)
+    architectures = _architectures(repository_ctx, nvcc)
+    ptx = "90" if "90" in architectures else architectures[-1]
     flags = ["-gencode=arch=compute_%s,code=sm_%s" % (name, name) for name in architectures]
-    flags.append("-gencode=arch=compute_%s,code=compute_%s" % (architectures[-1], architectures[-1]))
+    flags.append("-gencode=arch=compute_%s,code=compute_%s" % (ptx, ptx))
 
     # Another release in the same place compiles again.
     flags.append("-DTF_AGC_CUDA_RELEASE=" + release)
     repository_ctx.file("cuda_build.h", "#define TF_AGC_CUDA_BUILD \"%s, %s, PTX %s\"\n" % (
         release,
         " ".join(["sm_" + name for name in architectures]),
-        architectures[-1],
+        ptx,
     ))
     repository_ctx.template("BUILD", Label("//bazel:cuda.BUILD.tpl"), {"{flags}": repr(flags), "{nvcc}": nvcc})
 

@@ -79,3 +79,9 @@ if _DEFAULT == "auto" and not _native.STATUS.available:
         RuntimeWarning,
         stacklevel=2,
     )
+elif _DEFAULT != "reference" and _native.STATUS.available and _native.gpu_problem():
+    _warnings.warn(
+        f"tf_agc leaves its op on the CPU: {_native.gpu_problem()}. Update the driver, or build with an older CUDA.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

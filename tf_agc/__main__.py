@@ -22,11 +22,22 @@ def main() -> None:
         "library": str(status.library),
         "built for": f"TensorFlow {status.built_for}" if status.built_for else "unknown",
         "instruction set": native.instruction_set() if status.available else "unknown",
-        "CUDA": (native.cuda_build() or "not built in") if status.available else "unknown",
+        "CUDA": _cuda() if status.available else "unknown",
         "XLA kernels": f"{'loaded' if xla.available else 'not loaded'} ({xla.reason})",
     }
+    if tf.config.list_physical_devices("GPU"):
+        # docs/troubleshooting.md says more.
+        rows["transposes"] = (
+            "TensorFlow adds them beside the op in float32 channels_last networks on a GPU; not after "
+            'tf.config.optimizer.set_experimental_options({"layout_optimizer": False})'
+        )
     for name, value in rows.items():
         print(f"{name + ':':17}{value}")
+
+
+def _cuda() -> str:
+    build, problem = native.cuda_build() or "not built in", native.gpu_problem()
+    return f"{build}; not used: {problem}" if problem else build
 
 
 if __name__ == "__main__":

@@ -81,6 +81,13 @@ def cuda_build() -> str:
     return function().decode()
 
 
+def gpu_problem() -> str:
+    """Why the loaded library's GPU kernels are not used, "" where they are or it has none."""
+    function = ctypes.CDLL(str(STATUS.library)).TfAgcGpuProblem
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
 def _find(name: str) -> Status:
     """Everything that can be known about a library without opening it."""
     package = pathlib.Path(__file__).resolve().parent

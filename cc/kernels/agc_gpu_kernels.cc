@@ -43,7 +43,12 @@ struct Gpu {
   }
 };
 
-TF_AGC_REGISTER(tensorflow::DEVICE_GPU, Gpu);
+// Not with a driver that is too old for them: TensorFlow then leaves the ops on the CPU, and importing tf_agc warns.
+[[maybe_unused]] const bool registered = [] {
+  if (TfAgcCudaProblem()[0] != '\0') return false;
+  TF_AGC_REGISTER(tensorflow::DEVICE_GPU, Gpu);
+  return true;
+}();
 
 }  // namespace
 }  // namespace tf_agc

@@ -259,6 +259,7 @@ std::string Register() {
 
 std::string RegisterOnGpu() {
 #ifdef TF_AGC_CUDA
+  if (TfAgcCudaProblem()[0] != '\0') return TfAgcCudaProblem();
   const std::string error = RegisterOne(kForward, "CUDA", kForwardOnGpuHandler);
   return error.empty() ? RegisterOne(kBackward, "CUDA", kBackwardOnGpuHandler) : error;
 #else

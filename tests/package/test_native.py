@@ -77,6 +77,66 @@ def test_cuda_build(native_required):
     assert re.fullmatch(r"|\d+\.\d+,( sm_\d+)+, PTX \d+", native.cuda_build())
 
 
+DRIVER_TOO_OLD = """
+import ctypes, warnings
+import tensorflow
+
+class Function:
+    def __call__(self):
+        return b"the NVIDIA driver runs CUDA 12.8 at most, and tf_agc was built with CUDA 13.0"
+
+class Library(ctypes.CDLL):  # as if the library had found such a driver
+    def __getattr__(self, name):
+        return Function() if name == "TfAgcGpuProblem" else super().__getattr__(name)
+
+ctypes.CDLL = Library
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", RuntimeWarning)
+    import tf_agc
+for warning in caught:
+    print(warning.category.__name__, warning.filename, warning.message)
+print(tf_agc.agc(tensorflow.ones([1, 2, 2, 3]), 1.0, 0.5).numpy().sum())
+from tf_agc import __main__
+__main__.main()
+"""
+
+
+def test_a_driver_that_is_too_old_leaves_the_op_on_the_cpu(native_required):
+    problem = "the NVIDIA driver runs CUDA 12.8 at most, and tf_agc was built with CUDA 13.0"
+    warning, result, *rows = python("-c", DRIVER_TOO_OLD).stdout.splitlines()
+    cure = "Update the driver, or build with an older CUDA."
+    assert warning == f"RuntimeWarning <string> tf_agc leaves its op on the CPU: {problem}. {cure}"
+    assert result == "6.0"
+    assert f"CUDA:            {native.cuda_build() or 'not built in'}; not used: {problem}" in rows
+    # Whoever asked for the reference misses nothing.
+    assert "leaves its op" not in python("-c", DRIVER_TOO_OLD, TF_AGC_IMPLEMENTATION="reference").stdout
+
+
+def test_the_drivers_version_is_asked(native_required, tmp_path):
+    if not native.cuda_build():
+        pytest.skip("tf_agc is built without CUDA")
+    source = 'extern "C" int cuDriverGetVersion(int* version) { *version = 11080; return 0; }'
+    compiler = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", tmp_path / "libcuda.so.1"]
+    subprocess.run(compiler, input=source, text=True, check=True)
+    code = """
+import tf_agc
+from tensorflow.python.framework import kernels
+registered = kernels.get_registered_kernels_for_op("TfAgc>Agc").kernel
+print(sorted({kernel.device_type for kernel in registered}), tf_agc.native.gpu_problem())
+"""
+    found = python("-c", code, LD_LIBRARY_PATH=str(tmp_path)).stdout
+    assert "'GPU'" not in found and "the NVIDIA driver runs CUDA 11.8 at most" in found
+    assert "'GPU'" in python("-c", code).stdout
+
+
+def test_main_on_a_gpu_machine(native_required, capsys, monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["a GPU"] if kind == "GPU" else [])
+    __main__.main()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("transposes: ")
+    assert 'tf.config.optimizer.set_experimental_options({"layout_optimizer": False})' in line
+
+
 def test_missing(package):
     status = _status(package)
     assert not status.available and status.built_for is None

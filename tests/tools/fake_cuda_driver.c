@@ -92,8 +92,7 @@ CUresult cuStreamCreate(CUstream* stream, unsigned int flags) {
 }
 CUresult cuStreamSynchronize(CUstream stream) { return (CUresult)(stream == (CUstream)&handle ? 0 : 1); }
 CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
-  (void)mode;
-  return (CUresult)(stream == (CUstream)&handle ? 0 : 1);
+  return (CUresult)(stream == (CUstream)&handle && (int)mode == 1 /* of this thread alone */ ? 0 : 1);
 }
 CUresult cuStreamEndCapture(CUstream stream, CUgraph* graph) {
   *graph = (CUgraph)&handle;

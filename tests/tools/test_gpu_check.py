@@ -62,12 +62,22 @@ def launchers(monkeypatch):
 class _Launchers:
     wrong: dict = {}
     launched = 0
+    trial: tuple[int, ...] = ()
 
     def __init__(self, library):
         self._x = None
 
     def start(self, stream):
         assert stream
+
+    def try_plan(self, *trial):
+        type(self).trial = trial
+
+    def describe(self, args):
+        segment, cluster, _, prefetch = self.trial if any(self.trial) else (128, 2, 0, 0)
+        # Backward alone knows of the last; some plans do not fit.
+        hint = prefetch if hasattr(args, "dy") else 0
+        return f"{'two launches' if cluster == 1 else 'on chip'}: {segment} {cluster} {hint}"
 
     def workspace_bytes(self, args):
         return 24
@@ -207,7 +217,8 @@ def test_launchers_are_those_of_the_header(tmp_path):
     from gpu import gpu_driver
 
     source, library = tmp_path / "launchers.cc", tmp_path / "liblaunchers.so"
-    source.write_text("""#include "cc/core/cuda/agc_cuda.h"
+    source.write_text("""#include <cstdio>
+#include "cc/core/cuda/agc_cuda.h"
 int64_t TfAgcCudaForwardWorkspaceBytes(const tf_agc::core::ForwardArgs* args) { return args->shape.batch << 32; }
 int64_t TfAgcCudaBackwardWorkspaceBytes(const tf_agc::core::BackwardArgs* args) { return args->shape.channels; }
 int TfAgcCudaForward(const tf_agc::core::ForwardArgs* args, void* workspace, void* stream) {
@@ -215,6 +226,16 @@ int TfAgcCudaForward(const tf_agc::core::ForwardArgs* args, void* workspace, voi
 }
 int TfAgcCudaBackward(const tf_agc::core::BackwardArgs*, void*, void*) { return 7; }
 const char* TfAgcCudaErrorString(int error) { return error == 7 ? "seven" : "other"; }
+static int tried;
+void TfAgcCudaTry(int segment_bytes, int cluster, int sharing, int prefetch) {
+  tried = segment_bytes + 10 * cluster + 100 * sharing + 1000 * prefetch;
+}
+void TfAgcCudaDescribeForward(const tf_agc::core::ForwardArgs* args, char* text, int64_t size) {
+  snprintf(text, size, "forward %d %d", tried, static_cast<int>(args->shape.batch));
+}
+void TfAgcCudaDescribeBackward(const tf_agc::core::BackwardArgs* args, char* text, int64_t size) {
+  snprintf(text, size, "backward %d %d", tried, static_cast<int>(args->shape.channels));
+}
 """)
     subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", f"-I{ROOT}", "-o", library, source], check=True)
     launchers = gpu_driver.Launchers(library)
@@ -228,6 +249,10 @@ const char* TfAgcCudaErrorString(int error) { return error == 7 ? "seven" : "oth
         launchers.launch(backward, None, 1)
     with pytest.raises(gpu_driver.Error, match=r"^TfAgcCudaForward: other \(1\)$"):
         launchers.start(1)
+    launchers.try_plan(1, 2, 3, 4)
+    assert launchers.describe(forward) == "forward 4321 3" and launchers.describe(backward) == "backward 4321 5"
+    launchers.try_plan()
+    assert launchers.describe(forward) == "forward 0 3"
 
 
 def test_driver(fake):
@@ -294,6 +319,7 @@ def check(tmp_path, fake, launchers, monkeypatch):
 
     monkeypatch.setattr(gpu_check, "ODD_SHAPES", ((0, 3, 3, 8), (2, 1, 1, 5), (2, 3, 5, 7)))
     monkeypatch.setattr(bench_shapes, "LARGE_SHAPES", ((2, 3, 5, 8),))
+    monkeypatch.setattr(gpu_check, "SWEPT_SHAPES", ((2, 3, 5, 8), (1, 2, 2, 8)))
     monkeypatch.setattr(bench_shapes, "LATENCY_SHAPE", (1, 2, 2, 8))
     monkeypatch.setattr(bench_shapes, "SHAPES", ((1, 4, 4, 8),))
     monkeypatch.setattr(bench_shapes, "CHANNELS_FIRST_SHAPES", ((1, 4, 4, 8),))
@@ -314,8 +340,10 @@ def test_everything_is_right(check, launchers, capsys):
     assert code == 0 and results["failures"] == []
     assert results["machine"]["gpu"] == "Fake GPU" and results["machine"]["commit"] == "abc"
     (correct,) = results["sections"]["correctness"]["notes"]
-    # Twice: without what is added to z, and with some of it.
-    assert correct.startswith(f"{2 * (3 * 2 * 4 * 5 * 2 + 2 * 2 * 4)} cases; the largest error is 0.")
+    assert correct.startswith(f"{3 * 2 * 4 * 5 + 2} cases; the largest error is 0.")
+    assert list(results["sections"]) == [
+        *("bandwidth", "latency", "correctness", "sweep", "pytorch", "sanitizer", "huge")
+    ]
     assert results["sections"]["huge"]["notes"][0].startswith("left out: ")
     sanitizer = "left out: there is no compute-sanitizer in CUDA_HOME, on PATH or in /usr/local/cuda"
     assert results["sections"]["sanitizer"]["notes"] == [sanitizer]
@@ -333,6 +361,32 @@ def test_everything_is_right(check, launchers, capsys):
     assert [float(row[8]) / float(row[6]) for row in bfloat16] == pytest.approx([1, 1.5, 1.5, 2.5], rel=1e-3)
     output = capsys.readouterr().out
     assert "150% of the copy" in output and output.rstrip().splitlines()[-2] == "0 failed"
+
+
+def test_every_case_is_right(check):
+    code, results, _ = check("--section", "correctness", "--full")
+    assert code == 0
+    (correct,) = results["sections"]["correctness"]["notes"]
+    # Twice: without what is added to z, and with some of it.
+    assert correct.startswith(f"{2 * (3 * 2 * 4 * 5 * 2 + 2 * 2 * 4)} cases; the largest error is 0.")
+
+
+def test_the_sweep_times_each_plan_once(check, launchers):
+    code, _, rows = check("--section", "sweep")
+    assert code == 0 and launchers.trial == ()  # the rule's again
+    swept = [row for row in csv.reader(rows) if row[0] == "sweep" and row[1] == "2x3x5x8"]
+    others = {("forward", f"on chip: {segment} {cluster} 0") for segment in (128, 64) for cluster in (2, 4, 8)}
+    others |= {
+        ("backward", f"on chip: {segment} {cluster} {prefetch}")
+        for segment in (128, 64)
+        for cluster in (2, 4, 8)
+        for prefetch in (0, 1)
+    }
+    # The rule's own, which the fake says is one of them, is not timed again.
+    rule = "on chip: 128 2 0"
+    others -= {("forward", rule), ("backward", rule)}
+    of_rule = {("forward", f"the rule, {rule}"), ("backward", f"the rule, {rule}")}
+    assert len(swept) == len(others | of_rule) and {(row[4], row[5]) for row in swept} == others | of_rule
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -382,11 +436,48 @@ def test_one_shape_alone(check):
     assert timed and all("2x9x11x64" in row for row in timed)
 
 
-def test_the_deadline_leaves_timings_out(check):
-    code, results, rows = check("--section", "bandwidth", "--minutes", "0")
-    assert code == 0 and not any(row.startswith("bandwidth") for row in rows)
-    (note,) = results["sections"]["bandwidth"]["notes"]
-    assert note == "left out for want of time, from (2, 3, 5, 8) channels_last bfloat16 on"
+def test_the_deadline_leaves_out_what_is_not_begun(check, tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nexit 86\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    code, results, rows = check("--minutes", "0")
+    assert code == 0
+    measured = [row.split(",")[1] for row in rows if not row.startswith(("#", "section"))]
+    assert measured == ["1x2x2x8"]  # the empty kernel, which all latencies are measured against
+    notes = {name: section["notes"] for name, section in results["sections"].items()}
+    del notes["pytorch"]  # which may be absent
+    assert {name: note[0] for name, note in notes.items()} == {
+        "bandwidth": "left out for want of time, from (2, 3, 5, 8) channels_last bfloat16 on",
+        "latency": "left out for want of time, from bfloat16 on",
+        "correctness": "left out for want of time, from (2, 3, 5, 8) bfloat16 relu on",
+        "sweep": "left out for want of time, from (2, 3, 5, 8) on",
+        "sanitizer": "left out for want of time, from memcheck on",
+        "huge": "left out for want of time, from its only case on",
+    }
+
+
+@pytest.mark.parametrize(
+    ("says", "exits", "failures", "notes"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, 0, "ERROR SUMMARY: 0 errors"),
+        ("========= Invalid __shared__ read of size 16 bytes", 86, 2, "FAILED: "),
+        ("wrong result", 1, 2, "FAILED: "),
+        ("========= Error: Device not supported.", 1, 0, "not available here: Error: Device not supported."),
+    ],
+)
+def test_sanitizer(check, tmp_path, monkeypatch, says, exits, failures, notes):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\necho '{says}'\nexit {exits}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    code, results, _ = check("--section", "sanitizer")
+    assert code == (1 if failures else 0) and len(results["failures"]) == failures
+    first, second = results["sections"]["sanitizer"]["notes"]
+    assert notes in first and (exits not in (0, 1) or says.strip("= ") in first)
+    assert second.startswith(("racecheck: ", "FAILED: racecheck "))
 
 
 def test_huge_tensors_repeat_a_sample(fake, launchers, monkeypatch, tmp_path):
@@ -430,7 +521,7 @@ def test_a_driver_that_is_too_old_for_the_library(check, launchers, monkeypatch,
 def test_enough_sets_to_leave_the_cache(fake, launchers):
     from gpu import gpu_check, gpu_driver
 
-    check = gpu_check.Check(gpu_driver.Driver(), None, None, False, 0)
+    check = gpu_check.Check(gpu_driver.Driver(), None, None)
     assert check.sets((1, 8, 8, 64), "float32") == 4 * 2**16 // (2 * 4 * 8 * 8 * 64)  # of an L2 cache of 64 KiB
     assert check.sets((1024, 8, 8, 64), "float32") == 2
     assert check.sets((1, 1, 1, 1), "float32") == 512
@@ -471,14 +562,16 @@ def test_compiles_what_bazel_does(monkeypatch, tmp_path):
     compiler.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/arguments\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    gpu_check.build((9, 0), tmp_path)
+    gpu_check.build("90", tmp_path)
     arguments = (tmp_path / "arguments").read_text().splitlines()
     assert not any(argument.startswith("-L") for argument in arguments)
     # As in the toolkit of Python's index, where nvcc would not look.
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libcudart_static.a").touch()
-    gpu_check.build((9, 0), tmp_path)
+    assert gpu_check.main(["--build-for", "90", "--output", str(tmp_path / "built")]) == 0
     assert f"-L{tmp_path}/lib" in (tmp_path / "arguments").read_text().splitlines()
+    assert str(tmp_path / "built" / "libtf_agc_cuda.so") in (tmp_path / "arguments").read_text().splitlines()
+    assert "-gencode=arch=compute_90,code=sm_90" in arguments
     compiled = {pathlib.Path(argument) for argument in arguments}
     directory = ROOT / "cc" / "core" / "cuda"
     libraries = [rule for rule in (directory / "BUILD").read_text().split("\n)\n") if "library(" in rule]

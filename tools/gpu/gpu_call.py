@@ -101,6 +101,10 @@ class Call:
         args, workspace = self._passes[name]
         self._launchers.launch(args, workspace.address, self._driver.stream)
 
+    def plan(self, name: str) -> str:
+        """How "forward" or "backward" is laid out, in words."""
+        return self._launchers.describe(self._passes[name][0])
+
     def copy_maps(self) -> None:
         """A copy of one map tensor to another: the traffic that a pass forward has at least."""
         self._driver.copy(self._buffers["y"], self._buffers["x"])

@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -44,11 +45,13 @@ ODD_SHAPES = (
     (5, 2, 2, 1025),
     (2, 56, 56, 24),
 )
+# Whose plans are compared.
+SWEPT_SHAPES = ((32, 112, 112, 64), (32, 56, 56, 256), (32, 28, 28, 512), (32, 14, 14, 1024))
 # For the sanitizers, which take a hundred times as long.
 SMALL_SHAPES = ((2, 5, 7, 3), (2, 9, 11, 64), (1, 17, 13, 40))
 
-# Of //cc/core/cuda:agc_cuda, in that directory.
-_SOURCES = ("agc_cuda.cu", "backward.cu", "forward.cu", "launchers.cc", "plan.cc")
+# Of //cc/core/cuda:agc_cuda and what it depends on, in that directory.
+_SOURCES = ("agc_cuda.cu", "backward.cu", "driver.cc", "forward.cu", "launchers.cc", "plan.cc")
 
 # Passes over memory; of a junction, which has a bias and a shortcut.
 _TRAFFIC = {"forward": 2, "backward": 3}
@@ -57,6 +60,11 @@ _JUNCTION_TRAFFIC = {"forward": 3, "backward": 5}
 _L2_TIMES = 4
 _MOST_SETS = 512
 _SANITIZER_SECONDS = 120
+_FOUND = 86  # compute-sanitizer's exit code where it has found something
+# What it says where it cannot work at all.
+_REFUSAL = re.compile(
+    r".*(not supported|[Uu]nable to (initialize|attach)|terminated before first instrumented API call).*"
+)
 
 
 @dataclasses.dataclass
@@ -66,9 +74,20 @@ class Check:
     driver: gpu_driver.Driver
     launchers: gpu_driver.Launchers
     library: pathlib.Path
-    small: bool
-    deadline: float  # of time.monotonic: what is not begun until then is left out
+    small: bool = False
+    full: bool = False
     shape: tuple[int, ...] | None = None  # the only one whose bandwidth is wanted
+    deadline: float = math.inf  # of time.monotonic, of the section: what is not begun until then is left out
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def out_of_time(self, report: Report, what: str) -> bool:
+        """Whether the section has to end before `what`; if so, it is noted."""
+        if self.seconds_left <= 0:
+            report.note(f"left out for want of time, from {what} on")
+        return self.seconds_left <= 0
 
     # ---- Correctness ----
 
@@ -76,6 +95,8 @@ class Check:
         """Every result against float64, twice: the second run must give the same bits."""
         count, worst = 0, (0.0, "")
         for seed, (shape, dtype, activation, addends, offsets) in enumerate(self._cases()):
+            if self.out_of_time(report, f"{shape} {dtype} {activation}"):
+                break
             n, h, w, c = shape
             case = numerics.make_case((n, h * w, c), dtype, activation, seed, addends)
             want = numerics.expected(case)
@@ -106,16 +127,23 @@ class Check:
             yield from ((*case, addends, (False,)) for case in shapes for addends in ((), both))
             return
         turns = itertools.cycle([("bias",), ("shortcut",), both])
+        # Two samples of the largest: how a sample is laid out does not depend on how many there are.
+        large = sorted({(2, *shape[1:]) for shape in bench_shapes.LARGE_SHAPES})
+        if not self.full:
+            yield from ((shape, "bfloat16", "relu", both, (False,)) for shape in large)
+            for number, case in enumerate(itertools.product(ODD_SHAPES, DTYPES, ACTIVATIONS)):
+                yield *case, () if number % 4 == 0 else next(turns), (number % 3 == 0,)
+            return
         for case in itertools.product(ODD_SHAPES, DTYPES, ACTIVATIONS):
             # In turn, so that every activation and every type meets each.
             yield from ((*case, addends, (False, True)) for addends in ((), next(turns)))
-        # Two samples of the largest: how a sample is laid out does not depend on how many there are.
-        large = sorted({(2, *shape[1:]) for shape in bench_shapes.LARGE_SHAPES})
         for case in itertools.product((*bench_shapes.SHAPES, *large), DTYPES, ("relu",)):
             yield from ((*case, addends, (False,)) for addends in ((), both))
 
     def huge(self, report: Report) -> None:
         """More than 2^31 elements: the same sample again and again, of which the last comes out as the first."""
+        if self.out_of_time(report, "its only case"):
+            return
         positions, channels, dtype = 56 * 56, 64, "float16"
         batch = 2**31 // (positions * channels) + 2
         size = positions * channels * 2
@@ -142,8 +170,7 @@ class Check:
         if self.shape:
             shapes = [(self.shape, layout) for layout in DATA_FORMATS]
         for dtype, (shape, layout) in itertools.product(("bfloat16", "float32", "float16"), shapes):
-            if time.monotonic() > self.deadline:
-                report.note(f"left out for want of time, from {shape} {layout} {dtype} on")
+            if self.out_of_time(report, f"{shape} {layout} {dtype}"):
                 return
             for junction in (False, True) if shape in bench_shapes.LARGE_SHAPES else (False,):
                 candidate, passes = ("tf_agc, junction", _JUNCTION_TRAFFIC) if junction else ("tf_agc", _TRAFFIC)
@@ -182,6 +209,8 @@ class Check:
         n, h, w, c = bench_shapes.LATENCY_SHAPE
         report.row(Row("latency", bench_shapes.LATENCY_SHAPE, "", "", "", "empty kernel", empty_ms, spread))
         for dtype in ("bfloat16", "float32"):
+            if self.out_of_time(report, dtype):
+                return
             case = numerics.make_timing_case((n, h * w, c), dtype, "relu")
             call = Call(self.driver, self.launchers, case, "channels_last")
             for passes in _TRAFFIC:
@@ -190,6 +219,33 @@ class Check:
                     Row("latency", bench_shapes.LATENCY_SHAPE, "channels_last", dtype, passes, "tf_agc", ms, spread)
                 )
                 report.note(f"{dtype} {passes}: {ms / empty_ms:.1f} x an empty kernel")
+
+    def sweep(self, report: Report) -> None:
+        """Other plans than the rule's, where they keep a tile on chip; the rule's own comes first."""
+        segments, clusters, prefetch = (128, 64), (1, 2, 4, 8), (0, 1)
+        try:
+            for shape in SWEPT_SHAPES:
+                if self.out_of_time(report, str(shape)):
+                    return
+                self.launchers.try_plan()
+                calls = self.calls(shape, "channels_last", "bfloat16")
+                copy_ms = self._copy_ms(calls)
+                seen = set()
+                for trial in ((0, 0, 0, 0), *itertools.product(segments, clusters, (0,), prefetch)):
+                    self.launchers.try_plan(*trial)
+                    for name, traffic in _TRAFFIC.items():
+                        plan = calls[0].plan(name)
+                        # Another plan that is not on chip would need another workspace.
+                        if (name, plan) in seen or (any(trial) and not plan.startswith("on chip")):
+                            continue
+                        seen.add((name, plan))
+                        ms, spread = self.driver.time_graph([getattr(call, name) for call in calls])
+                        candidate = plan if any(trial) else f"the rule, {plan}"
+                        row = Row("sweep", shape, "channels_last", "bfloat16", name, candidate, ms, spread)
+                        report.row(dataclasses.replace(row, copy_ms=copy_ms * traffic / 2))
+                del calls  # before there are others
+        finally:
+            self.launchers.try_plan()
 
     def pytorch(self, report: Report) -> None:
         """A training step, forward and backward, of ours and of PyTorch's layers with ReLU, and of a junction."""
@@ -204,24 +260,31 @@ class Check:
 
     def sanitizer(self, report: Report) -> None:
         """memcheck and racecheck over small shapes."""
-        tool = _find_tool("compute-sanitizer") or shutil.which("compute-sanitizer", path=_usual_path())
+        tool = find_tool("compute-sanitizer") or shutil.which("compute-sanitizer", path=_usual_path())
         if tool is None:
             report.note("left out: there is no compute-sanitizer in CUDA_HOME, on PATH or in /usr/local/cuda")
             return
         for check in ("memcheck", "racecheck"):
+            if self.out_of_time(report, check):
+                return
+            seconds = min(_SANITIZER_SECONDS, self.seconds_left)
             with tempfile.TemporaryDirectory() as directory:
-                command = [tool, "--tool", check, "--error-exitcode", "86"]
+                command = [tool, "--tool", check, "--error-exitcode", str(_FOUND)]
                 command += [sys.executable, str(TOOLS), "gpu.gpu_check", "--small", "--library", str(self.library)]
                 command += ["--section", "correctness", "--output", directory]
                 try:
-                    done = subprocess.run(command, capture_output=True, text=True, timeout=_SANITIZER_SECONDS)
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
                 except subprocess.TimeoutExpired:
-                    report.note(f"{check}: left out, it did not end within {_SANITIZER_SECONDS} seconds")
+                    report.note(f"{check}: left out, it did not end within {seconds:.0f} seconds")
                     continue
+            output = done.stdout + done.stderr
+            refusal = _REFUSAL.search(output)
             if done.returncode == 0:
                 report.note(f"{check}: {done.stdout.strip().splitlines()[-1].strip('= ')}")
+            elif refusal and done.returncode != _FOUND:
+                report.note(f"{check}: not available here: {refusal[0].strip('= ')}")
             else:
-                report.fail(f"{check} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+                report.fail(f"{check} ended with {done.returncode}:\n{output[-3000:]}")
 
     def tensorflow(self, report: Report) -> None:
         """The Python tests on the GPU, the layout optimizer's transposes, and the op's time in a graph."""
@@ -230,29 +293,38 @@ class Check:
         os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
         from gpu import gpu_tensorflow
 
-        gpu_tensorflow.check(report)
+        gpu_tensorflow.check(report, self)
 
 
-SECTIONS = ("correctness", "huge", "bandwidth", "latency", "pytorch", "sanitizer")
+# In their order, and by which share of the time each has to end.
+SECTIONS = {
+    "bandwidth": 0.3,
+    "latency": 0.35,
+    "correctness": 0.5,
+    "sweep": 0.65,
+    "pytorch": 0.85,
+    "sanitizer": 0.97,
+    "huge": 1.0,
+}
 
 
 def _usual_path() -> str:
     return f"{os.environ.get('PATH', os.defpath)}:/usr/local/cuda/bin"
 
 
-def _find_tool(name: str) -> str | None:
+def find_tool(name: str) -> str | None:
     """A program of the CUDA toolkit: CUDA_HOME's, or the one on PATH, or that of the usual place."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which(name, path=f"{home}/bin" if home else _usual_path())
 
 
-def build(compute_capability: tuple[int, int], directory: pathlib.Path) -> pathlib.Path:
-    """Compiles cc/core/cuda for one GPU; needs nvcc and a C++ compiler, not Bazel.
+def build(compute_capability: str, directory: pathlib.Path) -> pathlib.Path:
+    """Compiles cc/core/cuda for one compute capability, such as "90"; needs nvcc and a C++ compiler, not Bazel.
 
     Raises:
         gpu_driver.Error: there is no nvcc, or it refuses the sources.
     """
-    nvcc = _find_tool("nvcc")
+    nvcc = find_tool("nvcc")
     if nvcc is None:
         raise gpu_driver.Error(
             "there is no nvcc to build the kernels with; name a built library with --library "
@@ -260,16 +332,15 @@ def build(compute_capability: tuple[int, int], directory: pathlib.Path) -> pathl
         )
     sources = [str(CHECKOUT / "cc/core/cuda" / name) for name in _SOURCES]
     library = directory / "libtf_agc_cuda.so"
-    name = "".join(map(str, compute_capability))
     command = [nvcc, "-shared", "-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{CHECKOUT}", "-o", str(library)]
-    command += [f"-gencode=arch=compute_{name},code=sm_{name}", *sources]
+    command += [f"-gencode=arch=compute_{compute_capability},code=sm_{compute_capability}", *sources]
     # The CUDA runtime inside is ours alone: PyTorch brings another one into the process.
     command += ["-Xlinker=--exclude-libs,ALL", "-Xlinker=-z,now"]
     # nvcc itself looks in lib64 alone, which the toolkit from Python's index has not.
     toolkit = pathlib.Path(nvcc).resolve().parent.parent
     folders = [toolkit / folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
     command += [f"-L{folder}" for folder in folders if (folder / "libcudart_static.a").is_file()][:1]
-    print(f"building for sm_{name} with {nvcc}", flush=True)
+    print(f"building for sm_{compute_capability} with {nvcc}", flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise gpu_driver.Error(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
@@ -303,10 +374,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("gpu_check"), help="the directory for gpu.csv and gpu.json"
     )
-    parser.add_argument("--section", action="append", choices=SECTIONS, help="only this one; may be given again")
+    parser.add_argument(
+        "--section", action="append", choices=(*SECTIONS, "tensorflow"), help="only this one; may be given again"
+    )
     parser.add_argument("--tensorflow", action="store_true", help="the TensorFlow op as well")
-    parser.add_argument("--minutes", type=float, default=7, help="timings that are not begun by then are left out")
-    parser.add_argument("--small", action="store_true", help="few small shapes for correctness")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="for all sections together; what is not begun by then is left out"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="few small shapes for correctness")
+    size.add_argument("--full", action="store_true", help="all shapes and addends for correctness")
+    parser.add_argument(
+        "--build-for",
+        metavar="90",
+        help="only build libtf_agc_cuda.so into --output, for that compute capability; needs no GPU",
+    )
     parser.add_argument(
         "--shape",
         type=bench_shapes.parse,
@@ -319,28 +401,43 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--library must name a built libtf_agc_cuda.so, got {options.library}")
     if any((options.output / name).exists() for name in ("gpu.csv", "gpu.json")):
         parser.error(f"--output must be a directory without results, and {options.output} has some: name another one")
+    if options.build_for is not None and not options.build_for.isdigit():
+        parser.error(f"--build-for must be a compute capability without its point such as 90, got {options.build_for}")
     options.library = options.library and options.library.resolve()  # without a slash it would be looked for elsewhere
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    with tempfile.TemporaryDirectory() as directory:
-        try:
+    try:
+        if options.build_for is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            print(f"built {build(options.build_for, options.output)}")
+            return 0
+        with tempfile.TemporaryDirectory() as directory:
             driver = gpu_driver.Driver()
-            library = options.library or build(driver.compute_capability, pathlib.Path(directory))
+            library = options.library or build("".join(map(str, driver.compute_capability)), pathlib.Path(directory))
             launchers = gpu_driver.Launchers(library)
             launchers.start(driver.stream)
-            deadline = time.monotonic() + 60 * options.minutes  # not counting the build
-        except gpu_driver.Error as error:
-            print(f"tf_agc: nothing was checked: {error}.", file=sys.stderr)
-            return 2
-        check = Check(driver, launchers, library, options.small, deadline, options.shape)
-        report = Report(options.output, describe(driver, options.commit))
-        for name in options.section or SECTIONS:
-            report.run(name, getattr(check, name))
-        if options.tensorflow:
-            report.run("tensorflow", check.tensorflow)
+            check = Check(driver, launchers, library, options.small, options.full, options.shape)
+            report = Report(options.output, describe(driver, options.commit))
+            return run(check, report, options)
+    except gpu_driver.Error as error:
+        print(f"tf_agc: nothing was checked: {error}.", file=sys.stderr)
+        return 2
+
+
+def run(check: Check, report: Report, options: argparse.Namespace) -> int:
+    """The chosen sections, each until its share of the time is over, which does not count the build."""
+    names = options.section or list(SECTIONS)
+    if options.tensorflow and "tensorflow" not in names:
+        names.append("tensorflow")
+    start, seconds = time.monotonic(), 60 * options.minutes
+    for number, name in enumerate(names, 1):
+        # Of some sections alone, or with TensorFlow's, each has the same share.
+        share = SECTIONS[name] if names == list(SECTIONS) else number / len(names)
+        check.deadline = start + seconds * share
+        report.run(name, getattr(check, name))
     print(f"\n{len(report.failures)} failed" + "".join(f"\n  {failure}" for failure in report.failures))
     print(f"results: {options.output}/gpu.csv, {options.output}/gpu.json")
     return 1 if report.failures else 0

@@ -16,6 +16,7 @@ _DRIVER = "libcuda.so.1"
 # CUdevice_attribute
 _MULTIPROCESSORS, _L2_BYTES, _MAJOR, _MINOR = 16, 38, 75, 76
 _NON_BLOCKING = 1
+_THREAD_LOCAL = 1  # CUstreamCaptureMode: what other threads do, PyTorch's for one, does not end a capture.
 
 _EMPTY_KERNEL = b".version 7.0\n.target sm_75\n.address_size 64\n.visible .entry empty() { ret; }\n"
 
@@ -197,7 +198,7 @@ class Driver:
         for call in calls:  # what a first call sets up may not be captured
             call()
         self.synchronize()
-        self._call("cuStreamBeginCapture_v2", self.stream, 0)
+        self._call("cuStreamBeginCapture_v2", self.stream, _THREAD_LOCAL)
         try:
             for call in calls:
                 call()
@@ -294,6 +295,9 @@ class Launchers:
             launch.argtypes, launch.restype = [ctypes.POINTER(kind), ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int
             size = getattr(self._library, f"TfAgcCuda{name}WorkspaceBytes")
             size.argtypes, size.restype = [ctypes.POINTER(kind)], ctypes.c_int64
+            describe = getattr(self._library, f"TfAgcCudaDescribe{name}")
+            describe.argtypes, describe.restype = [ctypes.POINTER(kind), ctypes.c_char_p, ctypes.c_int64], None
+        self._library.TfAgcCudaTry.argtypes, self._library.TfAgcCudaTry.restype = [ctypes.c_int] * 4, None
         self._library.TfAgcCudaErrorString.argtypes = [ctypes.c_int]
         self._library.TfAgcCudaErrorString.restype = ctypes.c_char_p
 
@@ -307,6 +311,16 @@ class Launchers:
 
     def workspace_bytes(self, args: ForwardArgs | BackwardArgs) -> int:
         return getattr(self._library, f"TfAgcCuda{_pass_of(args)}WorkspaceBytes")(ctypes.byref(args))
+
+    def try_plan(self, segment_bytes: int = 0, cluster: int = 0, sharing: int = 0, prefetch: int = 0) -> None:
+        """What is tried from here on instead of the rule's plan; 0 is the rule's choice (cc/core/cuda/plan.h)."""
+        self._library.TfAgcCudaTry(segment_bytes, cluster, sharing, prefetch)
+
+    def describe(self, args: ForwardArgs | BackwardArgs) -> str:
+        """How a call is laid out, in words."""
+        text = ctypes.create_string_buffer(256)
+        getattr(self._library, f"TfAgcCudaDescribe{_pass_of(args)}")(ctypes.byref(args), text, len(text))
+        return text.value.decode()
 
     def launch(self, args: ForwardArgs | BackwardArgs, workspace: int | None, stream: int) -> None:
         error = getattr(self._library, f"TfAgcCuda{_pass_of(args)}")(ctypes.byref(args), workspace, stream)

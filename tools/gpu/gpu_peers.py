@@ -4,7 +4,6 @@ Everything is timed in CUDA graphs, so what Python and launches cost is left out
 that cannot be captured is timed as it is launched, and its name says so.
 """
 
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -28,8 +27,7 @@ def compare(check, report) -> None:
     large = bench_shapes.LARGE_SHAPES
     cases = [(dtype, shape) for dtype in ("bfloat16", "float32") for shape in (*large[::-1], *bench_shapes.SHAPES)]
     for dtype, shape in cases:
-        if time.monotonic() > check.deadline:
-            report.note(f"left out for want of time, from {shape} {dtype} on")
+        if check.out_of_time(report, f"{shape} {dtype}"):
             return
 
         # Or it has compiled the same code for so many shapes that it runs the next ones as they are.
@@ -112,7 +110,7 @@ def _time(
     current = torch.cuda.current_stream().cuda_stream
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for step in steps:
                 step()
     except RuntimeError:

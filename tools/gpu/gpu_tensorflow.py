@@ -32,11 +32,12 @@ _CHAIN = 9
 _MEASUREMENTS = 15
 
 
-def check(report: Report) -> None:
+def check(report: Report, limits) -> None:
     """Runs everything; what stands in the way of the rest is raised.
 
     Args:
         report: where to.
+        limits: gpu_check.Check, whose deadline counts.
     """
     transposes = around_our_op(channels=16, layers=3)
     report.note(
@@ -49,8 +50,10 @@ def check(report: Report) -> None:
         raise RuntimeError("TensorFlow finds no GPU")
     report.note(f"tf_agc with CUDA {native.cuda_build()}, TensorFlow {tf.__version__}")
     _runs_on_the_gpu(report)
-    _tests(report)
-    _times(report)
+    _times_of_networks(report)
+    _times(report, limits)
+    if not limits.out_of_time(report, "the tests"):
+        _tests(report, limits.seconds_left)
 
 
 def _runs_on_the_gpu(report: Report) -> None:
@@ -65,10 +68,14 @@ def _runs_on_the_gpu(report: Report) -> None:
         tf.config.set_soft_device_placement(True)
 
 
-def _tests(report: Report) -> None:
+def _tests(report: Report, seconds: float) -> None:
     command = [sys.executable, "-m", "pytest", "-q", *_TESTS]
     # In the checkout itself Python would take the sources, and not the tf_agc that is installed.
-    done = subprocess.run(command, cwd=_CHECKOUT / "tests", capture_output=True, text=True, timeout=400)
+    try:
+        done = subprocess.run(command, cwd=_CHECKOUT / "tests", capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        report.note(f"pytest: left out, it did not end within {seconds:.0f} seconds")
+        return
     last = done.stdout.strip().splitlines()[-1:]
     if done.returncode == 0:
         report.note(f"pytest, where the GPU is the default device: {''.join(last)}")
@@ -127,10 +134,49 @@ def around_our_op(channels: int, layers: int) -> dict[str, int]:
 # ---- Time ----
 
 
-def _times(report: Report) -> None:
+def _times_of_networks(report: Report) -> None:
+    """A float32 training step of convolutions and our op, with and without the layout optimizer's transposes."""
+    n, h, w, c, layers = 32, 56, 56, 64, 3
+    with tf.device("/GPU:0"):
+        x = tf.random.stateless_normal((n, h, w, c), [0, 1])
+        kernels = [tf.random.stateless_normal((3, 3, c, c), [i, 1]) * 0.06 for i in range(layers)]
+        gain = tf.ones([c])
+    for optimized in (True, False):
+        tf.config.optimizer.set_experimental_options({"layout_optimizer": optimized})
+
+        @tf.function
+        def step(x, kernels, gain):
+            with tf.GradientTape() as tape:
+                tape.watch([*kernels, gain])
+                for kernel in kernels:
+                    x = tf_agc.agc(tf.nn.conv2d(x, kernel, 1, "SAME"), gain, 0.5, activation="relu")
+                loss = tf.reduce_sum(x**2)
+            gradients = tape.gradient(loss, [*kernels, gain])
+            return tf.add_n([tf.reshape(gradient, [-1])[0] for gradient in gradients])
+
+        def milliseconds(step=step):
+            start = time.perf_counter()
+            for _ in range(5):
+                result = step(x, kernels, gain)
+            result.numpy()
+            return 1e3 * (time.perf_counter() - start) / 5
+
+        for _ in range(3):
+            milliseconds()
+        lower, middle, upper = statistics.quantiles([milliseconds() for _ in range(_MEASUREMENTS)], n=4)
+        candidate = f"{layers} x (convolution + tf_agc), layout optimizer {'on' if optimized else 'off'}"
+        passes = "forward + backward"
+        spread = (upper - lower) / 2
+        report.row(Row("tensorflow", (n, h, w, c), "channels_last", "float32", passes, candidate, middle, spread))
+    tf.config.optimizer.set_experimental_options({"layout_optimizer": True})
+
+
+def _times(report: Report, limits) -> None:
     """Forward and backward in a graph, ours and fused_batch_norm + relu, both channels_last."""
     for dtype in ("bfloat16", "float32"):
         for shape in bench_shapes.SHAPES:
+            if limits.out_of_time(report, f"{shape} {dtype}"):
+                return
             for name, layer in (("tf_agc", _ours), ("fused_batch_norm + relu", _fused_batch_norm)):
                 try:
                     times = _time(layer, shape, dtype)

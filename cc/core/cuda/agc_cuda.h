@@ -34,6 +34,20 @@ int TfAgcCudaBackward(const tf_agc::core::BackwardArgs* args, void* workspace, v
 // What an error that they returned means, in a static string.
 const char* TfAgcCudaErrorString(int error);
 
+// Why none of this can run on this machine: its driver is too old. "" where nothing is known to stand in the way, as
+// where there is no driver. Half a sentence, in a static string.
+const char* TfAgcCudaProblem();
+
+// ---- For tools/gpu/gpu_check.sh ----
+
+// What this thread's calls, their workspaces included, try from here on instead of what the rule of plan.h chooses:
+// plan.h's Trial. 0 is the rule's choice.
+void TfAgcCudaTry(int segment_bytes, int cluster, int sharing, int prefetch);
+
+// How the call with these very arguments, which is not empty, is laid out, in words: at most `size` bytes with the 0.
+void TfAgcCudaDescribeForward(const tf_agc::core::ForwardArgs* args, char* text, int64_t size);
+void TfAgcCudaDescribeBackward(const tf_agc::core::BackwardArgs* args, char* text, int64_t size);
+
 }  // extern "C"
 
 #endif  // TF_AGC_CC_CORE_CUDA_AGC_CUDA_H_

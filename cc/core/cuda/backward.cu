@@ -1,16 +1,13 @@
-// The backward pass: what it sums and writes, the sums over samples, and its launcher.
+// The backward pass's launcher, and its sums over samples.
 
 #include <cstdint>
-#include <type_traits>
 
-#include "cc/core/cuda/activations.h"
+#include "cc/core/cuda/backward_pass.h"
 #include "cc/core/cuda/kernels.h"
 #include "cc/core/cuda/launch_pass.h"
 #include "cc/core/cuda/launchers.h"
 #include "cc/core/cuda/plan.h"
 #include "cc/core/cuda/primitives.h"
-#include "cc/core/cuda/sums.h"
-#include "cc/core/cuda/walk.h"
 #include "cc/core/scheduling.h"
 #include "cc/core/types.h"
 
@@ -18,201 +15,6 @@ namespace tf_agc {
 namespace core {
 namespace cuda {
 namespace {
-
-template <class T>
-TF_AGC_DEVICE void WriteParameterGradients(const BackwardArgs& args, int64_t channel, double gain_sum,
-                                           double mean_scale_sum) {
-  using S = Compute<T>;
-  const double gain = static_cast<double>(static_cast<const S*>(args.gain)[channel]);
-  // But for kLinear, the sum is gain * dgain. At gain 0 what it came from is lost: 0, or NaN where something was not
-  // finite.
-  const double dgain = args.activation == Activation::kLinear ? gain_sum : gain == 0 ? gain_sum * 0 : gain_sum / gain;
-  static_cast<S*>(args.dgain)[channel] = static_cast<S>(dgain);
-  static_cast<S*>(args.dmean_scale)[channel] = static_cast<S>(-gain * mean_scale_sum);
-}
-
-template <class T, bool kShortcut>
-struct BackwardPass {
-  using Args = BackwardArgs;
-  using Element = T;
-  using S = Compute<T>;
-  static constexpr int kSums = Sums(Pass::kBackward);
-  static constexpr int kParameters = Parameters(Pass::kBackward, kShortcut);
-
-  struct OfMap {
-    S gain;
-    S mean_scale;
-    S dmean;
-    S mean;
-  };
-  static TF_AGC_DEVICE OfMap Read(const LaunchArgs<Args>& launch, int64_t map) {
-    const int64_t channel = Remainder(map, launch.walk.channels);
-    return {static_cast<const S*>(launch.args.gain)[channel], static_cast<const S*>(launch.args.mean_scale)[channel],
-            static_cast<const S*>(launch.args.dmean)[map], static_cast<const S*>(launch.args.mean)[map]};
-  }
-
-  static TF_AGC_DEVICE void Finish(const LaunchArgs<Args>& launch, int64_t map, const OfMap& of_map,
-                                   const double* totals, bool first, S* parameters) {
-    const double positions = static_cast<double>(launch.walk.positions);
-    parameters[0] = of_map.gain;
-    parameters[1] = static_cast<S>(static_cast<double>(of_map.mean_scale) * totals[0] / positions);
-    parameters[2] = static_cast<S>(static_cast<double>(of_map.dmean) / positions);
-    if (!first) return;
-    if (launch.dz_sums != nullptr) launch.dz_sums[map] = totals[0];
-    const double gain_term = totals[1];
-    const double mean_scale_term = static_cast<double>(of_map.mean) * totals[0];
-    if (launch.sample_sums != nullptr) {
-      launch.sample_sums[map] = gain_term;
-      launch.sample_sums[launch.walk.batch * launch.walk.channels + map] = mean_scale_term;
-    } else {
-      WriteParameterGradients<T>(launch.args, map, gain_term, mean_scale_term);  // Of one sample, a map is a channel.
-    }
-  }
-
-  template <class ThreadType>
-  static TF_AGC_DEVICE void SumAndHold(const LaunchArgs<Args>& launch, const ThreadType& thread, unsigned char* held,
-                                       S (&sums)[kSums][ThreadType::kMaps]) {
-    constexpr int kVector = ThreadType::kVector;
-    const int threads = static_cast<int>(blockDim.x);
-    WithTerms(launch, thread, [&](auto load, auto terms, auto act) {
-      using Held = std::conditional_t<decltype(act)::kSlopeIsZeroOrOne, T, S>;
-      auto* slots = reinterpret_cast<Vector<Held, kVector>*>(held) + threadIdx.x;
-      using WithHeld = InputsWithHeld<Held, kVector>;
-      auto load_to_hold = [&](int step) { return WithHeld{load(step), {}}; };
-      auto hold_terms = [&](WithHeld& in, int i, S* out) {
-        terms(in.inputs, i, out);
-        FromCompute(out[0], &in.dz.values[i]);
-      };
-      auto hold = [&](int step, const WithHeld& in) { slots[step * threads] = in.dz; };
-      SumSteps<kVector>(0, thread.count, [](int) {}, load_to_hold, hold_terms, hold, sums);
-    });
-  }
-
-  template <class ThreadType>
-  static TF_AGC_DEVICE void Sum(const LaunchArgs<Args>& launch, const ThreadType& thread,
-                                double (&totals)[kSums][ThreadType::kMaps]) {
-    WithTerms(launch, thread, [&](auto load, auto terms, auto) { SumAll<S>(thread, load, terms, totals); });
-  }
-
-  template <class ThreadType>
-  static TF_AGC_DEVICE void WriteHeld(const LaunchArgs<Args>& launch, const ThreadType& thread,
-                                      const unsigned char* held,
-                                      const S (&parameters)[kParameters][ThreadType::kMaps]) {
-    if (HoldsDzInT(launch.args.activation)) {
-      WriteHeldAs<T>(launch, thread, held, parameters);
-    } else {
-      WriteHeldAs<S>(launch, thread, held, parameters);
-    }
-  }
-
-  template <class ThreadType>
-  static TF_AGC_DEVICE void WriteAgain(const LaunchArgs<Args>& launch, const ThreadType& thread,
-                                       const S (&parameters)[kParameters][ThreadType::kMaps]) {
-    constexpr int kVector = ThreadType::kVector;
-    WithActivationOf(launch, [&](auto act) {
-      auto load = LoadInputs</*kForSums=*/false>(launch, thread);
-      WriteSteps(thread.count, load, [&](int step, const Inputs<kVector, false>& in) {
-        S dz[kVector];
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) dz[i] = ToCompute(in.dy.values[i]) * act.Slope(ToCompute(in.kept.values[i]));
-        WriteMaps(launch, thread, step, dz, parameters);
-      });
-    });
-  }
-
- private:
-  template <int kVector, bool kForSums>
-  struct Inputs {
-    Vector<T, kVector> dy;
-    Vector<T, kVector> kept;
-    std::conditional_t<kForSums && kShortcut, Vector<T, kVector>, Absent> shortcut;
-  };
-
-  template <class Held, int kVector>
-  struct InputsWithHeld {
-    Inputs<kVector, true> inputs;
-    Vector<Held, kVector> dz;
-  };
-
-  template <bool kForSums, class ThreadType>
-  static TF_AGC_DEVICE auto LoadInputs(const LaunchArgs<Args>& launch, const ThreadType& thread) {
-    constexpr int kVector = ThreadType::kVector;
-    const T* dy = static_cast<const T*>(launch.args.dy);
-    const T* kept = static_cast<const T*>(launch.args.kept);
-    const T* shortcut = static_cast<const T*>(launch.args.shortcut);
-    return [=, &thread](int step) {
-      const int64_t element = thread.Element(step);
-      Inputs<kVector, kForSums> in{Load<kVector>(dy + element), Load<kVector>(kept + element), {}};
-      if constexpr (kForSums && kShortcut) in.shortcut = Load<kVector>(shortcut + element);
-      return in;
-    };
-  }
-
-  // WithActivation, but for kLinear where there is a shortcut: types.h has no such call.
-  template <class Body>
-  static TF_AGC_DEVICE void WithActivationOf(const LaunchArgs<Args>& launch, const Body& body) {
-    WithActivation<S, S>(launch.args.activation, launch.args.alpha, [&](auto act) {
-      if constexpr (!(kShortcut && decltype(act)::kKeepsInput)) body(act);
-    });
-  }
-
-  // Calls body(load, terms, act).
-  template <class ThreadType, class Body>
-  static TF_AGC_DEVICE void WithTerms(const LaunchArgs<Args>& launch, const ThreadType& thread, const Body& body) {
-    constexpr int kVector = ThreadType::kVector, kMaps = ThreadType::kMaps;
-    WithActivationOf(launch, [&](auto act) {
-      using Act = decltype(act);
-      S offset[kMaps];
-#pragma unroll
-      for (int i = 0; i < kMaps; ++i) {
-        offset[i] = S(0);
-        if (Act::kKeepsInput && thread.count > 0) {
-          const int64_t map = thread.map + i;
-          offset[i] = static_cast<const S*>(launch.args.mean_scale)[Remainder(map, launch.walk.channels)] *
-                      static_cast<const S*>(launch.args.mean)[map];
-        }
-      }
-      auto terms = [&](const Inputs<kVector, true>& in, int i, S* out) {
-        const S dy = ToCompute(in.dy.values[i]), kept = ToCompute(in.kept.values[i]);
-        S shortcut = S(0);
-        if constexpr (kShortcut) shortcut = ToCompute(in.shortcut.values[i]);
-        out[0] = dy * act.Slope(kept);
-        out[1] = act.template GainTerm<kShortcut>(kept, dy, out[0], offset[i % kMaps], shortcut);
-      };
-      body(LoadInputs</*kForSums=*/true>(launch, thread), terms, act);
-    });
-  }
-
-  template <class Held, class ThreadType>
-  static TF_AGC_DEVICE void WriteHeldAs(const LaunchArgs<Args>& launch, const ThreadType& thread,
-                                        const unsigned char* held,
-                                        const S (&parameters)[kParameters][ThreadType::kMaps]) {
-    constexpr int kVector = ThreadType::kVector;
-    auto* slots = reinterpret_cast<const Vector<Held, kVector>*>(held) + threadIdx.x;
-    const int threads = static_cast<int>(blockDim.x);
-    auto load = [&](int step) { return slots[step * threads]; };
-    WriteSteps(thread.count, load, [&](int step, const Vector<Held, kVector>& in) {
-      S dz[kVector];
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) dz[i] = ToCompute(in.values[i]);
-      WriteMaps(launch, thread, step, dz, parameters);
-    });
-  }
-
-  // dx = gain * (dz - offset) + shift, and dshortcut = dz.
-  template <class ThreadType, int kVector>
-  static TF_AGC_DEVICE void WriteMaps(const LaunchArgs<Args>& launch, const ThreadType& thread, int step,
-                                      const S (&dz)[kVector], const S (&parameters)[kParameters][ThreadType::kMaps]) {
-    constexpr int kMaps = ThreadType::kMaps;
-    if constexpr (kShortcut) Store(static_cast<T*>(launch.args.dshortcut) + thread.Element(step), FromCompute<T>(dz));
-    S out[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      out[i] = (dz[i] - parameters[1][i % kMaps]) * parameters[0][i % kMaps] + parameters[2][i % kMaps];
-    }
-    Store(static_cast<T*>(launch.args.dx) + thread.Element(step), FromCompute<T>(out));
-  }
-};
 
 // Adds the terms of all samples, and of one where there is a bias, so that the kernels above need not know of it: for
 // kGradientChannels channels in a block, the samples in kGradientLanes interleaved runs, then the runs in order.
@@ -257,6 +59,13 @@ __global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant_
   WriteParameterGradients<T>(launch.args, channel, sums[0], sums[1]);
 }
 
+template <class T, bool kShortcut>
+int LaunchBackward(bool relu, const Plan& plan, const Device& device, const LaunchArgs<BackwardArgs>& launch,
+                   void* stream) {
+  return relu ? LaunchPass<BackwardPass<T, kShortcut, true>>(plan, device, launch, stream)
+              : LaunchPass<BackwardPass<T, kShortcut, false>>(plan, device, launch, stream);
+}
+
 template <class T>
 int RunBackward(const BackwardArgs& args, const Device& device, void* workspace, void* stream) {
   Plan plan{};
@@ -264,13 +73,18 @@ int RunBackward(const BackwardArgs& args, const Device& device, void* workspace,
     plan = PlanOf(args, device);
     if (workspace == nullptr && WorkspaceBytes(plan) > 0) return kInvalidValue;
     const LaunchArgs<BackwardArgs> launch = MakeLaunchArgs(args, plan, workspace);
-    const int error = args.shortcut != nullptr ? LaunchPass<BackwardPass<T, true>>(plan, device, launch, stream)
-                                               : LaunchPass<BackwardPass<T, false>>(plan, device, launch, stream);
+    const bool relu = launch.args.activation == Activation::kRelu;
+    const int error = args.shortcut != nullptr ? LaunchBackward<T, true>(relu, plan, device, launch, stream)
+                                               : LaunchBackward<T, false>(relu, plan, device, launch, stream);
     if (error != 0 || plan.sample_sums == 0) return error;
   }
   const bool bias = args.bias != nullptr;
-  const Grid grid{CeilDiv(args.shape.channels, kGradientChannels), kMaxThreads, 1,
-                  ChannelGradients(bias) * kMaxThreads * int64_t{sizeof(double)}, device.shared_bytes_per_block};
+  const Grid grid{CeilDiv(args.shape.channels, kGradientChannels),
+                  kMaxThreads,
+                  1,
+                  ChannelGradients(bias) * kMaxThreads * int64_t{sizeof(double)},
+                  device.shared_bytes_per_block,
+                  /*holds=*/false};
   return Launch(bias ? &AddSamples<T, true> : &AddSamples<T, false>, grid, stream,
                 MakeLaunchArgs(args, plan, workspace));
 }

@@ -28,10 +28,11 @@
 // - Everything is bound by memory, so a map is read once where it fits on chip: the blocks of a cluster copy their
 //   parts into shared memory, add, exchange their sums through distributed shared memory, and write from shared memory.
 //   Where it does not fit, one launch adds and a second one reads again, from the L2 cache (plan.h has the rule).
-// - Forward copies asynchronously (cp.async): a tile's loads are all in flight at once and take no registers, and those
-//   that have come are added while others are on their way. Backward needs two or three tensors but holds only dz, so
-//   its loads go through registers, four steps at a time; so do single elements of 16 bits, which cp.async does not
-//   take.
+// - x forward and dy backward are copied asynchronously (cp.async): a tile's loads are all in flight at once and take
+// no
+//   registers, and those that have come are added while others are on their way. dz is held where dy came to. Backward,
+//   what was kept and the shortcut have no place of their own in shared memory: they go through registers, 64 bytes of
+//   them at a time, and so do single elements of 16 bits, which cp.async does not take.
 // - What a map needs beside its sum, its parameters, is read before the barriers, which hide how long that takes.
 // - One walk serves both layouts: a thread follows a column step by step (plan.h). In shared memory each thread holds
 //   the slots that it filled itself, side by side with its neighbours': no bank conflicts, no barrier before reading.
@@ -40,10 +41,13 @@
 //   whatever the batch.
 // - An output may be an input's memory (types.h): each element belongs to one thread, which reads all that it needs of
 //   it before it writes, no pointer is __restrict__, and nothing is loaded through the read-only cache.
-// - The activation is a switch around a loop, not a template argument of a kernel: a fifth of the code to compile.
+// - The activation is a switch around a loop, not a template argument of a kernel: a fifth of the code to compile. But
+//   backward, relu has kernels of its own: it needs fewer registers than the others, so that three blocks instead of
+//   two share a multiprocessor.
 // - What is added to z makes other kernels, whose registers those without it do not pay for: two forward and two
-//   backward, and not four. Forward, a bias rides along with a shortcut, and whether there is one is asked where all
-//   threads answer alike; backward, a bias has no work on elements, for its gradient sums dz, as the mean's does.
+//   backward (twice, for relu), and not four. Forward, a bias rides along with a shortcut, and whether there is one is
+//   asked where all threads answer alike; backward, a bias has no work on elements, for its gradient sums dz, as the
+//   mean's does.
 // - Forward, shortcuts are read where y is written. Backward, they are read for the sums alone, and dshortcut is the dz
 //   that is held, or computed again, where dx is written.
 //
@@ -73,14 +77,15 @@ struct LaunchArgs {
   double* block_sums;   // [tiles of the launch][blocks of a tile][sums][maps of a tile].
   double* sample_sums;  // [ChannelGradients()][batch][channels]; null for one sample without a bias.
   double* dz_sums;      // [batch][channels], the last of these; null without a bias.
+  bool prefetch;        // Plan's.
 };
 
 // What stands for the elements of an input that a kernel does not have.
 struct Absent {};
 
-// PassType is a pass (forward.cu, backward.cu): what is summed and written, apart from where its inputs and sums lie.
-// Its Finish() turns the totals of one map into its parameters; with `first`, once for each map, it also writes what
-// the map has for others.
+// PassType is a pass (forward_pass.h, backward_pass.h): what is summed and written, apart from where its inputs and
+// sums lie. Its Finish() turns the totals of one map into its parameters; with `first`, once for each map, it also
+// writes what the map has for others.
 
 // What the first of the maps that a thread finishes needs beside its sums.
 template <class PassType>
@@ -129,7 +134,7 @@ TF_AGC_DEVICE void ReadParameters(const Walk& walk, const ThreadType& thread, co
 
 // One launch for tiles that fit on chip: a cluster (or a block alone) sums, exchanges, writes.
 template <class PassType, int kVector, Layout kLayout>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, MostSharing(PassType::kPass, PassType::kLean, kVector))
     OnChip(const __grid_constant__ LaunchArgs<typename PassType::Args> launch) {
   using ThreadType = Thread<kVector, kLayout>;
   using S = typename PassType::S;
@@ -158,7 +163,8 @@ __global__ void __launch_bounds__(kMaxThreads)
       return sum;
     };
     FinishTile<PassType>(launch, thread.tile, of_first, thread.block == 0, total, parameters);
-    ClusterArrive();  // This block has read what it needs of the others.
+    // This block has read what it needs of the others: FinishTile() has used it, and ended with a barrier.
+    ClusterArriveRelaxed();
   }
   S own[kParameters][kMaps];
   ReadParameters(walk, thread, parameters, own);

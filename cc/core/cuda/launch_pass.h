@@ -23,8 +23,9 @@ int LaunchWalk(const Plan& plan, const Device& device, LaunchArgs<typename PassT
   for (int64_t tile = 0; tile < plan.walk.tiles; tile += plan.tiles_per_launch) {
     const int64_t rest = plan.walk.tiles - tile;
     const int64_t blocks = (rest < plan.tiles_per_launch ? rest : plan.tiles_per_launch) * plan.walk.blocks;
-    const Grid grid{blocks, threads, plan.on_chip ? plan.walk.blocks : 1, plan.shared_bytes,
-                    device.shared_bytes_per_block};
+    const Grid grid{
+        blocks,      threads, plan.on_chip ? plan.walk.blocks : 1, plan.shared_bytes, device.shared_bytes_per_block,
+        plan.on_chip};
     launch.first_tile = tile;
     int error;
     if (plan.on_chip) {
@@ -68,7 +69,7 @@ int WithElementType(DataType data_type, const Body& body) {
 
 template <class Args>
 LaunchArgs<Args> MakeLaunchArgs(const Args& args, const Plan& plan, void* workspace) {
-  LaunchArgs<Args> launch{args, plan.walk, 0, nullptr, nullptr, nullptr};
+  LaunchArgs<Args> launch{args, plan.walk, 0, nullptr, nullptr, nullptr, plan.prefetch};
   launch.args.activation = Effective(args.activation, args.alpha);
   double* doubles = static_cast<double*>(workspace);
   if (plan.sample_sums > 0) launch.sample_sums = doubles;

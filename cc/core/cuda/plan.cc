@@ -4,6 +4,8 @@
 #include "cc/core/cuda/plan.h"
 
 #include <algorithm>
+#include <string>
+#include <vector>
 
 #include "cc/core/scheduling.h"
 
@@ -14,13 +16,12 @@ namespace {
 
 constexpr int kAccessBytes = 16;  // The widest load of one thread.
 constexpr int kWarp = 32;
-constexpr int kPortableCluster = 8;       // The largest cluster that every device with clusters takes.
 constexpr int64_t kReservedBytes = 1024;  // Shared memory that the driver keeps of each block.
 constexpr int64_t kMaxGridBlocks = 0x7fffffff;
 
 // Bytes of a row that a channels_last tile takes. A cache line is 128 bytes in four sectors; beyond 512 a wider tile
 // gives no better access, and a narrower one gives more blocks.
-constexpr int64_t kSectorBytes = 32, kLeastSegmentBytes = 64, kMostSegmentBytes = 512;
+constexpr int64_t kSectorBytes = 32, kLeastSegmentBytes = 64, kLineBytes = 128, kMostSegmentBytes = 512;
 
 // Steps of a thread: enough that a block's sums and barriers cost little beside them, few enough that small maps still
 // fill warps. channels_first takes fewer, for rows that several threads read together stay contiguous.
@@ -69,6 +70,7 @@ class Planner {
   Plan Make() {
     Plan plan{};
     plan.on_chip = OnChip();
+    plan.prefetch = plan.on_chip && call_.pass == Pass::kBackward && device_.trial.prefetch != 0;
     if (!plan.on_chip) TwoPasses();
     SetTiles();
     plan.walk = walk_;
@@ -104,14 +106,22 @@ class Planner {
   }
 
   bool OnChip() {
-    const int64_t most = device_.shared_bytes_per_block;
-    const int largest_cluster = device_.compute_capability >= 90 ? kPortableCluster : 1;
-    for (const int64_t segment : {kLeastSegmentBytes, kSectorBytes}) {
-      for (const int64_t sharing : {3, 2, 1}) {
-        const int64_t budget = std::min(most, device_.shared_bytes_per_multiprocessor / sharing - kReservedBytes);
-        for (int cluster = 1; cluster <= largest_cluster; cluster *= 2) {
+    const Trial& trial = device_.trial;
+    const bool lean =
+        call_.pass == Pass::kForward ? !call_.has_bias && !call_.has_shortcut : call_.activation == Activation::kRelu;
+    const int most_sharing = std::min(kWantedSharing, MostSharing(call_.pass, lean, walk_.vector));
+    for (const int64_t segment : {kLineBytes, kLeastSegmentBytes, kSectorBytes}) {
+      if (trial.segment_bytes != 0 && segment != trial.segment_bytes) continue;
+      // A wide row is not worth a multiprocessor that waits for its only block.
+      const int least_sharing = segment == kLineBytes && trial.segment_bytes == 0 ? 2 : 1;
+      for (int sharing = most_sharing; sharing >= least_sharing; --sharing) {
+        if (trial.sharing != 0 && sharing != trial.sharing) continue;
+        const int64_t budget = std::min(device_.shared_bytes_per_block,
+                                        device_.shared_bytes_per_multiprocessor / sharing - kReservedBytes);
+        for (int cluster = 1; cluster <= device_.largest_cluster; cluster *= 2) {
+          if (trial.cluster != 0 && cluster != trial.cluster) continue;
           if (!FitsOnChip(segment, budget, cluster)) continue;
-          Widen(budget);
+          if (trial.segment_bytes == 0) Widen(budget);
           Narrow();
           return true;
         }
@@ -161,7 +171,7 @@ class Planner {
     const int64_t enough = kBlocksPerProcessor * device_.multiprocessors;
     for (SetTiles(); walk_.columns > 1 && walk_.columns * walk_.lanes > kWarp; SetTiles()) {
       const bool scarce = Blocks() < device_.multiprocessors;
-      const int64_t least = scarce ? kSectorBytes : kLeastSegmentBytes;
+      const int64_t least = scarce ? kSectorBytes : kLineBytes;
       if (Blocks() >= enough || (ChannelsLast() && SegmentBytes() <= least)) return;
       walk_.columns /= 2;
     }
@@ -195,6 +205,18 @@ int CapabilityOfCode(const std::vector<int>& compiled, int device) {
 }
 
 Plan MakePlan(const Call& call, const Device& device) { return Planner(call, device).Make(); }
+
+std::string Describe(const Plan& plan, DataType data_type) {
+  const Walk& walk = plan.walk;
+  const std::string blocks = std::to_string(walk.blocks) + (walk.blocks == 1 ? " block" : " blocks");
+  std::string text = plan.on_chip ? "on chip: clusters of " + blocks : "two launches: " + blocks + " a tile";
+  text += ", " + std::to_string(walk.columns * walk.lanes) + " threads, " +
+          std::to_string(CeilDiv(plan.shared_bytes, 1024)) + " KiB each";
+  if (walk.layout == Layout::kChannelsLast) {
+    text += ", " + std::to_string(walk.columns * walk.vector * ElementBytes(data_type)) + " bytes wide";
+  }
+  return text + (plan.prefetch ? ", prefetched" : "");
+}
 
 }  // namespace cuda
 }  // namespace core

@@ -5,6 +5,7 @@
 #define TF_AGC_CC_CORE_CUDA_PLAN_H_
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "cc/core/types.h"
@@ -19,13 +20,22 @@ namespace tf_agc {
 namespace core {
 namespace cuda {
 
+// What is tried instead of the rule's choice: each that is not 0. For sweeps (tools/gpu/gpu_check.sh) alone.
+struct Trial {
+  int segment_bytes = 0;  // Of a channels_last tile: 128, 64 or 32.
+  int cluster = 0;        // Blocks.
+  int sharing = 0;        // So many blocks' shared memory fits a multiprocessor.
+  int prefetch = 0;       // Plan::prefetch, which the rule leaves out.
+};
+
 // What a plan asks of a device.
 struct Device {
-  int compute_capability;                   // Of the code that runs on it (CapabilityOfCode()): 90 for 9.0.
+  int largest_cluster;                      // 1 where the code that runs on it has none.
   int multiprocessors;                      //
   int64_t shared_bytes_per_block;           // The most that a block may opt into.
   int64_t shared_bytes_per_multiprocessor;  //
   int64_t l2_bytes;                         //
+  Trial trial = {};
 };
 
 // The compute capability whose code runs on a device, of those that the library was compiled for: the newest that is
@@ -45,10 +55,16 @@ struct Call {
   bool has_shortcut;
 };
 
-// In a block. Of on-chip kernels nvcc 13.0 gives forward 64 registers for sm_90, which leaves room for four blocks on a
-// multiprocessor; forward with a bias or a shortcut up to 98, and backward up to 126 (16 bits, eight at a time), which
-// leaves room for two.
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 256;  // In a block.
+
+// So many blocks of an on-chip kernel share a multiprocessor at most: nvcc is told, and keeps to the registers that
+// this leaves. Three is what plans aim at, so that one loads while others store; two where nvcc could keep to them only
+// by going through memory in its loops. Lean are forward without a bias and a shortcut, and backward of relu.
+constexpr int kWantedSharing = 3;
+TF_AGC_HOST_DEVICE constexpr int MostSharing(Pass pass, bool lean, int vector) {
+  if (pass == Pass::kForward) return lean ? 4 : 3;
+  return lean || vector < 8 ? 3 : 2;
+}
 
 // A thread adds at most this many terms in float before it goes on in double, which keeps the error of a mean at a few
 // units in the last place for any number of positions.
@@ -83,6 +99,8 @@ struct Plan {
   // Whether the blocks of a tile are a cluster that keeps the tile in shared memory between summing and writing, in one
   // launch. Otherwise one launch sums, and a second one reads the maps again, from the L2 cache where they fit it.
   bool on_chip;
+  // Whether, on chip, the backward pass asks for what it reads last to come to the L2 cache when it starts.
+  bool prefetch;
   int64_t tiles_per_launch;  // Of one launch, or of one pair.
   int64_t shared_bytes;      // Of each block.
   // The workspace, in doubles: sums of the blocks of tiles_per_launch tiles, then the terms of each sample for dgain,
@@ -99,11 +117,14 @@ inline int64_t WorkspaceBytes(const Plan& plan) {
 // 1. One channel is walked as channels_first and one position as channels_last: the layouts are the same there, and
 //    these are the fuller rows.
 // 2. An access is 16 bytes where that divides every row, else one element.
-// 3. On chip if the tile fits. Of all cluster sizes that let three blocks share a multiprocessor (one loads while
-//    another stores), the smallest; else those for two blocks; else for one. Clusters need compute capability 9.0. A
-//    channels_last tile is at least 64 bytes wide, or 32 (the unit of DRAM and caches) where only that fits.
+// 3. On chip if the tile fits. A channels_last tile is 128 bytes wide, a cache line, if two blocks can share a
+//    multiprocessor then; else 64, else 32, which is the unit of DRAM and caches. Of all cluster sizes that let
+//    three (or MostSharing()) blocks share one, the smallest; else those for one block less, and so on.
 // 4. Otherwise two launches, of as many tiles as half the L2 cache holds of what the first one reads.
 Plan MakePlan(const Call& call, const Device& device);
+
+// For people, as "on chip: clusters of 4 blocks, 256 threads, 53 KiB each, 64 bytes wide".
+std::string Describe(const Plan& plan, DataType data_type);
 
 // The backward pass holds dz between its two steps: in T where that is exact (dz is then dy, 0 or NaN), else in float.
 TF_AGC_HOST_DEVICE constexpr bool HoldsDzInT(Activation activation) {

@@ -19,12 +19,13 @@ namespace cuda {
 namespace {
 
 constexpr Device kDevices[] = {
-    {75, 40, 64 << 10, 64 << 10, 4 << 20},        // T4
-    {80, 108, 163 << 10, 164 << 10, 40 << 20},    // A100
-    {86, 84, 99 << 10, 100 << 10, 6 << 20},       // A40
-    {90, 132, 227 << 10, 228 << 10, 50 << 20},    // H100
-    {100, 148, 227 << 10, 228 << 10, 126 << 20},  // B200
-    {90, 2, 4 << 10, 9 << 10, 16 << 10},          // Nothing fits.
+    {1, 40, 64 << 10, 64 << 10, 4 << 20},       // T4
+    {1, 108, 163 << 10, 164 << 10, 40 << 20},   // A100
+    {1, 84, 99 << 10, 100 << 10, 6 << 20},      // A40
+    {8, 132, 227 << 10, 228 << 10, 50 << 20},   // H100
+    {8, 148, 227 << 10, 228 << 10, 126 << 20},  // B200
+    {2, 16, 227 << 10, 228 << 10, 6 << 20},     // A part of a GPU.
+    {8, 2, 4 << 10, 9 << 10, 16 << 10},         // Nothing fits.
 };
 
 struct CallOnDevice : Call {
@@ -37,8 +38,8 @@ struct CallOnDevice : Call {
            (shape.layout == Layout::kChannelsLast ? " channels_last" : " channels_first") +
            " type=" + std::to_string(static_cast<int>(data_type)) +
            " activation=" + std::to_string(static_cast<int>(activation)) + (aligned ? " aligned" : "") +
-           (has_bias ? " bias" : "") + (has_shortcut ? " shortcut" : "") + " sm_" +
-           std::to_string(device.compute_capability) + " shared=" + std::to_string(device.shared_bytes_per_block);
+           (has_bias ? " bias" : "") + (has_shortcut ? " shortcut" : "") + " clusters of " +
+           std::to_string(device.largest_cluster) + " shared=" + std::to_string(device.shared_bytes_per_block);
   }
 };
 
@@ -113,7 +114,7 @@ void CheckPlan(const CallOnDevice& call, const Plan& plan) {
   EXPECT_LE(plan.shared_bytes, std::max<int64_t>(call.device.shared_bytes_per_block, plan.on_chip ? 0 : 48 << 10));
   if (plan.on_chip) {
     EXPECT_TRUE(IsPowerOfTwo(walk.blocks));
-    EXPECT_LE(walk.blocks, call.device.compute_capability >= 90 ? 8 : 1);
+    EXPECT_LE(walk.blocks, call.device.largest_cluster);
     EXPECT_LE((walk.block_steps + walk.lanes - 1) / walk.lanes, kFloatTerms);
     EXPECT_EQ(plan.block_sums, 0);
   } else {
@@ -261,13 +262,83 @@ TEST(Rule, OneChannelAndOnePosition) {
   EXPECT_EQ(Bfloat16Forward({8, 1, 64, Layout::kChannelsFirst}, kHopper).walk.layout, Layout::kChannelsLast);
 }
 
+TEST(Rule, CacheLinesWhereTwoBlocksShare) {
+  struct {
+    Shape shape;
+    int64_t segment_bytes;
+    int blocks;
+    int sharing;
+  } const cases[] = {
+      // Positions times 128 bytes over the blocks: 49 KiB each, and the sums.
+      {{32, 56 * 56, 64, Layout::kChannelsLast}, 128, 8, 3},
+      {{32, 56 * 56, 256, Layout::kChannelsLast}, 128, 8, 3},
+      {{32, 28 * 28, 512, Layout::kChannelsLast}, 128, 2, 3},
+      {{32, 64 * 64, 256, Layout::kChannelsLast}, 128, 8, 3},
+      {{32, 72 * 72, 256, Layout::kChannelsLast}, 128, 8, 2},
+      // 196 KiB each with 128 bytes.
+      {{32, 112 * 112, 64, Layout::kChannelsLast}, 64, 8, 2},
+  };
+  for (const auto& c : cases) {
+    for (Pass pass : {Pass::kForward, Pass::kBackward}) {
+      const CallOnDevice call{{pass, c.shape, DataType::kBfloat16, Activation::kRelu, true, false, false}, kHopper};
+      SCOPED_TRACE(call.Name());
+      const Plan plan = call.MakePlan();
+      ASSERT_TRUE(plan.on_chip);
+      EXPECT_EQ(plan.walk.columns * plan.walk.vector * 2, c.segment_bytes);
+      EXPECT_EQ(plan.walk.blocks, c.blocks);
+      EXPECT_LE(plan.shared_bytes, (228 << 10) / c.sharing - 1024);
+      EXPECT_GT(plan.shared_bytes, (228 << 10) / (c.sharing + 1) - 1024);
+    }
+  }
+}
+
 TEST(Rule, SmallestClusterThatLetsThreeBlocksShare) {
-  // 56 x 56 positions of 64 bytes are 196 KiB: 49 KiB a block in a cluster of four, of the 75 that a third is.
-  const Plan plan = Bfloat16Forward({32, 56 * 56, 64, Layout::kChannelsLast}, kHopper);
-  EXPECT_TRUE(plan.on_chip);
-  EXPECT_EQ(plan.walk.blocks, 4);
-  EXPECT_LE(plan.shared_bytes, (228 << 10) / 3 - 1024);
   EXPECT_EQ(Bfloat16Forward({32, 14 * 14, 64, Layout::kChannelsLast}, kHopper).walk.blocks, 1);
+  EXPECT_EQ(Bfloat16Forward({32, 24 * 24, 64, Layout::kChannelsLast}, kHopper).walk.blocks, 2);
+}
+
+// 98 KiB and the sums fit half a multiprocessor, and not a third.
+TEST(Rule, TwoBlocksWhereRegistersAllowNoThird) {
+  Call call{};
+  call.pass = Pass::kBackward;
+  call.shape = {32, 28 * 28, 64, Layout::kChannelsLast};
+  call.data_type = DataType::kBfloat16;
+  call.aligned = true;
+  call.activation = Activation::kRelu6;
+  EXPECT_EQ(MakePlan(call, kHopper).walk.blocks, 1);
+  call.activation = Activation::kRelu;
+  EXPECT_EQ(MakePlan(call, kHopper).walk.blocks, 2);
+}
+
+TEST(Rule, SmallerClustersOnAPartOfAGpu) {
+  const Device part = kDevices[5];
+  const Plan plan = Bfloat16Forward({32, 28 * 28, 512, Layout::kChannelsLast}, part);
+  EXPECT_TRUE(plan.on_chip);
+  EXPECT_EQ(plan.walk.blocks, 2);
+  const Plan large = Bfloat16Forward({32, 56 * 56, 256, Layout::kChannelsLast}, part);
+  EXPECT_TRUE(large.on_chip);
+  EXPECT_EQ(large.walk.blocks, 2);
+  EXPECT_EQ(large.walk.columns * large.walk.vector * 2, 64);
+}
+
+TEST(Trial, OverridesTheRule) {
+  const Shape shape = {32, 56 * 56, 256, Layout::kChannelsLast};
+  Device device = kHopper;
+  EXPECT_EQ(Describe(Bfloat16Forward(shape, device), DataType::kBfloat16),
+            "on chip: clusters of 8 blocks, 256 threads, 58 KiB each, 128 bytes wide");
+  device.trial = {64, 4, 0, 1};
+  EXPECT_EQ(Describe(Bfloat16Forward(shape, device), DataType::kBfloat16),
+            "on chip: clusters of 4 blocks, 256 threads, 55 KiB each, 64 bytes wide");
+  const CallOnDevice backward{{Pass::kBackward, shape, DataType::kBfloat16, Activation::kRelu, true, false, false},
+                              device};
+  EXPECT_TRUE(backward.MakePlan().prefetch);
+  device.trial = {128, 4, 1, 0};
+  EXPECT_EQ(Bfloat16Forward(shape, device).walk.columns, 8);
+  EXPECT_EQ(Bfloat16Forward(shape, device).walk.blocks, 4);
+  // What does not fit is not on chip.
+  device.trial = {128, 1, 0, 0};
+  EXPECT_EQ(Describe(Bfloat16Forward(shape, device), DataType::kBfloat16),
+            "two launches: 7 blocks a tile, 256 threads, 6 KiB each, 128 bytes wide");
 }
 
 TEST(Rule, TwoLaunchesOfHalfTheL2Cache) {

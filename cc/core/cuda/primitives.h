@@ -82,10 +82,25 @@ TF_AGC_DEVICE void WaitForBatches(int later) {
   asm volatile("" ::: "memory");  // Not in the toolkit's: what is read next must not be read before.
 }
 
+// A hint: nothing is read.
+TF_AGC_DEVICE void PrefetchToL2(const void* address) {
+#if defined(TF_AGC_CUDA_EMULATION)
+  (void)address;
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
 // Clusters. Code compiled for less than 9.0 has none, nor has its plan: the other branches are never reached.
 TF_AGC_DEVICE void ClusterArrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
+#endif
+}
+// Without publishing what was written before. What was read before has been: whoever waits may let it go.
+TF_AGC_DEVICE void ClusterArriveRelaxed() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
 #endif
 }
 TF_AGC_DEVICE void ClusterWait() {
@@ -110,12 +125,18 @@ struct Grid {
   int cluster;                // So many neighbouring blocks form one.
   int64_t shared_bytes;       // Of each block.
   int64_t most_shared_bytes;  // That a block may opt into on this device.
+  bool holds;                 // Shared memory is what the kernel wants most of.
 };
 
 // Starts a kernel. Returns a cudaError_t.
 template <class Argument>
 int Launch(void (*kernel)(Argument), const Grid& grid, void* stream, const Argument& argument) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
+  if (grid.holds) {
+    // As many blocks as fit: what they load from elsewhere, they load once, and need no cache for. A hint.
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxShared);
+  }
   if (grid.shared_bytes > kWithoutAsking) {
     // Always the same limit: it is the kernel's, not the launch's, and another thread may be about to launch it.
     const cudaError_t error =

@@ -39,70 +39,68 @@ TF_AGC_DEVICE double AddWarps(const double* terms, int stride, int count) {
   }
 }
 
-// Adds kCount steps to sums[kSums][kMaps]. terms(inputs, i, out) gives the kSums terms of the i-th element of a step.
-template <int kCount, int kVector, int kSums, int kMaps, class S, class Inputs, class Terms>
-TF_AGC_DEVICE void AddSteps(Inputs (&inputs)[kCount], const Terms& terms, S (&sums)[kSums][kMaps]) {
-  S of_step[kSums][kVector];
+// The terms of kCount steps, added up as by AddTree, one step after the other: what one needs besides is not the next
+// one's. load(step, inputs) reads kLoads steps, or fewer where there are no more; terms(step, inputs, out) gives those
+// of one, out[kSums][kVector].
+template <class Inputs, int kCount, int kLoads, int kSums, int kVector, class S, class Load, class Terms>
+TF_AGC_DEVICE void TermsOfSteps(int step, const Inputs* inputs, const Load& load, const Terms& terms,
+                                S (&out)[kSums][kVector]) {
+  constexpr int kHalf = kCount / 2;
+  if constexpr (kCount == kLoads) {
+    Inputs loaded[kLoads];
+    load(step, loaded);
+    TermsOfSteps<Inputs, kCount, 0>(step, loaded, load, terms, out);
+  } else if constexpr (kCount == 1) {
+    terms(step, *inputs, out);
+  } else {
+    S others[kSums][kVector];
+    TermsOfSteps<Inputs, kHalf, kLoads>(step, inputs, load, terms, out);
+    TermsOfSteps<Inputs, kHalf, kLoads>(step + kHalf, inputs == nullptr ? nullptr : inputs + kHalf, load, terms,
+                                        others);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    S of_element[kSums][kCount];
+    for (int s = 0; s < kSums; ++s) {
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      S out[kSums];
-      terms(inputs[u], i, out);
-#pragma unroll
-      for (int s = 0; s < kSums; ++s) of_element[s][u] = out[s];
-    }
-#pragma unroll
-    for (int s = 0; s < kSums; ++s) of_step[s][i] = AddTree<kCount>(of_element[s]);
-  }
-#pragma unroll
-  for (int s = 0; s < kSums; ++s) {
-    if constexpr (kMaps == kVector) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) sums[s][i] += of_step[s][i];
-    } else {
-      sums[s][0] += AddTree<kVector>(of_step[s]);
+      for (int i = 0; i < kVector; ++i) out[s][i] += others[s][i];
     }
   }
 }
 
-// Adds the steps [begin, end), kUnroll at a time. wait_for(step) returns when that step and those that are loaded with
-// it can be; load(step) reads a step's inputs; after its terms are taken, keep(step, inputs).
-template <int kVector, int kSums, int kMaps, class S, class WaitFor, class Load, class Terms, class Keep>
-TF_AGC_DEVICE void SumSteps(int begin, int end, const WaitFor& wait_for, const Load& load, const Terms& terms,
-                            const Keep& keep, S (&sums)[kSums][kMaps]) {
-  using Inputs = decltype(load(0));
+// Adds kCount steps to sums[kSums][kMaps].
+template <class Inputs, int kCount, int kLoads, int kVector, int kSums, int kMaps, class S, class Load, class Terms>
+TF_AGC_DEVICE void AddSteps(int step, const Load& load, const Terms& terms, S (&sums)[kSums][kMaps]) {
+  S of_steps[kSums][kVector];
+  TermsOfSteps<Inputs, kCount, kLoads>(step, nullptr, load, terms, of_steps);
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    if constexpr (kMaps == kVector) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sums[s][i] += of_steps[s][i];
+    } else {
+      sums[s][0] += AddTree<kVector>(of_steps[s]);
+    }
+  }
+}
+
+// Adds the steps [begin, end), kUnroll at a time, of which kLoads are loaded together.
+template <class Inputs, int kLoads, int kVector, int kSums, int kMaps, class S, class Load, class Terms>
+TF_AGC_DEVICE void SumSteps(int begin, int end, const Load& load, const Terms& terms, S (&sums)[kSums][kMaps]) {
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
 #pragma unroll
     for (int i = 0; i < kMaps; ++i) sums[s][i] = S(0);
   }
   int step = begin;
-  for (; step + kUnroll <= end; step += kUnroll) {
-    wait_for(step);
-    Inputs inputs[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) inputs[u] = load(step + u);
-    AddSteps<kUnroll, kVector>(inputs, terms, sums);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) keep(step + u, inputs[u]);
-  }
-  for (; step < end; ++step) {
-    wait_for(step);
-    Inputs inputs[1] = {load(step)};
-    AddSteps<1, kVector>(inputs, terms, sums);
-    keep(step, inputs[0]);
-  }
+  for (; step + kUnroll <= end; step += kUnroll) AddSteps<Inputs, kUnroll, kLoads, kVector>(step, load, terms, sums);
+  for (; step < end; ++step) AddSteps<Inputs, 1, 1, kVector>(step, load, terms, sums);
 }
 
-// Adds all steps of a thread, in S over kFloatTerms of them and then in double.
+// Adds all steps of a thread, in S over kFloatTerms of them and then in double. load(step) reads one step's inputs.
 template <class S, class ThreadType, int kSums, class Load, class Terms>
 TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Terms& terms,
                           double (&totals)[kSums][ThreadType::kMaps]) {
   constexpr int kMaps = ThreadType::kMaps;
-  auto wait_for = [](int) {};
-  auto forget = [](int, const auto&) {};
+  using Inputs = decltype(load(0));
+  auto load_steps = [&](int step, auto& inputs) { LoadEach(step, load, inputs); };
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
 #pragma unroll
@@ -112,7 +110,7 @@ TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Term
     const int rest = thread.count - begin;
     S sums[kSums][kMaps];
     const int end = begin + (rest < kFloatTerms ? rest : kFloatTerms);
-    SumSteps<ThreadType::kVector>(begin, end, wait_for, load, terms, forget, sums);
+    SumSteps<Inputs, kUnroll, ThreadType::kVector>(begin, end, load_steps, terms, sums);
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
 #pragma unroll

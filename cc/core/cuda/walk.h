@@ -55,6 +55,39 @@ struct Thread {
   TF_AGC_DEVICE int64_t Element(int step) const { return element + step * stride; }
 };
 
+// Reads as many steps as inputs has, from `step` on: load(step) reads one.
+template <class Inputs, int kCount, class Load>
+TF_AGC_DEVICE void LoadEach(int step, const Load& load, Inputs (&inputs)[kCount]) {
+#pragma unroll
+  for (int u = 0; u < kCount; ++u) inputs[u] = load(step + u);
+}
+
+// Whether the steps of a map can be copied into shared memory asynchronously: single elements of 16 bits cannot.
+template <class T, int kVector>
+constexpr bool kCanCopy = sizeof(Vector<T, kVector>) >= 4;
+
+// Starts copies of all steps that a thread takes of a map, in batches of kUnroll, each to where slot(step) points.
+template <class ThreadType, class T, class Slot>
+TF_AGC_DEVICE void StartCopies(const ThreadType& thread, const T* from, const Slot& slot) {
+  using Step = Vector<T, ThreadType::kVector>;
+  for (int step = 0; step < thread.count; ++step) {
+    StartCopy(slot(step), reinterpret_cast<const Step*>(from + thread.Element(step)));
+    if ((step + 1) % kUnroll == 0) EndBatch();
+  }
+  EndBatch();
+}
+// Returns when that step and those of its batch have come.
+template <class ThreadType>
+TF_AGC_DEVICE void WaitForStep(const ThreadType& thread, int step) {
+  WaitForBatches(thread.count / kUnroll - step / kUnroll);
+}
+
+// Asks for all steps that a thread takes of a map to come to the L2 cache.
+template <class ThreadType, class T>
+TF_AGC_DEVICE void PrefetchSteps(const ThreadType& thread, const T* from) {
+  for (int step = 0; step < thread.count; ++step) PrefetchToL2(from + thread.Element(step));
+}
+
 // Calls write(step, inputs) for every step of a thread; the loads of several steps come before their writes.
 template <class Load, class Write>
 TF_AGC_DEVICE void WriteSteps(int count, const Load& load, const Write& write) {
@@ -62,8 +95,7 @@ TF_AGC_DEVICE void WriteSteps(int count, const Load& load, const Write& write) {
   int step = 0;
   for (; step + kUnroll <= count; step += kUnroll) {
     Inputs inputs[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) inputs[u] = load(step + u);
+    LoadEach(step, load, inputs);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) write(step + u, inputs[u]);
   }

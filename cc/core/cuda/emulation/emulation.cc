@@ -98,6 +98,7 @@ struct Barrier {
 
 struct Cluster {
   Barrier barrier;
+  char reads;  // For the sanitizer: what came before a relaxed arrival.
   int live_blocks = 0;
   std::vector<std::unique_ptr<Block>> blocks;
 };
@@ -130,6 +131,8 @@ struct Fiber {
   int64_t cluster_arrivals = 0;
   int barriers = 0;  // That it has come to.
   bool skips_cluster_wait = false;
+  bool waits_for_reads = false;  // Since its last arrival, a relaxed one.
+  bool waited_for_reads = false;
   std::vector<Copy> copies;  // In flight.
   size_t batches = 0;        // Of copies that were committed.
 };
@@ -267,6 +270,7 @@ void StartCluster(int64_t index, unsigned size, int threads, size_t shared_bytes
       fiber->priority = block_priority << 40 | warp_priority << 20 | machine.random() >> 44;
       fiber->shuffles = 0;
       fiber->cluster_arrivals = 0;
+      fiber->waited_for_reads = false;
       fiber->barriers = 0;
       MakeReady(fiber);
     }
@@ -278,6 +282,8 @@ void EndThread(Fiber* fiber) {
   if (!fiber->copies.empty()) Fail("a thread ended without waiting for its copies");
   machine.statistics.barriers = std::max(machine.statistics.barriers, fiber->barriers);
   Block* block = fiber->block;
+  // What the others have read is free to go; what they have written would not be visible.
+  if (fiber->waited_for_reads) Acquire(&block->cluster->reads);
   Release(&machine.ended);
   Release(&block->ended);
   if (block->barrier.arrived > 0 || block->warps[fiber->thread / kWarp].arrived > 0) {
@@ -381,6 +387,7 @@ using tf_agc::core::cuda::emulation::Acquire;
 using tf_agc::core::cuda::emulation::Arrive;
 using tf_agc::core::cuda::emulation::Barrier;
 using tf_agc::core::cuda::emulation::Block;
+using tf_agc::core::cuda::emulation::Cluster;
 using tf_agc::core::cuda::emulation::Copy;
 using tf_agc::core::cuda::emulation::Fail;
 using tf_agc::core::cuda::emulation::Fiber;
@@ -418,16 +425,25 @@ double __shfl_xor_sync(unsigned mask, double value, int lane_mask) {
   return block->lanes[fiber->thread ^ static_cast<unsigned>(lane_mask)]->shuffled[turn];
 }
 
-void __cluster_barrier_arrive() {
+namespace {
+
+void ArriveAtCluster(bool relaxed) {
   Fiber* fiber = machine.running;
   fiber->skips_cluster_wait = IsMissing(fiber);
   if (fiber->skips_cluster_wait) return;
-  Barrier* barrier = &fiber->block->cluster->barrier;
+  Cluster* cluster = fiber->block->cluster;
+  Barrier* barrier = &cluster->barrier;
   if (fiber->cluster_arrivals > barrier->completed) Fail("a thread arrived twice at a cluster's barrier");
-  Release(&barrier->order[fiber->cluster_arrivals % 2]);
+  fiber->waits_for_reads = relaxed;
+  Release(relaxed ? &cluster->reads : &barrier->order[fiber->cluster_arrivals % 2]);
   ++fiber->cluster_arrivals;
   Arrive(barrier);
 }
+
+}  // namespace
+
+void __cluster_barrier_arrive() { ArriveAtCluster(/*relaxed=*/false); }
+void __cluster_barrier_arrive_relaxed() { ArriveAtCluster(/*relaxed=*/true); }
 
 void __cluster_barrier_wait() {
   Fiber* fiber = machine.running;
@@ -436,7 +452,11 @@ void __cluster_barrier_wait() {
   const int64_t phase = fiber->cluster_arrivals - 1;
   if (phase < 0) Fail("a thread waits at a cluster's barrier without having arrived");
   WaitFor(barrier, phase);
-  Acquire(&barrier->order[phase % 2]);
+  if (fiber->waits_for_reads) {
+    fiber->waited_for_reads = true;
+  } else {
+    Acquire(&barrier->order[phase % 2]);
+  }
 }
 
 void* __cluster_map_shared_rank(const void* shared, unsigned rank) {
@@ -471,8 +491,8 @@ void __pipeline_wait_prior(size_t batches) {
   machine.running->copies.swap(later);
 }
 
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  machine.shared_limits[kernel] = value;
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) machine.shared_limits[kernel] = value;
   return cudaSuccess;
 }
 

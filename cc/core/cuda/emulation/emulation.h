@@ -43,6 +43,7 @@ void __syncthreads();
 double __shfl_xor_sync(unsigned mask, double value, int lane_mask);
 
 void __cluster_barrier_arrive();
+void __cluster_barrier_arrive_relaxed();  // Orders no memory, but that what was read may go after the others' wait.
 void __cluster_barrier_wait();
 void* __cluster_map_shared_rank(const void* shared, unsigned rank);
 
@@ -93,7 +94,11 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9;
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout  // A hint.
+};
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
