@@ -1,5 +1,5 @@
 // Who does what: cuts a call into tasks for the threads, chooses the instruction-set level, and adds up the parameter
-// gradients. Every sum has an order that depends on the shape alone. No vector code here.
+// gradients. Every sum has an order that depends on the shape and the type alone. No vector code here.
 
 #include "cc/core/agc.h"
 
@@ -27,9 +27,6 @@ constexpr int64_t kMinColumns = 64;
 constexpr int64_t kMaxFoldedColumns = 640;
 static_assert(kMaxFoldedColumns <= kMaxColumns);
 
-// A row of this many elements is a whole number of vectors at every level.
-constexpr int64_t kColumnMultiple = 16;
-
 constexpr int64_t kCacheLine = 64;
 
 // Channels of one task, at most. The last task of a sample may take up to twice as many.
@@ -38,22 +35,27 @@ constexpr int64_t kMaxTaskChannels = kMaxColumns / 2;
 // Samples are added up in at most this many groups, which bounds the memory for partial parameter gradients.
 constexpr int64_t kMaxGroups = 64;
 
-Chunking MakeChunking(const Shape& shape) {
+// How many positions of `channels` make a row: so many that it is whole cache lines, which are whole packs at every
+// level (simd_per_level.h), or at least whole halves of them.
+int64_t Fold(int64_t channels, int64_t element_bytes) {
+  for (int64_t multiple : {kCacheLine / element_bytes, kCacheLine / 2 / element_bytes}) {
+    for (int64_t fold = 1; fold * channels <= kMaxFoldedColumns; ++fold) {
+      if (fold * channels >= kMinColumns && fold * channels % multiple == 0) return fold;
+    }
+  }
+  return 1;  // Long enough, and the end of each row is one overlapping pack.
+}
+
+Chunking MakeChunking(const Shape& shape, int64_t element_bytes) {
   Chunking chunking{1, 0, 0};
   if (shape.layout == Layout::kChannelsLast) {
-    while (chunking.fold * shape.channels < kMinColumns || chunking.fold * shape.channels % kColumnMultiple != 0) {
-      ++chunking.fold;
-      if (chunking.fold * shape.channels > kMaxFoldedColumns) {
-        chunking.fold = 1;  // Long enough, and the end of each row is one overlapping vector.
-        break;
-      }
-    }
+    chunking.fold = Fold(shape.channels, element_bytes);
     // About a multiple of four, so that threads can share them evenly.
     const int64_t rows = CeilDiv(shape.positions, chunking.fold);
     const int64_t columns = std::min(chunking.fold * shape.channels, kMaxTaskChannels);
     const int64_t chunks = CeilDiv(rows * columns, kChunkElements);
     const int64_t chunk_rows = chunks == 1 ? rows : CeilDiv(rows, CeilDiv(chunks, 4) * 4);
-    chunking.chunk = chunking.fold * CeilDiv(chunk_rows, kTreeRows) * kTreeRows;
+    chunking.chunk = chunking.fold * CeilDiv(chunk_rows, kChunkRows) * kChunkRows;
   } else {
     chunking.chunk = kChunkElements;
   }
@@ -240,7 +242,7 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   const Loops& loops = FindLoops(level, args.data_type, Effective(args.activation, args.alpha), AddendsOf(args));
   const int64_t bytes = ElementBytes(args.data_type);
   const int64_t tensors = args.shortcut == nullptr ? 2 : 3;
-  const Chunking chunking = MakeChunking(shape);
+  const Chunking chunking = MakeChunking(shape, bytes);
   const bool stream = args.y != args.x && args.y != args.shortcut && Stream(shape, tensors, bytes);
   const Blocks blocks(shape.channels, ChannelsPerTask(shape, chunking, bytes, 1, parallel.threads));
   auto task_of = [&](int64_t sample, int64_t block, int64_t chunk) -> ForwardTask {
@@ -287,7 +289,7 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
   if (shape.batch > 0 && shape.channels > 0) {
     const Loops& loops = FindLoops(level, args.data_type, activation, AddendsOf(args));
     const int64_t inputs = args.shortcut == nullptr ? 2 : 3, outputs = inputs - 1;
-    const Chunking chunking = MakeChunking(shape);
+    const Chunking chunking = MakeChunking(shape, bytes);
     // Without a shortcut dx lies where dy or the kept tensor was, as a rule. With one, dshortcut lies there.
     const bool stream = args.shortcut != nullptr && args.dx != args.shortcut && args.dx != args.kept &&
                         Stream(shape, inputs + outputs, bytes);
