@@ -4,8 +4,7 @@
 // caches: agc.cc decides who does what.
 //
 // Why the loops look as they do:
-// - Out of the caches everything is bound by memory, so each pass touches each element once and does all it can with
-// it.
+// - Out of the caches everything is bound by memory, so each pass touches each element once and does all it can there.
 //   In them it is bound by instructions: sums and parameters of a strip of columns stay in registers while rows are
 //   walked.
 // - A strip is four vectors: of twice as many, the pieces of rows of 1 KiB and more that are read at once lie too far
@@ -30,6 +29,7 @@ constexpr int kStripVectors = 4;        // Of neighbouring columns, whose sums o
 constexpr int64_t kStripRows = 4;       // That are added in registers.
 constexpr int64_t kBlockSteps = 8;      // Sums in the compute type between two flushes to double.
 constexpr int64_t kWriteBytes = 16384;  // Of rows that are written strip by strip.
+constexpr int kLineBytes = 64;          // Of the caches.
 constexpr int64_t kMaxWriteRows = 32, kMinWriteRows = 4;
 
 inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -54,7 +54,12 @@ struct ForwardTerms {
   static constexpr int kSums = 1;
   const T* x;
 
+  void Prefetch(int64_t element) const { __builtin_prefetch(x + element); }
   void Get(int64_t element, int64_t, Pack<T>* sums) const { sums[0] = LoadPack(x + element); }
+  void Add(int64_t element, int64_t, Pack<T>* sums) const {
+    const Pack<T> next = LoadPack(x + element);
+    for (int v = 0; v < Pack<T>::kVectors; ++v) sums[0].v[v] += next.v[v];
+  }
   void GetPartial(int64_t element, int64_t count, int64_t, Pack<T>* sums) const {
     sums[0] = LoadPartial(x + element, count);
   }
@@ -72,22 +77,33 @@ struct BackwardTerms {
   const S* offset;    // mean_scale * mean, at a slot; read only where the input is kept.
   Act act;
 
-  void Get(int64_t element, int64_t slot, Pack<T>* sums) const {
+  void Prefetch(int64_t element) const {
+    __builtin_prefetch(kept + element);
+    __builtin_prefetch(dy + element);
+    if constexpr (kShortcut) __builtin_prefetch(shortcut + element);
+  }
+  void Get(int64_t element, int64_t slot, Pack<T>* sums) const { GetOrAdd<false>(element, slot, sums); }
+  void Add(int64_t element, int64_t slot, Pack<T>* sums) const { GetOrAdd<true>(element, slot, sums); }
+  template <bool kAdd>
+  void GetOrAdd(int64_t element, int64_t slot, Pack<T>* sums) const {
     Pack<T> s{};
     if constexpr (kShortcut) s = LoadPack(shortcut + element);
-    Put(LoadPack(kept + element), LoadPack(dy + element), s, slot, sums);
+    Put<kAdd>(LoadPack(kept + element), LoadPack(dy + element), s, slot, sums);
   }
   void GetPartial(int64_t element, int64_t count, int64_t slot, Pack<T>* sums) const {
     Pack<T> s{};
     if constexpr (kShortcut) s = LoadPartial(shortcut + element, count);
-    Put(LoadPartial(kept + element, count), LoadPartial(dy + element, count), s, slot, sums);
+    Put<false>(LoadPartial(kept + element, count), LoadPartial(dy + element, count), s, slot, sums);
   }
+  template <bool kAdd>
   void Put(const Pack<T>& k, const Pack<T>& d, const Pack<T>& s, int64_t slot, Pack<T>* sums) const {
     for (int v = 0; v < Pack<T>::kVectors; ++v) {
       V o{};
       if constexpr (Act::kKeepsInput) o = Load(offset + slot + v * Compute<T>::kLanes);
-      sums[0].v[v] = GradientOfZ(act, k.v[v], d.v[v]);
-      sums[1].v[v] = act.template GainTerm<kShortcut>(k.v[v], d.v[v], sums[0].v[v], o, s.v[v]);
+      const V dz = GradientOfZ(act, k.v[v], d.v[v]);
+      const V of = Act::kGainTermOfD ? d.v[v] : dz, factor = act.template GainFactor<kShortcut>(k.v[v], o, s.v[v]);
+      sums[0].v[v] = kAdd ? sums[0].v[v] + dz : dz;
+      sums[1].v[v] = kAdd ? MultiplyAdd(of, factor, sums[1].v[v]) : of * factor;
     }
   }
 };
@@ -234,11 +250,7 @@ inline void SumStrip(const Terms& terms, int64_t element, int64_t stride, int64_
     element += stride;
 #pragma GCC unroll 4
     for (int i = 0; i < kPacks; ++i) {
-      Pack<T> next[Terms::kSums];
-      terms.Get(element + i * kElements, slot + i * kElements, next);
-      for (int s = 0; s < Terms::kSums; ++s) {
-        for (int v = 0; v < Pack<T>::kVectors; ++v) sums[i][s].v[v] += next[s].v[v];
-      }
+      terms.Add(element + i * kElements, slot + i * kElements, sums[i]);
     }
   }
 #pragma GCC unroll 4
@@ -265,11 +277,20 @@ void SumRows(const Terms& caller_terms, const Rows& all, double (*totals)[kSlots
   constexpr int kPacks = kStripVectors / Pack<T>::kVectors;
   const int64_t whole = all.Whole<T>();
   BlockSums<T, Terms::kSums> block;
+  // The pieces of rows that a strip takes: shorter rows follow each other in memory, longer ones are pages of their
+  // own, and both is what the processor's prefetchers expect.
+  const int64_t row_bytes = all.stride * int64_t{sizeof(T)};
+  const bool ask_ahead = 512 <= row_bytes && row_bytes < 4096;
   Rows rows = all;
   for (int64_t left = all.count; left > 0;) {
     const bool first_block = left == all.count;
     for (int64_t step = 0; step < kBlockSteps && left > 0; ++step) {
       rows.count = Min(left, kStripRows);
+      if (ask_ahead && left > rows.count) {
+        const int64_t next = rows.element + rows.count * rows.stride,
+                      end = next + Min(left - rows.count, kStripRows) * rows.stride;
+        for (int64_t i = next; i < end; i += kLineBytes / int64_t{sizeof(T)}) terms.Prefetch(i);
+      }
       SumStrips<kPacks, T>(terms, rows, 0, step == 0, &block);
       if (whole == 0) {
         for (int64_t row = 0; row < rows.count; ++row) {
