@@ -277,8 +277,8 @@ void SumRows(const Terms& caller_terms, const Rows& all, double (*totals)[kSlots
   constexpr int kPacks = kStripVectors / Pack<T>::kVectors;
   const int64_t whole = all.Whole<T>();
   BlockSums<T, Terms::kSums> block;
-  // The pieces of rows that a strip takes: shorter rows follow each other in memory, longer ones are pages of their
-  // own, and both is what the processor's prefetchers expect.
+  // A strip takes pieces of rows. The processor's prefetchers follow these in shorter rows, and in longer ones, which
+  // are pages of their own, but not between.
   const int64_t row_bytes = all.stride * int64_t{sizeof(T)};
   const bool ask_ahead = 512 <= row_bytes && row_bytes < 4096;
   Rows rows = all;
