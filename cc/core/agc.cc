@@ -1,5 +1,5 @@
 // Who does what: cuts a call into tasks for the threads, chooses the instruction-set level, and adds up the parameter
-// gradients. Every sum has an order that depends on the shape alone. No vector code here.
+// gradients. Every sum has an order that depends on the shape and the type alone. No vector code here.
 
 #include "cc/core/agc.h"
 
@@ -27,9 +27,6 @@ constexpr int64_t kMinColumns = 64;
 constexpr int64_t kMaxFoldedColumns = 640;
 static_assert(kMaxFoldedColumns <= kMaxColumns);
 
-// A row of this many elements is a whole number of vectors at every level.
-constexpr int64_t kColumnMultiple = 16;
-
 constexpr int64_t kCacheLine = 64;
 
 // Channels of one task, at most. The last task of a sample may take up to twice as many.
@@ -38,22 +35,27 @@ constexpr int64_t kMaxTaskChannels = kMaxColumns / 2;
 // Samples are added up in at most this many groups, which bounds the memory for partial parameter gradients.
 constexpr int64_t kMaxGroups = 64;
 
-Chunking MakeChunking(const Shape& shape) {
+// How many positions of `channels` make a row: so many that it is whole cache lines, which are whole packs at every
+// level (simd_per_level.h), or at least whole halves of them.
+int64_t Fold(int64_t channels, int64_t element_bytes) {
+  for (int64_t multiple : {kCacheLine / element_bytes, kCacheLine / 2 / element_bytes}) {
+    for (int64_t fold = 1; fold * channels <= kMaxFoldedColumns; ++fold) {
+      if (fold * channels >= kMinColumns && fold * channels % multiple == 0) return fold;
+    }
+  }
+  return 1;  // Long enough, and the end of each row is one overlapping pack.
+}
+
+Chunking MakeChunking(const Shape& shape, int64_t element_bytes) {
   Chunking chunking{1, 0, 0};
   if (shape.layout == Layout::kChannelsLast) {
-    while (chunking.fold * shape.channels < kMinColumns || chunking.fold * shape.channels % kColumnMultiple != 0) {
-      ++chunking.fold;
-      if (chunking.fold * shape.channels > kMaxFoldedColumns) {
-        chunking.fold = 1;  // Long enough, and the end of each row is one overlapping vector.
-        break;
-      }
-    }
+    chunking.fold = Fold(shape.channels, element_bytes);
     // About a multiple of four, so that threads can share them evenly.
     const int64_t rows = CeilDiv(shape.positions, chunking.fold);
     const int64_t columns = std::min(chunking.fold * shape.channels, kMaxTaskChannels);
     const int64_t chunks = CeilDiv(rows * columns, kChunkElements);
     const int64_t chunk_rows = chunks == 1 ? rows : CeilDiv(rows, CeilDiv(chunks, 4) * 4);
-    chunking.chunk = chunking.fold * CeilDiv(chunk_rows, kTreeRows) * kTreeRows;
+    chunking.chunk = chunking.fold * CeilDiv(chunk_rows, kChunkRows) * kChunkRows;
   } else {
     chunking.chunk = kChunkElements;
   }
@@ -98,10 +100,18 @@ struct Blocks {
   int64_t Widest() const { return all - Begin(count - 1); }
 };
 
-// Cycles for `elements` elements of `tensors` tensors in memory, with the arithmetic hidden behind it.
-int64_t Cycles(int64_t elements, int64_t tensors, int64_t element_bytes) {
-  constexpr double kBytesPerCycle = 4;
-  return 1 + static_cast<int64_t>(static_cast<double>(elements * tensors * element_bytes) / kBytesPerCycle);
+// Cycles for `elements` elements of `tensors` tensors in the second-level cache, on x86-64-v3 and higher. Where memory
+// is slower, there are more than enough of them for all threads.
+int64_t Cycles(int64_t elements, int64_t tensors, DataType data_type, Activation activation) {
+  const double of_type = data_type == DataType::kDouble ? 0.2 : 0.1;
+  const double of_activation = activation == Activation::kElu ? 8 : 1;
+  return 1 + static_cast<int64_t>(static_cast<double>(elements * tensors) * of_type * of_activation);
+}
+
+// How many threads `parallel` gives to that work.
+int ThreadsFor(int64_t cycles, const Parallel& parallel) {
+  if (parallel.cycles_per_thread == 0) return parallel.threads;
+  return static_cast<int>(std::clamp<int64_t>(cycles / parallel.cycles_per_thread, 1, parallel.threads));
 }
 
 // body(i) for i in [0, tasks), with denormals kept. `body` has to outlive the phase: a temporary is refused.
@@ -237,19 +247,24 @@ Parallel Serial() {
 bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet level) {
   const Shape& shape = args.shape;
   if (shape.batch == 0 || shape.channels == 0) return true;
-  const Loops& loops = FindLoops(level, args.data_type, Effective(args.activation, args.alpha), AddendsOf(args));
+  const Activation activation = Effective(args.activation, args.alpha);
+  const Loops& loops = FindLoops(level, args.data_type, activation, AddendsOf(args));
   const int64_t bytes = ElementBytes(args.data_type);
   const int64_t tensors = args.shortcut == nullptr ? 2 : 3;
-  const Chunking chunking = MakeChunking(shape);
+  const Chunking chunking = MakeChunking(shape, bytes);
   const bool stream = args.y != args.x && args.y != args.shortcut && Stream(shape, tensors, bytes);
-  const Blocks blocks(shape.channels, ChannelsPerTask(shape, chunking, bytes, 1, parallel.threads));
+  auto cycles = [&](int64_t elements, int64_t of_tensors) {
+    return Cycles(elements, of_tensors, args.data_type, activation);
+  };
+  const int threads = ThreadsFor(cycles(shape.batch * shape.positions * shape.channels, tensors), parallel);
+  const Blocks blocks(shape.channels, ChannelsPerTask(shape, chunking, bytes, 1, threads));
   auto task_of = [&](int64_t sample, int64_t block, int64_t chunk) -> ForwardTask {
     return {args, chunking, stream, sample, blocks.Begin(block), blocks.End(block), chunk};
   };
   const int64_t whole_maps = shape.batch * blocks.count;
-  if (whole_maps >= parallel.threads || chunking.chunks == 1) {
+  if (whole_maps >= threads || chunking.chunks == 1) {
     auto forward = [&](int64_t task) { loops.forward(task_of(task / blocks.count, task % blocks.count, 0)); };
-    const Phase phase = MakePhase(whole_maps, Cycles(shape.positions * blocks.Widest(), tensors, bytes), forward);
+    const Phase phase = MakePhase(whole_maps, cycles(shape.positions * blocks.Widest(), tensors), forward);
     parallel.run(parallel.pool, &phase, 1);
     return true;
   }
@@ -257,7 +272,7 @@ bool Forward(const ForwardArgs& args, const Parallel& parallel, InstructionSet l
   ChunkSums sums(chunking, blocks, shape.batch, kForwardSums);
   if (!sums.Allocate()) return false;
   sums.Run(
-      parallel, Cycles(CeilDiv(shape.positions, chunking.chunks) * blocks.Widest(), 1, bytes),
+      parallel, cycles(CeilDiv(shape.positions, chunking.chunks) * blocks.Widest(), 1),
       [&](int64_t sample, int64_t block, int64_t chunk, double* of_chunk) {
         loops.forward_sum(task_of(sample, block, chunk), of_chunk);
       },
@@ -287,18 +302,21 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
   if (shape.batch > 0 && shape.channels > 0) {
     const Loops& loops = FindLoops(level, args.data_type, activation, AddendsOf(args));
     const int64_t inputs = args.shortcut == nullptr ? 2 : 3, outputs = inputs - 1;
-    const Chunking chunking = MakeChunking(shape);
+    const Chunking chunking = MakeChunking(shape, bytes);
     // Without a shortcut dx lies where dy or the kept tensor was, as a rule. With one, dshortcut lies there.
     const bool stream = args.shortcut != nullptr && args.dx != args.shortcut && args.dx != args.kept &&
                         Stream(shape, inputs + outputs, bytes);
-    const Blocks blocks(shape.channels, ChannelsPerTask(shape, chunking, bytes, inputs, parallel.threads));
+    auto cycles = [&](int64_t elements, int64_t of_tensors) {
+      return Cycles(elements, of_tensors, args.data_type, activation);
+    };
+    const int threads = ThreadsFor(cycles(shape.batch * shape.positions * shape.channels, inputs + outputs), parallel);
+    const Blocks blocks(shape.channels, ChannelsPerTask(shape, chunking, bytes, inputs, threads));
     auto task_of = [&](int64_t sample, int64_t block, int64_t chunk) -> BackwardTask {
       return {args, chunking, stream, sample, blocks.Begin(block), blocks.End(block), chunk};
     };
     const int64_t whole_maps = groups * blocks.count;
     // Threads share maps only where each sample is a group of its own: the samples of one are added one by one.
-    if (whole_maps >= parallel.threads || chunking.chunks == 1 || group_samples > 1) {
-      const int64_t cycles = Cycles(group_samples * shape.positions * blocks.Widest(), inputs + outputs, bytes);
+    if (whole_maps >= threads || chunking.chunks == 1 || group_samples > 1) {
       auto backward = [&](int64_t task) {
         const int64_t block = task % blocks.count, group = task / blocks.count;
         const int64_t last = std::min((group + 1) * group_samples, shape.batch);
@@ -306,13 +324,14 @@ bool Backward(const BackwardArgs& args, const Parallel& parallel, InstructionSet
           loops.backward(task_of(sample, block, 0), sums_of(group));
         }
       };
-      const Phase phase = MakePhase(whole_maps, cycles, backward);
+      const Phase phase =
+          MakePhase(whole_maps, cycles(group_samples * shape.positions * blocks.Widest(), inputs + outputs), backward);
       parallel.run(parallel.pool, &phase, 1);
     } else {
       ChunkSums sums(chunking, blocks, shape.batch, kBackwardSums);
       if (!sums.Allocate()) return false;
       sums.Run(
-          parallel, Cycles(CeilDiv(shape.positions, chunking.chunks) * blocks.Widest(), inputs, bytes),
+          parallel, cycles(CeilDiv(shape.positions, chunking.chunks) * blocks.Widest(), inputs),
           [&](int64_t sample, int64_t block, int64_t chunk, double* of_chunk) {
             loops.backward_sum(task_of(sample, block, chunk), of_chunk);
           },

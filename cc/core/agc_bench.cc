@@ -55,7 +55,7 @@ class Threads {
         ++worker;
       });
     };
-    return {Count(), this, run};
+    return {Count(), this, run, kCyclesPerThread};
   }
 
  private:

@@ -182,7 +182,7 @@ TEST(Job, SharedMaps) {
   };
   const Parallel threads = {4, nullptr, run};
   for (Layout layout : kLayouts) {
-    for (const Shape& shape : {Shape{1, 300007, 1, layout}, Shape{3, 5003, 37, layout}, Shape{2, 70001, 3, layout}}) {
+    for (const Shape& shape : {Shape{1, 1000003, 1, layout}, Shape{3, 5003, 37, layout}, Shape{2, 200003, 3, layout}}) {
       for (bool addends : {false, true}) {
         const Case c{shape, DataType::kFloat, Activation::kRelu, 0, addends, addends};
         CpuTensors alone(c), shared(c);

@@ -134,13 +134,15 @@ class Job {
   pthread_cond_t ended_changed_ = PTHREAD_COND_INITIALIZER;
 };
 
+// Below this, waking a thread costs more than it saves.
+constexpr int64_t kCyclesPerThread = 40000;
+
 // Parallel::run on the calling thread and on those of a pool of `threads` that come to help: schedule(function) hands
 // the pool a function without arguments. The caller may be one of the pool's own threads, and all others may be
 // callers, too: so it takes every task that nobody else has, and waits only for those that are running. Tasks do not
 // throw, and schedule() nothing but std::bad_alloc.
 template <class Schedule>
 void RunPhases(const Phase* phases, int count, int64_t threads, const Schedule& schedule) {
-  constexpr int64_t kCyclesPerThread = 40000;  // Below this, waking a thread costs more than it saves.
   int64_t tasks = 0, cycles = 0;
   for (const Phase* phase = phases; phase < phases + count; ++phase) {
     tasks = std::max(tasks, phase->tasks);

@@ -16,11 +16,11 @@ namespace core {
 // The most columns that one call of a loop takes: its sums and parameters live on the stack.
 constexpr int64_t kMaxColumns = 2048;
 
-// At most this many rows are added as a tree; chunks are whole numbers of them.
-constexpr int kTreeRows = 8;
+// Chunks are whole numbers of so many rows.
+constexpr int64_t kChunkRows = 8;
 
-// How the positions of a map are walked. It depends on the shape alone, never on threads or on the batch, because it
-// fixes the order of every sum.
+// How the positions of a map are walked. It depends on a sample's shape and its type alone, never on threads or on the
+// batch, because it fixes the order of every sum.
 //
 // channels_last: `fold` positions are taken together as one row of fold * channels columns, so that short rows fill
 // vectors. channels_first: a map is one row of `positions` elements, and fold is 1.

@@ -25,6 +25,7 @@ struct Parallel {
   int threads;
   void* pool;
   void (*run)(void* pool, const Phase* phases, int count);
+  int64_t cycles_per_thread = 0;  // Below this, `run` leaves out a thread: threads then share no map.
 };
 
 }  // namespace core

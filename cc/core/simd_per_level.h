@@ -85,6 +85,42 @@ inline V Select(Condition condition, V a, V b) {
   return condition ? a : b;
 }
 
+// a * b + c, rounded once on levels that have an instruction for it.
+inline FloatVector MultiplyAdd(FloatVector a, FloatVector b, FloatVector c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return BitCast<FloatVector>(vfmaq_f32(BitCast<float32x4_t>(c), BitCast<float32x4_t>(a), BitCast<float32x4_t>(b)));
+#else
+  return a * b + c;
+#endif
+}
+inline DoubleVector MultiplyAdd(DoubleVector a, DoubleVector b, DoubleVector c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return BitCast<DoubleVector>(vfmaq_f64(BitCast<float64x2_t>(c), BitCast<float64x2_t>(a), BitCast<float64x2_t>(b)));
+#else
+  return a * b + c;
+#endif
+}
+
+// value * factor, where all lanes of `factor` are 0 or 1.
+template <class V>
+inline V TimesZeroOrOne(V value, V factor) {
+#if defined(__AVX512F__)
+  // One product under a mask; the factor itself is never made.
+  const V zero{};
+  return Select(factor != zero, value, value * zero);
+#else
+  return value * factor;
+#endif
+}
+
 // ---- Half precision ----
 
 // 16 bits to 32. The compilers' own conversion between vectors of these widths takes two or three instructions more.
@@ -157,37 +193,6 @@ inline ShortVector FloatToHalf(FloatVector value) {
 
 // ---- bfloat16: the upper half of a float ----
 
-#if defined(__AVX512F__)
-// The words 0..15 into the upper halves of 16 floats, and back.
-inline FloatVector Bfloat16ToFloat(ShortVector value) {
-  const __m512i from = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3,
-                                        0, 2, 0, 1, 0, 0, 0);
-  return BitCast<FloatVector>(
-      _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, _mm512_zextsi256_si512(BitCast<__m256i>(value))));
-}
-inline ShortVector UpperHalves(UintVector value) {
-  const __m512i from = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
-                                        15, 13, 11, 9, 7, 5, 3, 1);
-  return BitCast<ShortVector>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(from, BitCast<__m512i>(value))));
-}
-#else
-inline FloatVector Bfloat16ToFloat(ShortVector value) { return BitCast<FloatVector>(Widen(value) << 16); }
-inline ShortVector UpperHalves(UintVector value) { return Narrow(value >> 16); }
-#endif
-
-// Rounds to nearest, ties to even. A NaN whose lower half is not 0 might carry into the sign: see QuietNan.
-inline ShortVector FloatToBfloat16(FloatVector value) {
-#if defined(__AVX512F__)
-  const __m512i v = BitCast<__m512i>(value), one = _mm512_set1_epi32(1);
-  const __m512i just_under_half = _mm512_add_epi32(v, _mm512_set1_epi32(0x7fff));
-  const __mmask16 odd = _mm512_test_epi32_mask(v, _mm512_set1_epi32(0x10000));
-  return UpperHalves(BitCast<UintVector>(_mm512_mask_add_epi32(just_under_half, odd, just_under_half, one)));
-#else
-  const UintVector bits = BitCast<UintVector>(value);
-  return UpperHalves(bits + 0x7fffu + ((bits >> 16) & 1u));
-#endif
-}
-
 // Arithmetic hands on the bits of a NaN. Those of a bfloat16 end in zeros; a parameter's may be anything, and are made
 // the usual ones where they enter, once per channel, so that the rounding above need not look for NaN in every element.
 template <class S>
@@ -247,66 +252,110 @@ inline double SumLanes(DoubleVector v) {
 
 // ---- Memory. Nothing here needs alignment. ----
 
-inline FloatVector Load(const float* from) {
-  FloatVector v;
+// What is loaded and stored at once: one vector, of bfloat16 the two that fill a vector of memory. They are its even
+// and its odd elements, which takes a shift and a mask where neighbours would take permutations.
+template <class T>
+struct Pack {
+  using V = typename Compute<T>::Vector;
+  static constexpr int kVectors = 1;
+  static constexpr int kElements = Compute<T>::kLanes;
+  V v[kVectors];
+};
+template <>
+struct Pack<Bfloat16> {
+  using V = FloatVector;
+  static constexpr int kVectors = 2;
+  static constexpr int kElements = 2 * kFloatLanes;
+  V v[kVectors];
+};
+
+// Where the vectors of a pack, one behind the other, have its element `i`.
+template <class T>
+constexpr int SlotInPack(int i) {
+  return i % Pack<T>::kVectors * Compute<T>::kLanes + i / Pack<T>::kVectors;
+}
+
+template <class T>
+inline typename Pack<T>::V SumOfVectors(const Pack<T>& pack) {
+  typename Pack<T>::V sum = pack.v[0];
+  for (int i = 1; i < Pack<T>::kVectors; ++i) sum += pack.v[i];
+  return sum;
+}
+
+inline Pack<Bfloat16> Split(UintVector bits) {
+  return {{BitCast<FloatVector>(bits << 16), BitCast<FloatVector>(bits & 0xffff0000u)}};
+}
+// Rounds to nearest, ties to even. A NaN whose lower half is not 0 might carry into the sign: see QuietNan.
+inline UintVector Join(const Pack<Bfloat16>& pack) {
+  const UintVector even = BitCast<UintVector>(pack.v[0]), odd = BitCast<UintVector>(pack.v[1]);
+#if defined(__AVX512F__)
+  // Both halves of all elements: what is cut off decides, with the last bit that stays, whether to add one.
+  const UintVector upper = (even >> 16) | (odd & 0xffff0000u), lower = (even & 0xffffu) | (odd << 16);
+  const __m512i decides = BitCast<__m512i>(lower | (upper & 0x00010001u)), u = BitCast<__m512i>(upper);
+  const __mmask32 up = _mm512_cmpgt_epu16_mask(decides, _mm512_set1_epi16(-0x8000));
+  return BitCast<UintVector>(_mm512_mask_sub_epi16(u, up, u, _mm512_set1_epi16(-1)));
+#else
+  auto rounded = [](UintVector bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); };
+  return (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u);
+#endif
+}
+
+template <class V, class S>
+inline V LoadVector(const S* from) {
+  V v;
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }
-inline DoubleVector Load(const double* from) {
-  DoubleVector v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
-}
-inline FloatVector Load(const Half* from) {
-  ShortVector v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return HalfToFloat(v);
-}
-inline FloatVector Load(const Bfloat16* from) {
-  ShortVector v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return Bfloat16ToFloat(v);
-}
+inline FloatVector Load(const float* from) { return LoadVector<FloatVector>(from); }
+inline DoubleVector Load(const double* from) { return LoadVector<DoubleVector>(from); }
+
+inline Pack<float> LoadPack(const float* from) { return {{Load(from)}}; }
+inline Pack<double> LoadPack(const double* from) { return {{Load(from)}}; }
+inline Pack<Half> LoadPack(const Half* from) { return {{HalfToFloat(LoadVector<ShortVector>(from))}}; }
+inline Pack<Bfloat16> LoadPack(const Bfloat16* from) { return Split(LoadVector<UintVector>(from)); }
 
 inline void Store(float* to, FloatVector v) { __builtin_memcpy(to, &v, sizeof v); }
 inline void Store(double* to, DoubleVector v) { __builtin_memcpy(to, &v, sizeof v); }
-inline void Store(Half* to, FloatVector v) {
-  const ShortVector half = FloatToHalf(v);
+
+inline void StorePack(float* to, const Pack<float>& pack) { Store(to, pack.v[0]); }
+inline void StorePack(double* to, const Pack<double>& pack) { Store(to, pack.v[0]); }
+inline void StorePack(Half* to, const Pack<Half>& pack) {
+  const ShortVector half = FloatToHalf(pack.v[0]);
   __builtin_memcpy(to, &half, sizeof half);
 }
-inline void Store(Bfloat16* to, FloatVector v) {
-  const ShortVector bfloat16 = FloatToBfloat16(v);
-  __builtin_memcpy(to, &bfloat16, sizeof bfloat16);
+inline void StorePack(Bfloat16* to, const Pack<Bfloat16>& pack) {
+  const UintVector bits = Join(pack);
+  __builtin_memcpy(to, &bits, sizeof bits);
 }
 
 // Stores past the caches: memory that is written whole need not be read first. `to` is aligned to kStreamBytes<T>; a
 // thread calls StreamFence() before another one may read. Where a level has no such store of this width, they are
 // plain.
 template <class T>
-constexpr int64_t kStreamBytes = Compute<T>::kLanes * int64_t{sizeof(T)};
+constexpr int64_t kStreamBytes = Pack<T>::kElements * int64_t{sizeof(T)};
 
 #if defined(__AVX512F__)
-inline void StoreStreaming(float* to, FloatVector v) { _mm512_stream_ps(to, v); }
-inline void StoreStreaming(double* to, DoubleVector v) { _mm512_stream_pd(to, v); }
-inline void StoreStreaming(Half* to, FloatVector v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), BitCast<__m256i>(FloatToHalf(v)));
+inline void StreamPack(float* to, const Pack<float>& pack) { _mm512_stream_ps(to, pack.v[0]); }
+inline void StreamPack(double* to, const Pack<double>& pack) { _mm512_stream_pd(to, pack.v[0]); }
+inline void StreamPack(Half* to, const Pack<Half>& pack) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), BitCast<__m256i>(FloatToHalf(pack.v[0])));
 }
-inline void StoreStreaming(Bfloat16* to, FloatVector v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), BitCast<__m256i>(FloatToBfloat16(v)));
+inline void StreamPack(Bfloat16* to, const Pack<Bfloat16>& pack) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), BitCast<__m512i>(Join(pack)));
 }
 #elif defined(__AVX2__)
-inline void StoreStreaming(float* to, FloatVector v) { _mm256_stream_ps(to, v); }
-inline void StoreStreaming(double* to, DoubleVector v) { _mm256_stream_pd(to, v); }
-inline void StoreStreaming(Half* to, FloatVector v) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to), BitCast<__m128i>(FloatToHalf(v)));
+inline void StreamPack(float* to, const Pack<float>& pack) { _mm256_stream_ps(to, pack.v[0]); }
+inline void StreamPack(double* to, const Pack<double>& pack) { _mm256_stream_pd(to, pack.v[0]); }
+inline void StreamPack(Half* to, const Pack<Half>& pack) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), BitCast<__m128i>(FloatToHalf(pack.v[0])));
 }
-inline void StoreStreaming(Bfloat16* to, FloatVector v) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to), BitCast<__m128i>(FloatToBfloat16(v)));
+inline void StreamPack(Bfloat16* to, const Pack<Bfloat16>& pack) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), BitCast<__m256i>(Join(pack)));
 }
 #else
-template <class T, class V>
-inline void StoreStreaming(T* to, V v) {
-  Store(to, v);
+template <class T>
+inline void StreamPack(T* to, const Pack<T>& pack) {
+  StorePack(to, pack);
 }
 #endif
 
@@ -316,42 +365,42 @@ inline void StreamFence() {
 #endif
 }
 
-// The first `count` lanes, fewer than a vector has; the others are zero. Slow but on the highest level: for what is
+// The first `count` elements, fewer than a pack has; the others are zero. Slow but on the highest level: for what is
 // left over once per map.
 template <class T>
-inline typename Compute<T>::Vector LoadPartial(const T* from, int64_t count) {
-  T buffer[Compute<T>::kLanes] = {};
+inline Pack<T> LoadPartial(const T* from, int64_t count) {
+  T buffer[Pack<T>::kElements] = {};
   __builtin_memcpy(buffer, from, static_cast<size_t>(count) * sizeof(T));
-  return Load(buffer);
+  return LoadPack(buffer);
 }
 template <class T>
-inline void StorePartial(T* to, int64_t count, typename Compute<T>::Vector v) {
-  T buffer[Compute<T>::kLanes];
-  Store(buffer, v);
+inline void StorePartial(T* to, int64_t count, const Pack<T>& pack) {
+  T buffer[Pack<T>::kElements];
+  StorePack(buffer, pack);
   __builtin_memcpy(to, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
 #if defined(__AVX512F__)
 // Masked lanes are not touched, so these do not reach beyond the array.
-inline FloatVector LoadPartial(const float* from, int64_t count) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+inline Pack<float> LoadPartial(const float* from, int64_t count) {
+  return {{_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from)}};
 }
-inline ShortVector LoadShortsPartial(const void* from, int64_t count) {
-  return BitCast<ShortVector>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from));
+inline Pack<Half> LoadPartial(const Half* from, int64_t count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+  return {{HalfToFloat(BitCast<ShortVector>(bits))}};
 }
-inline FloatVector LoadPartial(const Half* from, int64_t count) { return HalfToFloat(LoadShortsPartial(from, count)); }
-inline FloatVector LoadPartial(const Bfloat16* from, int64_t count) {
-  return Bfloat16ToFloat(LoadShortsPartial(from, count));
+inline Pack<Bfloat16> LoadPartial(const Bfloat16* from, int64_t count) {
+  return Split(BitCast<UintVector>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << count) - 1), from)));
 }
-inline void StorePartial(float* to, int64_t count, FloatVector v) {
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), v);
+inline void StorePartial(float* to, int64_t count, const Pack<float>& pack) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), pack.v[0]);
 }
-inline void StoreShortsPartial(void* to, int64_t count, ShortVector v) {
-  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), BitCast<__m256i>(v));
+inline void StorePartial(Half* to, int64_t count, const Pack<Half>& pack) {
+  const __m256i bits = BitCast<__m256i>(FloatToHalf(pack.v[0]));
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), bits);
 }
-inline void StorePartial(Half* to, int64_t count, FloatVector v) { StoreShortsPartial(to, count, FloatToHalf(v)); }
-inline void StorePartial(Bfloat16* to, int64_t count, FloatVector v) {
-  StoreShortsPartial(to, count, FloatToBfloat16(v));
+inline void StorePartial(Bfloat16* to, int64_t count, const Pack<Bfloat16>& pack) {
+  _mm512_mask_storeu_epi16(to, static_cast<__mmask32>((1u << count) - 1), BitCast<__m512i>(Join(pack)));
 }
 #endif
 

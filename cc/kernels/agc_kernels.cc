@@ -21,7 +21,7 @@ core::Parallel ParallelOf(tensorflow::OpKernelContext* context) {
     auto* threads = static_cast<tensorflow::thread::ThreadPool*>(pool);
     core::RunPhases(phases, count, threads->NumThreads(), [&](auto help) { threads->Schedule(std::move(help)); });
   };
-  return {workers->num_threads, workers->workers, run};
+  return {workers->num_threads, workers->workers, run, core::kCyclesPerThread};
 }
 
 struct Cpu {

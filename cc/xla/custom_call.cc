@@ -54,7 +54,7 @@ core::Parallel ParallelOf(ffi::ThreadPool* pool) {
     core::RunPhases(phases, count, threads->num_threads(), [&](auto help) { threads->Schedule(std::move(help)); });
   };
   // Where XLA runs without a pool it says 0.
-  return {static_cast<int>(std::max<int64_t>(pool->num_threads(), 1)), pool, run};
+  return {static_cast<int>(std::max<int64_t>(pool->num_threads(), 1)), pool, run, core::kCyclesPerThread};
 }
 
 core::DataType DataTypeOf(const Buffer& maps) {
