@@ -5,13 +5,17 @@ headers and libraries under TensorFlow's own label names. Nothing about our own 
 
 The interpreter is --repo_env=TF_AGC_PYTHON, or python3. TF_AGC_ENVIRONMENT names what is installed in it: a new value
 makes Bazel look at the interpreter again. tools/setup.sh sets both in .bazelrc.configured.
+
+--repo_env=TF_AGC_TENSORFLOW is the folder of the same TensorFlow for another processor, whose headers and libraries are
+taken in place of the interpreter's: tools/build_aarch64.sh.
 """
 
-_ENVIRON = ["TF_AGC_PYTHON", "TF_AGC_ENVIRONMENT"]
+_ENVIRON = ["TF_AGC_PYTHON", "TF_AGC_ENVIRONMENT", "TF_AGC_TENSORFLOW"]
 
+# Not what pip says, which spells a version between releases in another way: this is compared when the library is loaded.
 _TENSORFLOW_VERSION = """
-import importlib.metadata
-print(importlib.metadata.version("tensorflow"))
+import tensorflow as tf
+print(tf.__version__)
 """
 
 # sysconfig knows the compile flags from the library itself, so TensorFlow has to be imported here.
@@ -155,6 +159,9 @@ alias(
 
 def _tensorflow_repository_impl(repository_ctx):
     include, library, flags = _ask_python(repository_ctx, _TENSORFLOW_FILES)[-3:]
+    if repository_ctx.os.environ.get("TF_AGC_TENSORFLOW"):
+        library = repository_ctx.os.environ["TF_AGC_TENSORFLOW"]
+        include = library + "/include"
     repository_ctx.symlink(include, "include")
     for name in ["libtensorflow_framework.so.2", "libtensorflow_cc.so.2"]:
         repository_ctx.symlink(library + "/" + name, name)

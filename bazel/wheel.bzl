@@ -9,6 +9,7 @@ def _wheel_impl(ctx):
     arguments.add(ctx.file.make_wheel)
     arguments.add_all(ctx.files.libraries, before_each = "--library")
     arguments.add("--tensorflow_version", TENSORFLOW_VERSION)
+    arguments.add("--platform", ctx.attr.platform)
     arguments.add("--output", directory.path)
     arguments.add_all(ctx.files.srcs)
     ctx.actions.run(
@@ -33,6 +34,10 @@ wheel = rule(
             mandatory = True,
             allow_single_file = True,
             doc = "The program that makes the wheel.",
+        ),
+        "platform": attr.string(
+            mandatory = True,
+            doc = "What sysconfig.get_platform() says where the libraries run.",
         ),
         "srcs": attr.label_list(
             mandatory = True,

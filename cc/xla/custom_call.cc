@@ -20,8 +20,10 @@
 #include "cc/core/cuda/agc_cuda.h"
 #endif
 
-// Exported by TensorFlow's libraries, declared in none of their public headers.
-extern "C" const XLA_FFI_Api* XLA_FFI_GetApi();
+// Declared in a header that includes far more of XLA. TensorFlow's libraries for aarch64 do not export XLA_FFI_GetApi.
+namespace xla::ffi {
+const XLA_FFI_Api* GetXlaFfiApi();
+}  // namespace xla::ffi
 
 namespace tf_agc {
 namespace xla_calls {
@@ -230,7 +232,7 @@ XLA_FFI_DEFINE_HANDLER(kBackwardOnGpuHandler, BackwardOnGpu,
 #endif  // TF_AGC_CUDA
 
 std::string RegisterOne(const char* name, const char* platform, XLA_FFI_Handler* handler) {
-  const XLA_FFI_Api* api = XLA_FFI_GetApi();
+  const XLA_FFI_Api* api = ffi::GetXlaFfiApi();
   XLA_FFI_Error* error = ffi::Ffi::RegisterStaticHandler(api, name, platform, handler);
   if (error == nullptr) return "";
   const std::string message = ffi::internal::GetErrorMessage(api, error);

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import errno
 import pathlib
+import re
 import resource
 import shutil
 import sys
@@ -16,10 +17,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.framework import versions_pb2
+from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_library  # stands for the wrapper of a custom op's library
 
 import tf_agc
 from agc_testing import EPSILON, python
+from serving import server_ops
 from tf_agc import AutomaticGainControl, export, export_check, graph_marks, native, reference, saved_graph
 
 pytestmark = pytest.mark.usefixtures("fresh_keras")
@@ -177,11 +181,17 @@ for model in where.iterdir():
 
 
 @pytest.fixture(scope="module")
-def answered(tmp_path_factory):
+def where(tmp_path_factory):
+    """The directory of the exports of all models."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def answered(where):
     """The models, their answers here, and those of their portable exports in one process without tf_agc."""
     if not native.STATUS.available:
         pytest.fail(f"this test needs the native library: {native.STATUS.reason}")
-    where, models = tmp_path_factory.mktemp("models"), {}
+    models = {}
     for name, make in MODELS.items():
         keras.utils.set_random_seed(1)
         model = make()
@@ -211,6 +221,60 @@ def test_a_portable_model_answers_without_tf_agc(answered, name):
         assert np.abs(value).max() > 1e-3
         # Two layers of each kind: a handful of roundings each.
         np.testing.assert_allclose(got[key], value, rtol=0, atol=16 * epsilon * np.abs(value).max())
+
+
+def _saved_model(version):
+    return saved_model_pb2.SavedModel.FromString((version / "saved_model.pb").read_bytes())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_oldest_stock_server_knows_all_of_it(answered, where, name):
+    saved_model = _saved_model(where / name / "1")
+    assert server_ops.unknown(saved_model) == []
+    # What TensorFlow Serving looks for, besides.
+    assert saved_model.saved_model_schema_version == 1
+    (meta_graph_def,) = saved_model.meta_graphs
+    assert list(meta_graph_def.meta_info_def.tags) == ["serve"]
+    nodes = {node.name for node in meta_graph_def.graph_def.node}
+    signature = meta_graph_def.signature_def["serving_default"]
+    assert signature.method_name == "tensorflow/serving/predict"
+    assert signature.inputs and signature.outputs
+    for tensor in (*signature.inputs.values(), *signature.outputs.values()):
+        assert tensor.name.partition(":")[0] in nodes
+
+
+@pytest.mark.parametrize(
+    "op, attributes, message",
+    [
+        ("TfAgc>Agc", {}, "the op TfAgc>Agc is not in server_ops.txt: server_ops.py says how it comes there"),
+        ("Relu", {"T": 1, "turbo": 1}, "the op Relu has no attribute turbo"),
+        ("Relu", {"T": 20}, "the attribute T of the op Relu must be one of .*DT_HALF.*, got DT_RESOURCE$"),
+        ("Relu", {}, "the op Relu must have the attribute T"),
+    ],
+)
+def test_what_a_stock_server_does_not_know(op, attributes, message):
+    saved_model = saved_model_pb2.SavedModel()
+    graph_def = saved_model.meta_graphs.add().graph_def
+    graph_def.versions.producer = tf.version.GRAPH_DEF_VERSION
+    node = graph_def.library.function.add().node_def.add(op=op)
+    for name, value in attributes.items():
+        node.attr[name].type = value
+    (sentence,) = server_ops.unknown(saved_model)
+    assert re.match(message, sentence)
+
+
+@pytest.mark.parametrize(
+    "versions, message",
+    [
+        ({"producer": 9999, "min_consumer": 9999}, "the graph needs a consumer of version 9999, the release is "),
+        ({"producer": -1}, "the graph's producer is -1, the release reads those from 0"),
+    ],
+)
+def test_graphs_that_a_stock_server_does_not_read(versions, message):
+    saved_model = saved_model_pb2.SavedModel()
+    saved_model.meta_graphs.add().graph_def.versions.MergeFrom(versions_pb2.VersionDef(**versions))
+    (sentence,) = server_ops.unknown(saved_model)
+    assert sentence.startswith(message)
 
 
 def _ops(version):
@@ -1113,6 +1177,7 @@ def test_standardized_kernels_are_constants(portable, dtype, tmp_path):
     assert set(_makers(version)) == {"Const"}
     # What computed them is gone.
     assert "Rsqrt" not in _ops(version)
+    assert not portable or server_ops.unknown(_saved_model(version)) == []
 
 
 def test_gains_are_in_the_kernels(tmp_path):

@@ -2,7 +2,6 @@
 
 import email
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import venv
 import zipfile
 
 import pytest
+import tensorflow as tf
 
 import tf_agc
 from tf_agc import native
@@ -142,9 +142,8 @@ def test_metadata(dist_info):
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == "<3.14,>=3.10"
     # The native library is used with the TensorFlow that it was built for and no other.
-    tensorflow = importlib.metadata.version("tensorflow")
     assert fields.get_all("Requires-Dist") == [
-        f"tensorflow=={tensorflow}",
+        f"tensorflow=={tf.__version__}",
         "keras>=3.12",
         "rich",
         *(f'{package}; extra == "plot"' for package in ("matplotlib", "tensorboard")),
@@ -164,7 +163,7 @@ def test_holds_the_package_and_nothing_else(content):
 
 def test_records_the_tensorflow_version(content):
     recorded = (content / OPS).with_name("tensorflow_version.txt").read_text(encoding="utf-8")
-    assert recorded == importlib.metadata.version("tensorflow") + "\n"
+    assert recorded == tf.__version__ + "\n"
 
 
 def _sha256(file):
@@ -181,8 +180,9 @@ def test_same_inputs_give_the_same_bytes(wheel, tmp_path):
     for source in sources:
         shutil.copyfile(ROOT / source, elsewhere / source)
     libraries = [f"--library={ROOT / 'bazel-bin' / 'cc' / pathlib.Path(name).name}" for name in (XLA, OPS)]
-    version = f"--tensorflow_version={importlib.metadata.version('tensorflow')}"
-    command = [sys.executable, ROOT / "tools" / "make_wheel.py", *libraries, version, f"--output={tmp_path / 'made'}"]
+    made_for = [f"--tensorflow_version={tf.__version__}", f"--platform={sysconfig.get_platform()}"]
+    options = [*libraries, *made_for, f"--output={tmp_path / 'made'}"]
+    command = [sys.executable, ROOT / "tools" / "make_wheel.py", *options]
     subprocess.run([*command, *sources], check=True, cwd=elsewhere, env={"TZ": "Asia/Tokyo"}, umask=0o077)
     (made,) = (tmp_path / "made").iterdir()
     assert made.name == wheel.name

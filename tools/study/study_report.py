@@ -298,8 +298,8 @@ def _memory_figure(runs: list[Run]) -> Figure:
     figure, [[axes]] = _panels(1, height=2 + len(sizes))
     for row, size in enumerate(sizes):
         for index, method in enumerate(TITLES):
-            if (*size, method) in groups:
-                peak = statistics.median(run.peak_mib for run in groups[(*size, method)])
+            if found := groups.get((*size, method)):
+                peak = statistics.median(run.peak_mib for run in found)
                 axes.barh(row + 0.13 * (index - 2.5), peak, 0.12, color=_COLORS[method], label=TITLES[method])
     axes.set_yticks(range(len(sizes)), [f"{network}, {batch}" for network, batch in sizes])
     axes.invert_yaxis()
