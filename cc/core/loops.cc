@@ -230,7 +230,7 @@ struct BlockSums {
       const S* from = values[s] + slot;
       double* to = totals[s] + slot;
       if (first) {
-        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i]);
+        for (int64_t i = 0; i < count; ++i) to[i] = 0.0 + static_cast<double>(from[i]);  // -0 becomes 0.
       } else {
         for (int64_t i = 0; i < count; ++i) to[i] += static_cast<double>(from[i]);
       }
