@@ -326,7 +326,7 @@ class Plan:
         for holder in model_graph.sublayers(model):
             if model_graph.is_graph(holder) or (id(holder) in called and _hands_in(holder)):
                 continue
-            for layer in holder._layers:
+            for layer in model_graph.held_layers(holder):
                 if isinstance(layer, keras.layers.BatchNormalization):
                     norm = self._norm(layer, paths[id(layer)])
                     norm.in_code = True

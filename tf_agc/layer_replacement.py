@@ -212,6 +212,7 @@ def _retrace(
     tensors.update((id(x), x) for x in model.inputs)
     trace(nodes, tensors, call)
     before = model.layers
+    own = model._layers is not model._tracker.config["layers"][1]  # with Keras 3.12
     outputs = keras.tree.map_structure(lambda tensor: tensors[id(tensor)], model._outputs_struct)
     made = keras.Model(model._inputs_struct, outputs)
     # The model's own __setattr__ would wrap and track them.
@@ -219,28 +220,44 @@ def _retrace(
     for layer in before:
         if all(layer is not each for each in made.layers):
             model._tracker.untrack(layer)
+    if own:
+        with _unlocked(model):
+            model._layers = model.layers
 
 
 def _replace_in_trackers(layers: list[keras.Layer], replaced: dict[int, keras.Layer]) -> None:
     for holder in layers:
-        # A Sequential model has a list of its own besides the tracker's.
-        for held in {id(x): x for x in (holder._tracker.config["layers"][1], holder._layers)}.values():
-            held[:] = [replaced.get(id(layer), layer) for layer in held]
+        tracked, own = holder._tracker.config["layers"][1], holder._layers
+        tracked[:] = [replaced.get(id(layer), layer) for layer in tracked]
         stored = holder._tracker.stored_ids["layers"]
         for old in stored & replaced.keys():
             stored.remove(old)
             stored.add(id(replaced[old]))
+        # A Sequential model has a list of its own besides the tracker's; with Keras 3.12 a Functional one too, which
+        # TensorFlow watches: it is never changed in place.
+        if own is not tracked and any(id(layer) in replaced for layer in own):
+            with _unlocked(holder):
+                holder._layers = [replaced.get(id(layer), layer) for layer in own]
 
 
 def _replace_in_attributes(holder: keras.Layer, replaced: dict[int, keras.Layer], tensors: dict[int, Any]) -> None:
+    with _unlocked(holder):
+        for name, value in _attributes(holder):
+            new = _replace_in(value, replaced, tensors)
+            if new is not value:
+                setattr(holder, name, new)
+
+
+@contextlib.contextmanager
+def _unlocked(holder: keras.Layer) -> Iterator[None]:
+    """A built layer takes no new layers, but here."""
     locked = holder._tracker.locked
     holder._tracker.unlock()
-    for name, value in _attributes(holder):
-        new = _replace_in(value, replaced, tensors)
-        if new is not value:
-            setattr(holder, name, new)
-    if locked:
-        holder._tracker.lock()
+    try:
+        yield
+    finally:
+        if locked:
+            holder._tracker.lock()
 
 
 def _attributes(holder: keras.Layer) -> list[tuple[str, Any]]:

@@ -30,15 +30,27 @@ def is_of_keras(operation: Any, *names: str) -> bool:
     return type(operation).__module__.startswith("keras.") and type(operation).__name__ in names
 
 
+def held_layers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers that a layer holds itself; private, as Keras has no public way to list them."""
+    if isinstance(layer, keras.Sequential):
+        return list(layer._layers)  # its tracker has the graph that is made of them too
+    # With Keras 3.12 a Functional model's own list has the layers of its graph, and not those in attributes.
+    return list({id(each): each for each in (*layer._layers, *layer._tracker.config["layers"][1])}.values())
+
+
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
-    """The layer itself and all layers in it; private, as Keras has no public way to list them."""
-    return layer._flatten_layers()
+    """The layer itself and all layers in it."""
+    found = {id(layer): layer}
+    for each in held_layers(layer):
+        for inner in sublayers(each):
+            found.setdefault(id(inner), inner)
+    return list(found.values())
 
 
 def sublayer_paths(layer: keras.Layer, prefix: str = "") -> list[tuple[str, keras.Layer]]:
     """All layers in a layer, each with the names of those that hold it ("encoder/norm")."""
     found: dict[int, tuple[str, keras.Layer]] = {}
-    for each in layer._layers:
+    for each in held_layers(layer):
         path = prefix + each.name
         for inner_path, inner in [(path, each), *sublayer_paths(each, f"{path}/")]:
             found.setdefault(id(inner), (inner_path, inner))

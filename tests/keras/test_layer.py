@@ -361,14 +361,24 @@ def test_other_dtypes_are_cast_to_the_compute_dtype(dtype, policy, autocast):
     np.testing.assert_array_equal(tf.cast(y, "float64"), tf.cast(want, "float64"))
 
 
+class _ConstraintOf(keras.constraints.Constraint):
+    """Keras 3.12 takes no function."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, weight):
+        return self._function(weight)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize(
     "constraint",
     [
-        lambda gain: tf.clip_by_value(gain, -1, 0),
-        lambda gain: tf.where(tf.abs(gain) < 1e-4, tf.zeros_like(gain), gain),  # pruning
-        lambda gain: tf.cast(tf.nn.relu(gain + tf.zeros([], gain.dtype)), gain.dtype),
+        _ConstraintOf(lambda gain: tf.clip_by_value(gain, -1, 0)),
+        _ConstraintOf(lambda gain: tf.where(tf.abs(gain) < 1e-4, tf.zeros_like(gain), gain)),  # pruning
+        _ConstraintOf(lambda gain: tf.cast(tf.nn.relu(gain + tf.zeros([], gain.dtype)), gain.dtype)),
     ],
     ids=["negative", "small", "positive"],
 )
@@ -384,14 +394,16 @@ def test_a_constraint_that_fails_says_so_when_it_is_used():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        layer = AutomaticGainControl("relu", gain_constraint=constraint, dtype="bfloat16")
+        layer = AutomaticGainControl("relu", gain_constraint=_ConstraintOf(constraint), dtype="bfloat16")
         layer.build((None, 4, 3))
     with pytest.raises(tf.errors.InvalidArgumentError, match="gains must be positive"):
         layer.gain_constraint(-layer.gain.value)
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu"])
-@pytest.mark.parametrize("constraint", ["non_neg", lambda gain: tf.clip_by_value(gain, 0, 2)], ids=["non_neg", "clip"])
+@pytest.mark.parametrize(
+    "constraint", ["non_neg", _ConstraintOf(lambda gain: tf.clip_by_value(gain, 0, 2))], ids=["non_neg", "clip"]
+)
 def test_constraints_that_can_give_a_gain_of_zero(activation, constraint):
     message = (
         "The gain_constraint of AutomaticGainControl can make gains exactly 0, and with the activation "

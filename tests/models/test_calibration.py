@@ -356,7 +356,11 @@ def test_constant_maps_that_differ_are_not_constant_where_part_of_their_mean_sta
 
 
 def test_the_constraint_has_the_last_word():
-    layer = AutomaticGainControl("relu", gain_constraint=lambda gain: tf.minimum(gain, 1.0))
+    class AtMostOne(keras.constraints.Constraint):
+        def __call__(self, gain):
+            return tf.minimum(gain, 1.0)
+
+    layer = AutomaticGainControl("relu", gain_constraint=AtMostOne())
     model = keras.Sequential([keras.Input((9, 10, 3)), layer])
     x = _X * np.array([0.1, 10, 0.01], np.float32)
     table = calibrate(model, x)

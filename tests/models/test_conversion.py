@@ -654,7 +654,11 @@ def test_a_class_that_hands_arguments_on_to_its_own_constructor(kind, fresh):
         NeedsMoreByName: "NeedsMoreByName.__init__() missing 1 required keyword-only argument: 'filters'",
     }[kind]
     reason = f"copied without its class {kind.__name__}, which cannot make it again: {missing}"
-    assert [(row.layer, row.reason) for row in conversion_table(model)] == [("norm", ""), ("mine", reason)]
+    table = [(row.layer, row.reason) for row in conversion_table(model)]
+    if kind is NeedsMore and keras.__version__.startswith("3.12."):  # which tries another way
+        assert table[1][1].startswith(reason.replace(missing, "Unable to revive model from config."))
+        reason = table[1][1]
+    assert table == [("norm", ""), ("mine", reason)]
     with _warning(f"mine: {reason}"):
         converted = convert(model)
     assert not isinstance(converted, kind) and isinstance(converted.get_layer("norm"), AutomaticGainControl)

@@ -302,9 +302,11 @@ def test_a_custom_layer_that_keras_builds(tmp_path):
     inputs = keras.Input((8, 9, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras's, that the layer has no build()
-        converted = _convert_and_check(
-            keras.Model(inputs, LazyBlock(name="lazy")(inputs)), tmp_path, agc=2, standardized=0
-        )
+        model = keras.Model(inputs, LazyBlock(name="lazy")(inputs))
+        _randomize(model)
+        if not np.array_equal(_saved_and_loaded(model, tmp_path)(_X), model(_X)):
+            pytest.skip(f"Keras {keras.__version__} does not save the weights of layers in lists of lists")
+        converted = _convert_and_check(model, tmp_path, agc=2, standardized=0)
     lazy = converted.get_layer("lazy")
     assert isinstance(lazy.steps[1][0], AutomaticGainControl)
     assert isinstance(lazy.by_name["last"][0], AutomaticGainControl)

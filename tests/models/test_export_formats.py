@@ -127,11 +127,14 @@ def saved(tmp_path, native_required):
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 def test_keras_s_own_ways(saved):
     where, expected = saved
-    python("-c", _WAYS, where, "exported", "archive", "exported.tflite", "from_keras_model.tflite")
+    tflite = ["from_keras_model.tflite"]
+    if not keras.__version__.startswith("3.12."):  # which has no format="litert"
+        tflite.append("exported.tflite")
+    python("-c", _WAYS, where, "exported", "archive", *tflite)
     python("-c", _LOAD, where, "exported", "archive")
     for way in ("exported", "archive"):
         _assert_same(np.load(where / f"{way}.npy"), expected)
-    for way in ("exported.tflite", "from_keras_model.tflite"):
+    for way in tflite:
         interpreter = tf.lite.Interpreter(model_content=(where / way).read_bytes())
         (answer,) = interpreter.get_signature_runner()(image=X).values()
         _assert_same(answer, expected)
