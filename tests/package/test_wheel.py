@@ -27,7 +27,7 @@ XLA = "tf_agc/native_library/libtf_agc_xla.so"
 
 # What each library exports, and what it needs of TensorFlow.
 EXPORTED = {
-    OPS: ["TfAgcCounters", "TfAgcCudaBuild", "TfAgcInstructionSet", "TfAgcResetCounters"],
+    OPS: ["TfAgcCounters", "TfAgcCudaBuild", "TfAgcGpuProblem", "TfAgcInstructionSet", "TfAgcResetCounters"],
     XLA: ["TfAgcXlaCounters", "TfAgcXlaResetCounters", "TfAgcXlaUseGpuCalls"],
 }
 TENSORFLOW = {
