@@ -24,7 +24,7 @@ import tensorflow as tf
 from keras.src.export.export_utils import get_input_signature
 from keras.src.models import Functional
 
-from tf_agc import graph_marks, saved_graph
+from tf_agc import graph_marks, model_graph, saved_graph
 from tf_agc.export_check import Endpoint, Tensors, check_answers, name_outputs
 from tf_agc.forward_pass import agc_layers
 from tf_agc.implementation import implementation, native_where_free_to_choose
@@ -226,7 +226,7 @@ def _input_specs(model: keras.Model) -> Any:
         raise ValueError(f"the call() of model '{model.name}' takes more than one input ({', '.join(missing)}): {cure}")
     # Keras drops a batch size. A Sequential without keras.Input has that of its first call, and takes others: only
     # states make it a fixed one.
-    stateful = any(getattr(layer, "stateful", False) for layer in model._flatten_layers())
+    stateful = any(getattr(layer, "stateful", False) for layer in model_graph.sublayers(model))
     if isinstance(model, Functional) or (isinstance(model, keras.Sequential) and stateful):
         sizes = [tensor.shape[0] for tensor in model.inputs]
         flat = [

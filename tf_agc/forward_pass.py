@@ -12,13 +12,13 @@ import ml_dtypes  # a dependency of TensorFlow and Keras; NumPy's finfo knows no
 import numpy as np
 import tensorflow as tf
 
+from tf_agc import model_graph
 from tf_agc.layer import AutomaticGainControl, Observer
 
 
 def agc_layers(model: keras.Model) -> list[AutomaticGainControl]:
     """Every AutomaticGainControl layer of a model, those inside nested models and custom layers included."""
-    # Private, as Keras has no public way to list layers inside custom layers and nested models.
-    return [layer for layer in model._flatten_layers() if isinstance(layer, AutomaticGainControl)]
+    return [layer for layer in model_graph.sublayers(model) if isinstance(layer, AutomaticGainControl)]
 
 
 def convert_batch(batch: Any) -> Any:
@@ -156,7 +156,7 @@ def _dense_values(leaf: Any) -> tf.Tensor:
 def _state(model: keras.Model) -> list[keras.Variable]:
     weights = {id(weight) for layer in agc_layers(model) for weight in layer.weights}
     state = [variable for variable in model.non_trainable_variables if id(variable) not in weights]
-    for layer in model._flatten_layers():
+    for layer in model_graph.sublayers(model):
         # Keras counts these among no layer's variables.
         if isinstance(layer, keras.layers.RNN) and layer.stateful and layer.states is not None:
             state.extend(keras.tree.flatten(layer.states))

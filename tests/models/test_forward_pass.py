@@ -60,6 +60,28 @@ def test_others_do_not_warn(model, batch):
         tf_agc.calibrate(model, batch)
 
 
+class _HeldInAttributes(keras.Model):
+    """A functional model that holds a layer of its graph, and one that its graph does not have."""
+
+    def __init__(self):
+        inputs = keras.Input((6, 7, 3))
+        first = tf_agc.AutomaticGainControl(name="first")
+        super().__init__(inputs, first(inputs))
+        self.second = tf_agc.AutomaticGainControl("relu", name="second")
+
+    def call(self, x):
+        return self.second(super().call(x))
+
+
+def test_layers_in_attributes_of_a_functional_model():
+    # With Keras 3.12 its own lists miss them.
+    model = _HeldInAttributes()
+    model(_batch(1))
+    table = tf_agc.calibrate(model, 7 * _batch(8))
+    assert [row.layer for row in table] == [layer.path for layer in (model.get_layer("first"), model.second)]
+    assert np.all(model.second.gain.numpy() > 1) and np.all(model.get_layer("first").gain.numpy() < 1)
+
+
 ANOTHER_TENSORFLOW = """
 from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
 
