@@ -100,7 +100,10 @@ test_one() {
   PYTHON=$(find_python "$2")
   export PYTHON
   "${checkout}/tools/test.sh" --tensorflow "$1" "${@:3}" >"${log}" 2>&1 </dev/null || status=1
-  result=$(tail -n 1 "${log}" | sed 's/^=* *//; s/ *=*$//')
+  # pytest's summary, after which it lets out what TensorFlow wrote to stderr before the first test; without one, what the
+  # suite ended with.
+  result=$(sed -n 's/^==* \(.*[0-9] \(passed\|failed\|error\).*[^ =]\) *=*$/\1/p' "${log}" | tail -n 1)
+  [[ -n ${result} ]] || result=$(tail -n 1 "${log}")
   has=$(versions "$1") || true
   row="${has:-| $1 | | $2 |} ${result} |"
   ((status != 0)) || printf '%s\n' "${wanted}" "${row}" >"${passed}"
