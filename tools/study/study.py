@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import queue
 import subprocess
 import sys
 import threading
@@ -297,8 +298,13 @@ def run_plan(options: argparse.Namespace) -> None:
 
         with concurrent.futures.ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
             futures = {pool.submit(train, number, cell): cell for number, cell in enumerate(todo, 1)}
+            # In the order in which they end, so that one that fails loses none that were finished before it.
+            ended: queue.SimpleQueue[concurrent.futures.Future] = queue.SimpleQueue()
+            for future in futures:
+                future.add_done_callback(ended.put)
             try:
-                for future in concurrent.futures.as_completed(futures):
+                for _ in futures:
+                    future = ended.get()
                     cell = futures[future]
                     run = add_run(cell, future.result(), options.work_dir, results, described)
                     print(
