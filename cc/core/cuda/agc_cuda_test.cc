@@ -511,6 +511,25 @@ TEST(Workspace, GrowsForABiasAlone) {
 
 // ---- That these tests would find what they look for ----
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+
+// Runs a kernel as one cluster of two blocks, each a warp.
+template <class Argument>
+cudaError_t LaunchClusterOfTwo(size_t shared_bytes, void (*kernel)(Argument), const Argument& argument) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2);
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, argument);
+}
+
+#endif
+
 #if defined(__SANITIZE_ADDRESS__)
 
 TEST(SharedMemory, IsNotLeft) {
@@ -523,20 +542,11 @@ TEST(SharedMemory, IsNotLeft) {
 }
 
 TEST(SharedMemory, IsNotReadAfterItsBlock) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {2, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(2);
-  config.blockDim = dim3(32);
-  config.dynamicSmemBytes = 48;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   void (*kernel)(int*) = [](int* out) {
     *out = *static_cast<const unsigned char*>(__cluster_map_shared_rank(emulation::SharedMemory(), 1 - blockIdx.x));
   };
   int out;
-  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, &out), "AddressSanitizer: use-after-poison");
+  EXPECT_DEATH(LaunchClusterOfTwo(48, kernel, &out), "AddressSanitizer: use-after-poison");
 }
 
 #else
@@ -607,18 +617,7 @@ void ReadOther(bool publish) {
 
 TEST(RelaxedArrival, PublishesNothing) {
   testing::FLAGS_gtest_death_test_style = "threadsafe";
-  auto run = [](bool publish) {
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {2, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(2);
-    config.blockDim = dim3(32);
-    config.dynamicSmemBytes = 32 * sizeof(int);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    std::exit(cudaLaunchKernelEx(&config, &ReadOther, publish));
-  };
+  auto run = [](bool publish) { std::exit(LaunchClusterOfTwo(32 * sizeof(int), &ReadOther, publish)); };
   EXPECT_EXIT(run(true), testing::ExitedWithCode(0), "");
   EXPECT_EXIT(run(false), testing::ExitedWithCode(66), "ThreadSanitizer: data race");
 }
