@@ -29,10 +29,9 @@
 //   parts into shared memory, add, exchange their sums through distributed shared memory, and write from shared memory.
 //   Where it does not fit, one launch adds and a second one reads again, from the L2 cache (plan.h has the rule).
 // - x forward and dy backward are copied asynchronously (cp.async): a tile's loads are all in flight at once and take
-// no
-//   registers, and those that have come are added while others are on their way. dz is held where dy came to. Backward,
-//   what was kept and the shortcut have no place of their own in shared memory: they go through registers, 64 bytes of
-//   them at a time, and so do single elements of 16 bits, which cp.async does not take.
+//   no registers, and those that have come are added while others are on their way. dz is held where dy came to.
+//   Backward, what was kept and the shortcut have no place of their own in shared memory: they go through registers, 64
+//   bytes of them at a time, and so do single elements of 16 bits, which cp.async does not take.
 // - What a map needs beside its sum, its parameters, is read before the barriers, which hide how long that takes.
 // - One walk serves both layouts: a thread follows a column step by step (plan.h). In shared memory each thread holds
 //   the slots that it filled itself, side by side with its neighbours': no bank conflicts, no barrier before reading.
