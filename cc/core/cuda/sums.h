@@ -94,8 +94,9 @@ TF_AGC_DEVICE void SumSteps(int begin, int end, const Load& load, const Terms& t
   for (; step < end; ++step) AddSteps<Inputs, 1, 1, kVector>(step, load, terms, sums);
 }
 
-// Adds all steps of a thread, in S over kFloatTerms of them and then in double. load(step) reads one step's inputs.
-template <class S, class ThreadType, int kSums, class Load, class Terms>
+// Adds all steps of a thread, in S over kFloatTerms of them and then in double. load(step) reads one step's inputs, and
+// kLoads steps are loaded together.
+template <class S, int kLoads, class ThreadType, int kSums, class Load, class Terms>
 TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Terms& terms,
                           double (&totals)[kSums][ThreadType::kMaps]) {
   constexpr int kMaps = ThreadType::kMaps;
@@ -110,7 +111,7 @@ TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Term
     const int rest = thread.count - begin;
     S sums[kSums][kMaps];
     const int end = begin + (rest < kFloatTerms ? rest : kFloatTerms);
-    SumSteps<Inputs, kUnroll, ThreadType::kVector>(begin, end, load_steps, terms, sums);
+    SumSteps<Inputs, kLoads, ThreadType::kVector>(begin, end, load_steps, terms, sums);
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
 #pragma unroll

@@ -4,6 +4,7 @@
 #define TF_AGC_CC_CORE_CUDA_WALK_H_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cc/core/cuda/plan.h"
 #include "cc/core/cuda/primitives.h"
@@ -19,6 +20,8 @@ template <int kVector_, Layout kLayout>
 struct Thread {
   static constexpr int kVector = kVector_;
   static constexpr int kMaps = kLayout == Layout::kChannelsLast ? kVector : 1;  // That one step touches.
+  // channels_first, a thread passes at most one step of every other thread of its block: an int holds that.
+  using Stride = std::conditional_t<kLayout == Layout::kChannelsLast, int64_t, int>;
 
   int64_t tile;
   int block;  // Of the tile.
@@ -26,7 +29,7 @@ struct Thread {
   int lane;
   int64_t map;      // The first one, n * channels + c; -1 where the column is past the end.
   int64_t element;  // Of the first step.
-  int64_t stride;   // Elements from one of the thread's steps to its next.
+  Stride stride;    // Elements from one of the thread's steps to its next.
   int count;        // Of steps.
 
   TF_AGC_DEVICE explicit Thread(const Walk& walk, int64_t first_tile) {
@@ -49,10 +52,10 @@ struct Thread {
                 ? 0
                 : static_cast<int>((static_cast<uint32_t>(end - first) - 1) / static_cast<unsigned>(walk.lanes) + 1);
     element = map < 0 ? 0 : FirstElement(walk, map) + first * StepElements(walk);
-    stride = walk.lanes * StepElements(walk);
+    stride = static_cast<Stride>(walk.lanes * StepElements(walk));
   }
 
-  TF_AGC_DEVICE int64_t Element(int step) const { return element + step * stride; }
+  TF_AGC_DEVICE int64_t Element(int step) const { return element + int64_t{step} * stride; }
 };
 
 // Reads as many steps as inputs has, from `step` on: load(step) reads one.
