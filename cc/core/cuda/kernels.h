@@ -49,6 +49,8 @@
 //   mean's does.
 // - Forward, shortcuts are read where y is written. Backward, they are read for the sums alone, and dshortcut is the dz
 //   that is held, or computed again, where dx is written.
+// - Backward, AddSamples is a dependent launch where code of 9.0 runs: it starts while the last blocks of the kernel
+//   before write, and waits for that one's memory before it reads.
 //
 // Not run on a GPU yet: the tests run this source on the CPU (emulation/emulation.h), and its speed is unknown.
 
@@ -78,6 +80,14 @@ struct LaunchArgs {
   double* dz_sums;      // [batch][channels], the last of these; null without a bias.
   bool prefetch;        // Plan's.
 };
+
+// Backward, when a block's sums are where AddSamples finds them. What is left to the last blocks is to write maps,
+// which takes longer than a launch. An earlier place would gain nothing: all blocks must have come to it, and so have
+// started.
+template <class PassType>
+TF_AGC_DEVICE void LetAddSamplesStart() {
+  if constexpr (PassType::kPass == Pass::kBackward) LetDependentLaunchStart();
+}
 
 // What stands for the elements of an input that a kernel does not have.
 struct Absent {};
@@ -165,6 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads, MostSharing(PassType::kPass, Pass
     // This block has read what it needs of the others: FinishTile() has used it, and ended with a barrier.
     ClusterArriveRelaxed();
   }
+  LetAddSamplesStart<PassType>();
   S own[kParameters][kMaps];
   ReadParameters(walk, thread, parameters, own);
   PassType::WriteHeld(launch, thread, shared + layout.held, own);
@@ -206,6 +217,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     return sum;
   };
   FinishTile<PassType>(launch, thread.tile, of_first, thread.block == 0, total, parameters);
+  LetAddSamplesStart<PassType>();
   S own[kParameters][ThreadType::kMaps];
   ReadParameters(walk, thread, parameters, own);
   PassType::WriteAgain(launch, thread, own);

@@ -23,9 +23,13 @@ int LaunchWalk(const Plan& plan, const Device& device, LaunchArgs<typename PassT
   for (int64_t tile = 0; tile < plan.walk.tiles; tile += plan.tiles_per_launch) {
     const int64_t rest = plan.walk.tiles - tile;
     const int64_t blocks = (rest < plan.tiles_per_launch ? rest : plan.tiles_per_launch) * plan.walk.blocks;
-    const Grid grid{
-        blocks,      threads, plan.on_chip ? plan.walk.blocks : 1, plan.shared_bytes, device.shared_bytes_per_block,
-        plan.on_chip};
+    const Grid grid{blocks,
+                    threads,
+                    plan.on_chip ? plan.walk.blocks : 1,
+                    plan.shared_bytes,
+                    device.shared_bytes_per_block,
+                    /*holds=*/plan.on_chip,
+                    /*dependent=*/false};
     launch.first_tile = tile;
     int error;
     if (plan.on_chip) {

@@ -35,6 +35,7 @@ struct Device {
   int64_t shared_bytes_per_block;           // The most that a block may opt into.
   int64_t shared_bytes_per_multiprocessor;  //
   int64_t l2_bytes;                         //
+  bool dependent_launches = false;          // Whether a launch may start before the one before it is done: from 9.0 on.
   Trial trial = {};
 };
 

@@ -119,6 +119,23 @@ TF_AGC_DEVICE const E* OfRank(const E* shared, int rank) {
 #endif
 }
 
+// Launches that depend on the one before. They start while it runs, once each of its blocks has let them or is done.
+// Older code has none, nor is it launched so.
+TF_AGC_DEVICE void LetDependentLaunchStart() {
+#if __CUDA_ARCH__ >= 900 && !defined(TF_AGC_CUDA_EMULATION)
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Returns when the launch before is done and what it has written is visible. All threads must call it: otherwise the
+// launch might be done before the one before is.
+TF_AGC_DEVICE void WaitForLaunchBefore() {
+#if defined(TF_AGC_CUDA_EMULATION)
+  emulation::WaitForLaunchBefore();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 struct Grid {
   int64_t blocks;
   int threads;                // Of each block.
@@ -126,6 +143,7 @@ struct Grid {
   int64_t shared_bytes;       // Of each block.
   int64_t most_shared_bytes;  // That a block may opt into on this device.
   bool holds;                 // Shared memory is what the kernel wants most of.
+  bool dependent;             // On the launch before, for which it waits itself: WaitForLaunchBefore().
 };
 
 // Starts a kernel. Returns a cudaError_t.
@@ -144,18 +162,27 @@ int Launch(void (*kernel)(Argument), const Grid& grid, void* stream, const Argum
                              static_cast<int>(grid.most_shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (grid.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (grid.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, argument));
 }
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <memory>
 #include <queue>
@@ -78,6 +79,7 @@ class Unseen {
 
 struct Block;
 struct Fiber;
+struct Grid;
 
 struct Copy {
   void* to;
@@ -97,6 +99,7 @@ struct Barrier {
 };
 
 struct Cluster {
+  Grid* grid;
   Barrier barrier;
   char reads;  // For the sanitizer: what came before a relaxed arrival.
   int live_blocks = 0;
@@ -143,8 +146,32 @@ struct ByKey {
   }
 };
 
+// A launch.
+struct Grid {
+  std::function<void()> run;
+  int64_t clusters;
+  unsigned cluster_size;
+  int threads;
+  size_t shared_bytes;
+  Schedule schedule;
+  int launch;    // Since SetSchedule().
+  size_t count;  // Since TakeStatistics().
+
+  std::mt19937_64 random;
+  bool by_priority = false;
+  std::priority_queue<std::pair<uint64_t, Fiber*>, std::vector<std::pair<uint64_t, Fiber*>>, ByKey> ready;
+  std::vector<int64_t> order;  // In which clusters start.
+  size_t next = 0;
+  std::vector<std::unique_ptr<Cluster>> live;
+  Grid* before = nullptr;       // A dependent launch: the one that it depends on, until that is done.
+  std::vector<Fiber*> waiting;  // For that one.
+  char begun, ended;            // For the sanitizer.
+  char* before_ended = nullptr;
+};
+
 struct Machine {
   Schedule schedule;
+  int launches = 0;  // Since SetSchedule().
   Statistics statistics;
   std::map<const void*, int> shared_limits;
 
@@ -154,14 +181,7 @@ struct Machine {
   void* scheduler_resume[5];
   void* scheduler_fiber = nullptr;
 
-  // Of the launch.
-  void (*call)(const void*) = nullptr;
-  const void* context = nullptr;
-  std::mt19937_64 random;
-  bool by_priority = false;
-  std::priority_queue<std::pair<uint64_t, Fiber*>, std::vector<std::pair<uint64_t, Fiber*>>, ByKey> ready;
-  std::vector<std::unique_ptr<Cluster>> clusters;
-  char begun, ended;  // For the sanitizer.
+  std::unique_ptr<Grid> queued;  // Launched, and not run yet.
 };
 Machine machine;
 
@@ -181,6 +201,7 @@ __attribute__((noinline)) void SwitchToFiber(Fiber* fiber) {
   machine.running = fiber;
   threadIdx = dim3(fiber->thread);
   blockIdx = dim3(fiber->block->index);
+  blockDim = dim3(static_cast<unsigned>(fiber->block->cluster->grid->threads));
   if (__builtin_setjmp(machine.scheduler_resume) != 0) return;
   SwitchSanitizer(fiber->sanitizer_fiber);
   if (machine.running->started) Jump(machine.running->resume);
@@ -209,12 +230,21 @@ Fiber* NewFiber() {
   return fiber;
 }
 
-void MakeReady(Fiber* fiber) { machine.ready.push({machine.by_priority ? fiber->priority : machine.random(), fiber}); }
+Grid* GridOf(const Fiber* fiber) { return fiber->block->cluster->grid; }
+
+void MakeReady(Fiber* fiber) {
+  Grid* grid = GridOf(fiber);
+  grid->ready.push({grid->by_priority ? fiber->priority : grid->random(), fiber});
+}
 
 // ---- Barriers ----
 
 // Returns whether this is the barrier to leave out.
-bool IsMissing(Fiber* fiber) { return fiber->barriers++ == machine.schedule.missing_barrier; }
+bool IsMissing(Fiber* fiber) {
+  const Grid& grid = *GridOf(fiber);
+  const bool here = grid.schedule.missing_launch < 0 || grid.schedule.missing_launch == grid.launch;
+  return fiber->barriers++ == grid.schedule.missing_barrier && here;
+}
 
 void Complete(Barrier* barrier) {
   barrier->arrived = 0;
@@ -238,9 +268,12 @@ void WaitFor(Barrier* barrier, int64_t phase) {
 
 // ---- Blocks and their threads ----
 
-void StartCluster(int64_t index, unsigned size, int threads, size_t shared_bytes) {
-  machine.clusters.push_back(std::make_unique<Cluster>());
-  Cluster* cluster = machine.clusters.back().get();
+void StartCluster(Grid* grid, int64_t index) {
+  const unsigned size = grid->cluster_size;
+  const int threads = grid->threads;
+  grid->live.push_back(std::make_unique<Cluster>());
+  Cluster* cluster = grid->live.back().get();
+  cluster->grid = grid;
   cluster->barrier.size = static_cast<int>(size) * threads;
   cluster->live_blocks = static_cast<int>(size);
   for (unsigned rank = 0; rank < size; ++rank) {
@@ -253,21 +286,21 @@ void StartCluster(int64_t index, unsigned size, int threads, size_t shared_bytes
     block->barrier.size = threads;
     block->warps.resize(static_cast<size_t>((threads + kWarp - 1) / kWarp));
     for (Barrier& warp : block->warps) warp.size = kWarp;
-    block->shared_bytes = shared_bytes;
-    block->shared = static_cast<unsigned char*>(std::malloc(shared_bytes));
-    std::memset(block->shared, kNaN, shared_bytes);
+    block->shared_bytes = grid->shared_bytes;
+    block->shared = static_cast<unsigned char*>(std::malloc(block->shared_bytes));
+    std::memset(block->shared, kNaN, block->shared_bytes);
     // Whole blocks, then whole warps, before or behind others.
-    const uint64_t block_priority = machine.random() >> 44;
+    const uint64_t block_priority = grid->random() >> 44;
     uint64_t warp_priority = 0;
     for (int thread = 0; thread < threads; ++thread) {
-      if (thread % kWarp == 0) warp_priority = machine.random() >> 44;
+      if (thread % kWarp == 0) warp_priority = grid->random() >> 44;
       if (machine.idle.empty()) machine.idle.push_back(NewFiber());
       Fiber* fiber = machine.idle.back();
       machine.idle.pop_back();
       block->lanes.push_back(fiber);
       fiber->block = block;
       fiber->thread = static_cast<unsigned>(thread);
-      fiber->priority = block_priority << 40 | warp_priority << 20 | machine.random() >> 44;
+      fiber->priority = block_priority << 40 | warp_priority << 20 | grid->random() >> 44;
       fiber->shuffles = 0;
       fiber->cluster_arrivals = 0;
       fiber->waited_for_reads = false;
@@ -280,11 +313,17 @@ void StartCluster(int64_t index, unsigned size, int threads, size_t shared_bytes
 // In the context of the thread that ends.
 void EndThread(Fiber* fiber) {
   if (!fiber->copies.empty()) Fail("a thread ended without waiting for its copies");
-  machine.statistics.barriers = std::max(machine.statistics.barriers, fiber->barriers);
   Block* block = fiber->block;
+  Grid* grid = block->cluster->grid;
+  {
+    const Unseen unseen;
+    std::vector<int>& barriers = machine.statistics.barriers;
+    if (barriers.size() <= grid->count) barriers.resize(grid->count + 1);
+    barriers[grid->count] = std::max(barriers[grid->count], fiber->barriers);
+  }
   // What the others have read is free to go; what they have written would not be visible.
   if (fiber->waited_for_reads) Acquire(&block->cluster->reads);
-  Release(&machine.ended);
+  Release(&grid->ended);
   Release(&block->ended);
   if (block->barrier.arrived > 0 || block->warps[fiber->thread / kWarp].arrived > 0) {
     Fail("a thread ended while others of its block wait for it");
@@ -299,8 +338,9 @@ void EndThread(Fiber* fiber) {
 // What every fiber does, one thread after the other.
 void RunThreads() {
   for (;;) {
-    Acquire(&machine.begun);
-    machine.call(machine.context);
+    Grid* grid = GridOf(machine.running);
+    Acquire(&grid->begun);
+    grid->run();
     EndThread(machine.running);
     const Unseen unseen;
     machine.idle.push_back(machine.running);
@@ -308,7 +348,7 @@ void RunThreads() {
   }
 }
 
-void FreeEndedClusters() {
+void FreeEndedClusters(Grid* grid) {
   auto ended = [](const std::unique_ptr<Cluster>& cluster) {
     if (cluster->live_blocks > 0) return false;
     for (const auto& block : cluster->blocks) {
@@ -317,52 +357,88 @@ void FreeEndedClusters() {
     }
     return true;
   };
-  machine.clusters.erase(std::remove_if(machine.clusters.begin(), machine.clusters.end(), ended),
-                         machine.clusters.end());
+  grid->live.erase(std::remove_if(grid->live.begin(), grid->live.end(), ended), grid->live.end());
 }
 
-void RunGrid(int64_t clusters, unsigned cluster_size, int threads, size_t shared_bytes) {
+// Runs a launch until it is done, or until all that lives of it waits for the launch before.
+void Run(Grid* grid) {
   const Unseen unseen;
-  machine.random.seed(machine.schedule.seed);
-  machine.by_priority = machine.schedule.seed % 2 == 1;
-  blockDim = dim3(static_cast<unsigned>(threads));
   if (__tsan_get_current_fiber != nullptr) machine.scheduler_fiber = __tsan_get_current_fiber();
-  std::vector<int64_t> order(static_cast<size_t>(clusters));
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
-  std::shuffle(order.begin(), order.end(), machine.random);
-
-  Release(&machine.begun);
-  for (size_t next = 0;;) {
-    FreeEndedClusters();
-    while (next < order.size() && static_cast<int64_t>(machine.clusters.size()) < kResidentClusters) {
-      StartCluster(order[next++], cluster_size, threads, shared_bytes);
+  for (;;) {
+    FreeEndedClusters(grid);
+    while (grid->next < grid->order.size() && static_cast<int64_t>(grid->live.size()) < kResidentClusters) {
+      StartCluster(grid, grid->order[grid->next++]);
     }
-    if (machine.clusters.empty()) break;
+    if (grid->live.empty()) break;
     auto live = [](const std::unique_ptr<Cluster>& cluster) { return cluster->live_blocks > 0; };
-    while (std::all_of(machine.clusters.begin(), machine.clusters.end(), live)) {
-      if (machine.ready.empty()) Fail("every thread waits at a barrier that the others never reach");
-      Fiber* fiber = machine.ready.top().second;
-      machine.ready.pop();
+    while (std::all_of(grid->live.begin(), grid->live.end(), live)) {
+      if (grid->ready.empty()) {
+        if (!grid->waiting.empty()) return;
+        Fail("every thread waits at a barrier that the others never reach");
+      }
+      Fiber* fiber = grid->ready.top().second;
+      grid->ready.pop();
       SwitchToFiber(fiber);
     }
   }
-  Acquire(&machine.ended);
+}
+
+void RunQueued() {
+  if (machine.queued == nullptr) return;
+  const Unseen unseen;
+  Run(machine.queued.get());
+  Acquire(&machine.queued->ended);
+  machine.queued = nullptr;
+}
+
+// What a dependent launch does before its threads wait comes before all that the launch before it does.
+void RunDependent(std::unique_ptr<Grid> grid) {
+  const Unseen unseen;
+  Run(grid.get());
+  Run(machine.queued.get());
+  grid->before = nullptr;
+  for (Fiber* fiber : std::exchange(grid->waiting, {})) MakeReady(fiber);
+  Run(grid.get());
+  Acquire(&grid->ended);
+  RunQueued();  // It is done: only to end it.
 }
 
 }  // namespace
 
 unsigned char* SharedMemory() { return machine.running->block->shared; }
 
-void SetSchedule(const Schedule& schedule) { machine.schedule = schedule; }
+void WaitForLaunchBefore() {
+  Fiber* fiber = machine.running;
+  if (IsMissing(fiber)) return;
+  Grid* grid = GridOf(fiber);
+  if (grid->before != nullptr) {
+    const Unseen unseen;
+    grid->waiting.push_back(fiber);
+    SwitchToScheduler();
+  }
+  if (grid->before_ended != nullptr) Acquire(grid->before_ended);
+}
+
+void SetSchedule(const Schedule& schedule) {
+  machine.schedule = schedule;
+  machine.launches = 0;
+}
 
 Statistics TakeStatistics() { return std::exchange(machine.statistics, Statistics{}); }
 
-cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, void (*call)(const void* context),
-                         const void* context) {
+cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> run) {
   constexpr unsigned kMostThreads = 1024, kMostCluster = 8, kMostBlocks = 0x7fffffff;
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   unsigned cluster = 1;
-  for (unsigned i = 0; i < config.numAttrs; ++i) cluster = config.attrs[i].val.clusterDim.x;
+  bool dependent = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      cluster = attribute.val.clusterDim.x;
+    } else {
+      dependent = attribute.val.programmaticStreamSerializationAllowed != 0;
+    }
+  }
   const auto limit = machine.shared_limits.find(kernel);
   const size_t most_shared =
       limit == machine.shared_limits.end() ? kSharedWithoutAsking : static_cast<size_t>(limit->second);
@@ -371,10 +447,30 @@ cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, v
     return cudaErrorInvalidConfiguration;
   }
   if (config.dynamicSmemBytes > most_shared) return cudaErrorInvalidValue;
-  ++machine.statistics.launches;
-  machine.call = call;
-  machine.context = context;
-  RunGrid(config.gridDim.x / cluster, cluster, static_cast<int>(config.blockDim.x), config.dynamicSmemBytes);
+
+  if (!dependent) RunQueued();
+  auto grid = std::make_unique<Grid>();
+  grid->run = std::move(run);
+  grid->clusters = config.gridDim.x / cluster;
+  grid->cluster_size = cluster;
+  grid->threads = static_cast<int>(config.blockDim.x);
+  grid->shared_bytes = config.dynamicSmemBytes;
+  grid->schedule = machine.schedule;
+  grid->launch = machine.launches++;
+  grid->count = static_cast<size_t>(machine.statistics.launches++);
+  grid->random.seed(machine.schedule.seed);
+  grid->by_priority = machine.schedule.seed % 2 == 1;
+  for (int64_t i = 0; i < grid->clusters; ++i) grid->order.push_back(i);
+  std::shuffle(grid->order.begin(), grid->order.end(), grid->random);
+  Release(&grid->begun);
+  if (dependent) ++machine.statistics.dependent_launches;
+  if (machine.queued == nullptr) {
+    machine.queued = std::move(grid);
+  } else {
+    grid->before = machine.queued.get();
+    grid->before_ended = &machine.queued->ended;
+    RunDependent(std::move(grid));
+  }
   return cudaSuccess;
 }
 
@@ -395,6 +491,7 @@ using tf_agc::core::cuda::emulation::IsMissing;
 using tf_agc::core::cuda::emulation::kWarp;
 using tf_agc::core::cuda::emulation::machine;
 using tf_agc::core::cuda::emulation::Release;
+using tf_agc::core::cuda::emulation::RunQueued;
 using tf_agc::core::cuda::emulation::Unseen;
 using tf_agc::core::cuda::emulation::WaitFor;
 
@@ -493,6 +590,11 @@ void __pipeline_wait_prior(size_t batches) {
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) machine.shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize() {
+  RunQueued();
   return cudaSuccess;
 }
 

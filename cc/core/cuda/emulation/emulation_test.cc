@@ -32,7 +32,23 @@ cudaError_t Launch(void (*kernel)(KernelArgs), unsigned blocks, unsigned threads
   config.dynamicSmemBytes = shared_bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, KernelArgs{out});
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, KernelArgs{out});
+  cudaDeviceSynchronize();
+  return error;
+}
+
+// Launches `first`, and `second` as one that depends on it, of one block each.
+void LaunchDependent(void (*first)(KernelArgs), void (*second)(KernelArgs), int* out) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(32);
+  config.attrs = &attribute;
+  ASSERT_EQ(cudaLaunchKernelEx(&config, first, KernelArgs{out}), cudaSuccess);
+  config.numAttrs = 1;
+  ASSERT_EQ(cudaLaunchKernelEx(&config, second, KernelArgs{out}), cudaSuccess);
+  cudaDeviceSynchronize();
 }
 
 int* SharedInts() { return reinterpret_cast<int*>(SharedMemory()); }
@@ -155,6 +171,41 @@ TEST(AsynchronousCopy, ArrivesWithItsBatch) {
   };
   ASSERT_EQ(Launch(kernel, 1, 1, 1, 2 * sizeof(int), out.data()), cudaSuccess);
   EXPECT_EQ(out, (std::vector<int>{7, 8, 7, -1, 8}));
+}
+
+TEST(DependentLaunch, SeesMemoryOnceItHasWaited) {
+  std::vector<int> out(2 + 2 * 32, 0);
+  auto first = [](KernelArgs args) {
+    if (threadIdx.x == 0) args.out[0] = 7;
+  };
+  auto second = [](KernelArgs args) {
+    args.out[2 + threadIdx.x] = args.out[0];
+    emulation::WaitForLaunchBefore();
+    args.out[2 + 32 + threadIdx.x] = args.out[0];
+  };
+  LaunchDependent(first, second, out.data());
+  for (size_t i = 2; i < 2 + 32; ++i) {
+    EXPECT_EQ(out[i], 0);
+    EXPECT_EQ(out[i + 32], 7);
+  }
+}
+
+TEST(DependentLaunch, EndsWithoutHavingWaited) {
+  std::vector<int> out = {0, 0};
+  auto first = [](KernelArgs args) { args.out[0] = 7; };
+  auto second = [](KernelArgs args) { args.out[1] = args.out[0] + 1; };
+  LaunchDependent(first, second, out.data());
+  EXPECT_EQ(out, (std::vector<int>{7, 1}));
+}
+
+TEST(Launch, RunsWhenItIsWaitedFor) {
+  int out = 0;
+  cudaLaunchConfig_t config = {};
+  void (*kernel)(int*) = [](int* out) { *out = 1; };
+  ASSERT_EQ(cudaLaunchKernelEx(&config, kernel, &out), cudaSuccess);
+  EXPECT_EQ(out, 0);
+  cudaDeviceSynchronize();
+  EXPECT_EQ(out, 1);
 }
 
 TEST(Launch, RefusesWhatADeviceRefuses) {
