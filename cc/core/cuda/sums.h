@@ -120,10 +120,11 @@ TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Term
   }
 }
 
-// Adds what the threads of each column have: tile_sums[kSums][maps of the tile]. Before others read it, a barrier.
-template <class ThreadType, int kSums, class S>
+// Adds what the threads of each column have, and calls give(sum, map, value), each by one thread of the block, for all
+// sums and all maps of the tile.
+template <class ThreadType, int kSums, class S, class Give>
 TF_AGC_DEVICE void AddThreads(const Walk& walk, const ThreadType& thread, const S (&sums)[kSums][ThreadType::kMaps],
-                              double* warp_sums, double* tile_sums) {
+                              double* warp_sums, const Give& give) {
   constexpr int kMaps = ThreadType::kMaps;
   double values[kSums][kMaps];
 #pragma unroll
@@ -141,7 +142,7 @@ TF_AGC_DEVICE void AddThreads(const Walk& walk, const ThreadType& thread, const 
       for (int i = 0; i < kMaps; ++i) values[s][i] += __shfl_xor_sync(0xffffffffu, values[s][i], offset);
     }
   }
-  const int maps = TileMaps(walk), warp = thread.lane / lanes;
+  const int maps = TileMaps(walk), warp = thread.lane >> Log2(lanes);
   if (thread.lane == warp * lanes) {
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
@@ -151,7 +152,14 @@ TF_AGC_DEVICE void AddThreads(const Walk& walk, const ThreadType& thread, const 
   }
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < kSums * maps; i += static_cast<int>(blockDim.x)) {
-    tile_sums[i] = AddWarps(warp_sums + i, kSums * maps, WarpsPerColumn(walk));
+    int sum = 0, map = i;
+#pragma unroll
+    for (int s = 1; s < kSums; ++s) {
+      if (i < s * maps) continue;
+      sum = s;
+      map = i - s * maps;
+    }
+    give(sum, map, AddWarps(warp_sums + i, kSums * maps, WarpsPerColumn(walk)));
   }
 }
 

@@ -32,17 +32,18 @@ struct Thread {
   Stride stride;    // Elements from one of the thread's steps to its next.
   int count;        // Of steps.
 
-  TF_AGC_DEVICE explicit Thread(const Walk& walk, int64_t first_tile) {
-    const unsigned thread = threadIdx.x;
+  TF_AGC_DEVICE explicit Thread(Walk walk, int64_t first_tile) {
+    walk.layout = kLayout;  // As it is: now nvcc knows it.
+    const int thread = static_cast<int>(threadIdx.x);
     const unsigned in_launch = blockIdx.x / static_cast<unsigned>(walk.blocks);
     tile = first_tile + in_launch;
     block = static_cast<int>(blockIdx.x - in_launch * static_cast<unsigned>(walk.blocks));
     if (kLayout == Layout::kChannelsLast) {
-      lane = static_cast<int>(thread / static_cast<unsigned>(walk.columns));
-      column = static_cast<int>(thread) - lane * walk.columns;
+      lane = thread >> Log2(walk.columns);
+      column = thread & (walk.columns - 1);
     } else {
-      column = static_cast<int>(thread / static_cast<unsigned>(walk.lanes));
-      lane = static_cast<int>(thread) - column * walk.lanes;
+      column = thread >> Log2(walk.lanes);
+      lane = thread & (walk.lanes - 1);
     }
     map = MapOf(walk, tile, column * kMaps);
     const int64_t first = block * walk.block_steps + lane;
@@ -50,7 +51,7 @@ struct Thread {
     const int64_t end = block_end < walk.steps ? block_end : walk.steps;
     count = map < 0 || first >= end
                 ? 0
-                : static_cast<int>((static_cast<uint32_t>(end - first) - 1) / static_cast<unsigned>(walk.lanes) + 1);
+                : static_cast<int>(((static_cast<uint32_t>(end - first) - 1) >> Log2(walk.lanes)) + 1);
     element = map < 0 ? 0 : FirstElement(walk, map) + first * StepElements(walk);
     stride = static_cast<Stride>(walk.lanes * StepElements(walk));
   }
@@ -102,6 +103,7 @@ TF_AGC_DEVICE void WriteSteps(int count, const Load& load, const Write& write) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) write(step + u, inputs[u]);
   }
+#pragma unroll 1  // The last few: nvcc would unroll them, and run out of registers.
   for (; step < count; ++step) write(step, load(step));
 }
 

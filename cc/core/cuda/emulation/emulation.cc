@@ -25,6 +25,8 @@ __attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
 __attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 __attribute__((weak)) void __tsan_acquire(void* address);
 __attribute__((weak)) void __tsan_release(void* address);
+__attribute__((weak)) void __tsan_read_range(void* address, unsigned long bytes);
+__attribute__((weak)) void __tsan_write_range(void* address, unsigned long bytes);
 __attribute__((weak)) void AnnotateIgnoreReadsBegin(const char* file, int line);
 __attribute__((weak)) void AnnotateIgnoreReadsEnd(const char* file, int line);
 __attribute__((weak)) void AnnotateIgnoreWritesBegin(const char* file, int line);
@@ -60,6 +62,14 @@ void Acquire(void* address) {
 }
 void Release(void* address) {
   if (__tsan_release != nullptr) __tsan_release(address);
+}
+
+// An access of the running thread that the sanitizer would not see.
+void NoteRead(void* address, size_t bytes) {
+  if (__tsan_read_range != nullptr) __tsan_read_range(address, bytes);
+}
+void NoteWrite(void* address, size_t bytes) {
+  if (__tsan_write_range != nullptr) __tsan_write_range(address, bytes);
 }
 
 // The scheduler's own accesses, allocations included, are no thread's of the kernel.
@@ -98,10 +108,32 @@ struct Barrier {
   std::vector<Fiber*> waiting;
 };
 
+// A barrier in shared memory. A phase ends when all have arrived and as many bytes have come as they expect.
+struct ByteBarrier {
+  int arrivals = 0;  // Of a phase.
+  int pending = 0;   // Arrivals.
+  int64_t bytes = 0;
+  int64_t completed = 0;
+  bool fenced = false;  // Known to the cluster.
+  Fiber* owner = nullptr;
+  char order[2];  // As Barrier's.
+  std::vector<Fiber*> waiting;
+};
+
+// Into a block's shared memory, on its way.
+struct AsyncStore {
+  Block* block;
+  size_t offset;
+  unsigned char value[16];
+  size_t bytes;
+  ByteBarrier* barrier;
+};
+
 struct Cluster {
   Grid* grid;
   Barrier barrier;
-  char reads;  // For the sanitizer: what came before a relaxed arrival.
+  char reads;   // For the sanitizer: what came before a relaxed arrival.
+  char fences;  // For the sanitizer: initialised barriers.
   int live_blocks = 0;
   std::vector<std::unique_ptr<Block>> blocks;
 };
@@ -116,7 +148,8 @@ struct Block {
   char ended;  // For the sanitizer.
   Barrier barrier;
   std::vector<Barrier> warps;
-  std::vector<Fiber*> lanes;  // By thread.
+  std::vector<Fiber*> lanes;                    // By thread.
+  std::map<size_t, ByteBarrier> byte_barriers;  // By their offset in shared memory.
 };
 
 struct Fiber {
@@ -163,6 +196,7 @@ struct Grid {
   std::vector<int64_t> order;  // In which clusters start.
   size_t next = 0;
   std::vector<std::unique_ptr<Cluster>> live;
+  std::vector<AsyncStore> stores;
   Grid* before = nullptr;       // A dependent launch: the one that it depends on, until that is done.
   std::vector<Fiber*> waiting;  // For that one.
   char begun, ended;            // For the sanitizer.
@@ -266,6 +300,75 @@ void WaitFor(Barrier* barrier, int64_t phase) {
   SwitchToScheduler();
 }
 
+// ---- Barriers that count bytes ----
+
+// The offset in the running block's shared memory.
+size_t OffsetOf(const void* shared, size_t bytes) {
+  const Block& block = *machine.running->block;
+  const ptrdiff_t offset = static_cast<const unsigned char*>(shared) - block.shared;
+  if (offset < 0 || static_cast<size_t>(offset) + bytes > block.shared_bytes) Fail("not an address in shared memory");
+  return static_cast<size_t>(offset);
+}
+
+Block* BlockOfRank(int rank) {
+  const auto& blocks = machine.running->block->cluster->blocks;
+  if (rank < 0 || static_cast<size_t>(rank) >= blocks.size()) Fail("a cluster has no block of that rank");
+  return blocks[static_cast<size_t>(rank)].get();
+}
+
+ByteBarrier* FindBarrier(Block* block, const uint64_t* barrier) {
+  const auto found = block->byte_barriers.find(OffsetOf(barrier, sizeof *barrier));
+  if (found == block->byte_barriers.end()) Fail("a barrier is used before it is initialised");
+  NoteRead(block->shared + found->first, sizeof *barrier);
+  return &found->second;
+}
+
+void CompleteIfDue(ByteBarrier* barrier) {
+  if (barrier->pending > 0) return;
+  if (barrier->bytes < 0) Fail("more bytes came than a barrier expects");
+  if (barrier->bytes > 0) return;
+  ++barrier->completed;
+  barrier->pending = barrier->arrivals;
+  for (Fiber* fiber : std::exchange(barrier->waiting, {})) MakeReady(fiber);
+}
+
+void Deliver(Grid* grid) {
+  std::swap(grid->stores[grid->random() % grid->stores.size()], grid->stores.back());
+  const AsyncStore store = grid->stores.back();
+  grid->stores.pop_back();
+  std::memcpy(store.block->shared + store.offset, store.value, store.bytes);
+  store.barrier->bytes -= static_cast<int64_t>(store.bytes);
+  CompleteIfDue(store.barrier);
+}
+
+// Whether a store comes now: half of the seeds wait until nothing else can go on.
+bool DeliveryIsDue(Grid* grid) {
+  if (grid->stores.empty()) return false;
+  return grid->ready.empty() || (grid->schedule.seed / 2 % 2 == 1 && grid->random() % 4 == 0);
+}
+
+void CheckNothingComes(const Grid& grid, const Block& block) {
+  for (const AsyncStore& store : grid.stores) {
+    if (store.block == &block) Fail("a block ended before all came that is stored to it");
+  }
+  for (const auto& [offset, barrier] : block.byte_barriers) {
+    if (barrier.bytes != 0 || barrier.pending != barrier.arrivals) {
+      Fail("a block ended while a barrier of its expects arrivals or bytes, or has had too many");
+    }
+  }
+}
+
+bool SomebodyWaitsForBytes(const Grid& grid) {
+  for (const auto& cluster : grid.live) {
+    for (const auto& block : cluster->blocks) {
+      for (const auto& [offset, barrier] : block->byte_barriers) {
+        if (!barrier.waiting.empty()) return true;
+      }
+    }
+  }
+  return false;
+}
+
 // ---- Blocks and their threads ----
 
 void StartCluster(Grid* grid, int64_t index) {
@@ -330,6 +433,7 @@ void EndThread(Fiber* fiber) {
   }
   if (--block->live_threads > 0) return;
   Acquire(&block->ended);
+  CheckNothingComes(*grid, *block);
   std::memset(block->shared, kNaN, block->shared_bytes);  // Whoever reads it from here on is wrong.
   if (__asan_poison_memory_region != nullptr) __asan_poison_memory_region(block->shared, block->shared_bytes);
   --block->cluster->live_blocks;
@@ -372,8 +476,13 @@ void Run(Grid* grid) {
     if (grid->live.empty()) break;
     auto live = [](const std::unique_ptr<Cluster>& cluster) { return cluster->live_blocks > 0; };
     while (std::all_of(grid->live.begin(), grid->live.end(), live)) {
+      if (DeliveryIsDue(grid)) {
+        Deliver(grid);
+        continue;
+      }
       if (grid->ready.empty()) {
         if (!grid->waiting.empty()) return;
+        if (SomebodyWaitsForBytes(*grid)) Fail("a thread waits for bytes that never come");
         Fail("every thread waits at a barrier that the others never reach");
       }
       Fiber* fiber = grid->ready.top().second;
@@ -406,6 +515,64 @@ void RunDependent(std::unique_ptr<Grid> grid) {
 }  // namespace
 
 unsigned char* SharedMemory() { return machine.running->block->shared; }
+
+int ClusterRank() { return static_cast<int>(machine.running->block->rank); }
+
+void InitBarrier(uint64_t* barrier, int arrivals) {
+  Fiber* fiber = machine.running;
+  const size_t offset = OffsetOf(barrier, sizeof *barrier);
+  if (offset % sizeof *barrier != 0) Fail("a misaligned barrier");
+  NoteWrite(barrier, sizeof *barrier);
+  const Unseen unseen;
+  const auto [entry, is_new] = fiber->block->byte_barriers.emplace(offset, ByteBarrier{});
+  if (!is_new) Fail("a barrier is initialised twice");
+  entry->second.arrivals = entry->second.pending = arrivals;
+  entry->second.owner = fiber;
+}
+
+// For the sanitizer it publishes more: all that the thread has done. Kernels have done nothing else by then.
+void FenceBarrierInit() {
+  Fiber* fiber = machine.running;
+  for (auto& [offset, barrier] : fiber->block->byte_barriers) barrier.fenced |= barrier.owner == fiber;
+  Release(&fiber->block->cluster->fences);
+}
+
+void ArriveAndExpect(uint64_t* barrier, int64_t bytes) {
+  ByteBarrier* found = FindBarrier(machine.running->block, barrier);
+  Release(&found->order[found->completed % 2]);
+  const Unseen unseen;
+  found->bytes += bytes;
+  --found->pending;
+  CompleteIfDue(found);
+}
+
+void StoreAsync(void* to, int rank, const void* value, size_t bytes, uint64_t* barrier) {
+  const size_t offset = OffsetOf(to, bytes);
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || offset % bytes != 0) Fail("a misaligned asynchronous store");
+  Block* block = BlockOfRank(rank);
+  if (block->live_threads == 0) Fail("an asynchronous store to a block that has ended");
+  ByteBarrier* found = FindBarrier(block, barrier);
+  if (!found->fenced) Fail("an asynchronous store to a barrier that the cluster does not know of");
+  // Whoever reads or writes there without having waited is wrong, whenever it arrives.
+  NoteWrite(block->shared + offset, bytes);
+  Release(&found->order[found->completed % 2]);
+  const Unseen unseen;
+  AsyncStore store{block, offset, {}, bytes, found};
+  std::memcpy(store.value, value, bytes);
+  GridOf(machine.running)->stores.push_back(store);
+}
+
+void WaitForParity(uint64_t* barrier, int parity) {
+  Fiber* fiber = machine.running;
+  if (IsMissing(fiber)) return;
+  ByteBarrier* found = FindBarrier(fiber->block, barrier);
+  while (found->completed % 2 == parity) {
+    const Unseen unseen;
+    found->waiting.push_back(fiber);
+    SwitchToScheduler();
+  }
+  Acquire(&found->order[parity]);
+}
 
 void WaitForLaunchBefore() {
   Fiber* fiber = machine.running;
@@ -549,6 +716,7 @@ void __cluster_barrier_wait() {
   const int64_t phase = fiber->cluster_arrivals - 1;
   if (phase < 0) Fail("a thread waits at a cluster's barrier without having arrived");
   WaitFor(barrier, phase);
+  Acquire(&fiber->block->cluster->fences);
   if (fiber->waits_for_reads) {
     fiber->waited_for_reads = true;
   } else {

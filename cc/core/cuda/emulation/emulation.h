@@ -6,8 +6,11 @@
 // at once, each with all its blocks. What real hardware leaves undefined is made to show:
 // - shared memory is allocated at its exact size, is NaN at first, and NaN again when its block has ended;
 // - an asynchronous copy arrives when its batch is waited for, never before;
+// - an asynchronous store into another block's shared memory arrives at a time that the seed decides, or when nothing
+//   else can go on;
 // - a barrier that not all threads reach, a copy that nobody waits for, a shuffle of half a warp, a misaligned copy end
-//   the process with a message;
+//   the process with a message, and so do a store to a barrier that is not initialised or a block that has ended, and
+//   bytes that a barrier waits for in vain or has not been told of;
 // - a launch runs when the next one comes, or when it is waited for; before the next one, but that one's threads, where
 //   it is a dependent one, come to their wait first: what they read before it is as if the launch had never been;
 // - a launch that a device would refuse is refused.
@@ -45,6 +48,8 @@ extern dim3 threadIdx, blockIdx, blockDim;
 
 void __syncthreads();
 double __shfl_xor_sync(unsigned mask, double value, int lane_mask);
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 void __cluster_barrier_arrive();
 void __cluster_barrier_arrive_relaxed();  // Orders no memory, but that what was read may go after the others' wait.
@@ -135,6 +140,17 @@ namespace emulation {
 // The running block's dynamic shared memory, which CUDA declares as an array.
 unsigned char* SharedMemory();
 
+int ClusterRank();
+
+// Barriers in shared memory that count bytes which are stored asynchronously (mbarrier, st.async). A fence makes those
+// known to the cluster that a thread has initialised, once others wait at the cluster's barrier.
+void InitBarrier(uint64_t* barrier, int arrivals);
+void FenceBarrierInit();
+void ArriveAndExpect(uint64_t* barrier, int64_t bytes);
+// Both addresses are the running block's, and meant in the block of that rank.
+void StoreAsync(void* to, int rank, const void* value, size_t bytes, uint64_t* barrier);
+void WaitForParity(uint64_t* barrier, int parity);  // A barrier of the running block.
+
 // griddepcontrol.wait: until the launch before is done, and its memory there.
 void WaitForLaunchBefore();
 
@@ -142,8 +158,8 @@ void WaitForLaunchBefore();
 struct Schedule {
   uint32_t seed = 0;
   // Leaves out this barrier: the one of this number among those that a thread comes to, counted from 0 in each kernel;
-  // an arrival at a cluster's barrier and the wait for it are one, and the wait for the launch before is one as well. A
-  // test that plants this bug expects to find it.
+  // an arrival at a cluster's barrier and the wait for it are one, and a wait for bytes or for the launch before is one
+  // as well. A test that plants this bug expects to find it.
   int missing_barrier = -1;
   int missing_launch = -1;  // Leaves it out in this launch alone, counted from 0 since SetSchedule(); -1: in all.
 };
