@@ -35,8 +35,8 @@ _KERNELS = (
     ("SumTiles", "Backward", "Bfloat16, false, true", 8, "Last", 2, 0),
     ("SumTiles", "Backward", "Bfloat16, false, false", 8, "Last", 2, 0),
     ("SumTiles", "Backward", "Bfloat16, true, true", 8, "Last", 2, 0),
-    ("SumTiles", "Backward", "Bfloat16, true, false", 8, "Last", 2, 32),
-    ("SumTiles", "Backward", "Half, true, false", 8, "Last", 2, 32),
+    ("SumTiles", "Backward", "Bfloat16, true, false", 8, "Last", 2, 0),
+    ("SumTiles", "Backward", "Half, true, false", 8, "Last", 2, 0),
     ("SumTiles", "Backward", "float, true, false", 4, "Last", 2, 0),
 )
 
