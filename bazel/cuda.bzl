@@ -1,13 +1,14 @@
 """CUDA: @local_cuda, the toolkit that is installed on this machine, and cuda_library, which compiles .cu files with it.
 
 Only --config=cuda builds (//bazel:cuda) look at either. nvcc is $CUDA_HOME/bin/nvcc, else that on PATH, else that of
-/usr/local/cuda; any release from 12.0 on. TF_AGC_CUDA_ARCHITECTURES chooses what machine code is made, as in "75 90".
+/usr/local/cuda; any release from 12.1 on. TF_AGC_CUDA_ARCHITECTURES chooses what machine code is made, as in "75 90".
 Each may come from the environment or by --repo_env.
 """
 
 load("//bazel:library.bzl", "COPTS")
 
-_OLDEST_NVCC = (12, 0)
+# st.async needs PTX 8.1.
+_OLDEST_NVCC = (12, 1)
 
 # Turing to Hopper, and Blackwell where nvcc has it. The PTX of 90, or of the newest where 90 is not chosen, serves
 # whatever is newer and has no code of its own: the driver compiles it when the library is first used.
@@ -35,7 +36,7 @@ def _find_nvcc(repository_ctx):
             return str(repository_ctx.path(candidate).realpath)
     if home:
         fail("--config=cuda needs nvcc, and CUDA_HOME=%s has no bin/nvcc." % home)
-    fail("--config=cuda needs nvcc 12.0 or newer: CUDA_HOME is not set, PATH has no nvcc, and there is no " +
+    fail("--config=cuda needs nvcc 12.1 or newer: CUDA_HOME is not set, PATH has no nvcc, and there is no " +
          "/usr/local/cuda/bin/nvcc. docs/cuda.md says how to get one.")
 
 # Asks nvcc itself, which may be a script far from its toolkit: its release and its toolkit's directory.
@@ -46,7 +47,7 @@ def _ask_nvcc(repository_ctx, nvcc):
         fail("%s --version does not tell a release:\n%s%s" % (nvcc, result.stdout, result.stderr))
     release = release.partition(",")[0]
     if tuple([int(number) for number in release.split(".")]) < _OLDEST_NVCC:
-        fail("%s is release %s: 12.0 or newer is needed." % (nvcc, release))
+        fail("%s is release %s: 12.1 or newer is needed." % (nvcc, release))
 
     repository_ctx.file("empty.cu", "")
     result = repository_ctx.execute([nvcc, "--dryrun", "-c", "empty.cu", "-o", "empty.o"])

@@ -24,7 +24,7 @@ if run_bazel query @local_cuda//:toolkit >/dev/null 2>&1; then
   run_bazel test --config=cuda --repo_env=TF_AGC_CUDA_ARCHITECTURES="75 90" \
     //cc:cuda_symbols_test //cc/core/cuda:cuda_symbols_test
 else
-  say "there is no nvcc of release 12.0 or newer: what only CUDA's compiler takes is not compiled"
+  say "there is no nvcc of release 12.1 or newer: what only CUDA's compiler takes is not compiled"
 fi
 
 "${ROOT}/tools/build.sh" --tensorflow "${RELEASE}"

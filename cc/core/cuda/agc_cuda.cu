@@ -76,7 +76,8 @@ int CurrentDevice(tf_agc::core::cuda::Device* device) {
     std::vector<int> compiled = {__CUDA_ARCH_LIST__};
     for (int& capability : compiled) capability /= 10;
     const int capability = tf_agc::core::cuda::CapabilityOfCode(compiled, values[0] * 10 + values[1]);
-    entry.device = {LargestCluster(capability, values[3]), values[2], values[3], values[4], values[5]};
+    entry.device = {
+        LargestCluster(capability, values[3]), values[2], values[3], values[4], values[5], capability >= 90};
     entry.known = true;
   }
   *device = entry.device;

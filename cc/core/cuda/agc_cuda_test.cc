@@ -22,13 +22,13 @@ namespace core {
 namespace cuda {
 namespace {
 
-// Largest cluster, multiprocessors, shared memory of a block and of a multiprocessor, L2 cache.
+// Largest cluster, multiprocessors, shared memory of a block and of a multiprocessor, L2 cache, dependent launches.
 constexpr Device kDevices[] = {
     {1, 2, 4 << 10, 4 << 10, 8 << 10},
     {1, 2, 8 << 10, 16 << 10, 16 << 10},
-    {8, 2, 8 << 10, 16 << 10, 16 << 10},
+    {8, 2, 8 << 10, 16 << 10, 16 << 10, true},
 };
-constexpr Device kHopper = {8, 132, 227 << 10, 228 << 10, 50 << 20};
+constexpr Device kHopper = {8, 132, 227 << 10, 228 << 10, 50 << 20, true};
 
 struct CudaTensors : Tensors {
   using Tensors::Tensors;
@@ -36,12 +36,16 @@ struct CudaTensors : Tensors {
   int RunForward(const Case& c, int over, const Device& device) {
     const ForwardArgs args = PrepareForward(c, over);
     std::vector<double> workspace = Workspace(WorkspaceBytes(args, device));
-    return Forward(args, device, workspace.empty() ? nullptr : workspace.data(), nullptr);
+    const int error = Forward(args, device, workspace.empty() ? nullptr : workspace.data(), nullptr);
+    cudaDeviceSynchronize();
+    return error;
   }
   int RunBackward(const Case& c, int over, const Device& device) {
     const BackwardArgs args = PrepareBackward(c, over);
     std::vector<double> workspace = Workspace(WorkspaceBytes(args, device));
-    return Backward(args, device, workspace.empty() ? nullptr : workspace.data(), nullptr);
+    const int error = Backward(args, device, workspace.empty() ? nullptr : workspace.data(), nullptr);
+    cudaDeviceSynchronize();
+    return error;
   }
 
  private:
@@ -50,7 +54,7 @@ struct CudaTensors : Tensors {
   }
 };
 
-void SetSeed(uint32_t seed) { emulation::SetSchedule({seed, -1}); }
+void SetSeed(uint32_t seed) { emulation::SetSchedule({seed}); }
 
 // Without and with a bias and a shortcut.
 struct Addends {
@@ -205,7 +209,10 @@ TEST(Ways, AreTaken) {
       ASSERT_EQ(t.RunBackward(c, 0, way.device), 0);
       // With a bias, one sample's terms are added up as those of several are.
       const int more = addends.bias && way.shape.batch == 1 ? 1 : 0;
-      EXPECT_EQ(emulation::TakeStatistics().launches, way.backward_launches + more);
+      const emulation::Statistics backward = emulation::TakeStatistics();
+      EXPECT_EQ(backward.launches, way.backward_launches + more);
+      const bool adds_samples = addends.bias || way.shape.batch > 1;
+      EXPECT_EQ(backward.dependent_launches, adds_samples && way.device.dependent_launches ? 1 : 0);
       CheckForward(c, t);
       CheckBackward(c, t);
     }
@@ -511,6 +518,27 @@ TEST(Workspace, GrowsForABiasAlone) {
 
 // ---- That these tests would find what they look for ----
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+
+// Runs a kernel as one cluster of two blocks, each a warp.
+template <class Argument>
+cudaError_t LaunchClusterOfTwo(size_t shared_bytes, void (*kernel)(Argument), const Argument& argument) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2);
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, argument);
+  cudaDeviceSynchronize();
+  return error;
+}
+
+#endif
+
 #if defined(__SANITIZE_ADDRESS__)
 
 TEST(SharedMemory, IsNotLeft) {
@@ -518,52 +546,77 @@ TEST(SharedMemory, IsNotLeft) {
   config.blockDim = dim3(32);
   config.dynamicSmemBytes = 48;
   void (*kernel)(int) = [](int at) { emulation::SharedMemory()[at] = 0; };
-  EXPECT_EQ(cudaLaunchKernelEx(&config, kernel, 47), cudaSuccess);
-  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, 48), "AddressSanitizer: heap-buffer-overflow");
+  auto run = [&](int at) {
+    EXPECT_EQ(cudaLaunchKernelEx(&config, kernel, at), cudaSuccess);
+    cudaDeviceSynchronize();
+  };
+  run(47);
+  EXPECT_DEATH(run(48), "AddressSanitizer: heap-buffer-overflow");
 }
 
 TEST(SharedMemory, IsNotReadAfterItsBlock) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {2, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(2);
-  config.blockDim = dim3(32);
-  config.dynamicSmemBytes = 48;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   void (*kernel)(int*) = [](int* out) {
     *out = *static_cast<const unsigned char*>(__cluster_map_shared_rank(emulation::SharedMemory(), 1 - blockIdx.x));
   };
   int out;
-  EXPECT_DEATH(cudaLaunchKernelEx(&config, kernel, &out), "AddressSanitizer: use-after-poison");
+  EXPECT_DEATH(LaunchClusterOfTwo(48, kernel, &out), "AddressSanitizer: use-after-poison");
 }
 
 #else
 
-// Each barrier is left out in turn.
+// Each barrier of each kernel is left out in turn.
 
-// Runs one pass of a way with a barrier missing, or with all (-1); the other pass only prepares.
-void RunWithout(int barrier, uint32_t seed, const Way& way, const Case& c, Pass pass, CudaTensors* t) {
+struct Missing {
+  int launch;
+  int barrier;
+};
+constexpr Missing kNone = {-1, -1};
+
+// Runs one pass of a way with a barrier missing, or with all; the other pass only prepares.
+void RunWithout(const Missing& missing, uint32_t seed, const Way& way, const Case& c, Pass pass, CudaTensors* t) {
   SetSeed(0);
   if (pass == Pass::kBackward) {
     EXPECT_EQ(t->RunForward(c, 0, way.device), 0);
   }
   emulation::TakeStatistics();
-  emulation::SetSchedule({seed, barrier});
+  emulation::SetSchedule({seed, missing.barrier, missing.launch});
   EXPECT_EQ(pass == Pass::kForward ? t->RunForward(c, 0, way.device) : t->RunBackward(c, 0, way.device), 0);
   SetSeed(0);
 }
 
-int Barriers(const Way& way, const Case& c, Pass pass) {
+// Launches of the pass's own kernels: those that are looked at. What is behind them is AddSamples.
+int OwnLaunches(const Way& way) { return way.on_chip ? 1 : 2; }
+
+// Of the first launch of each kernel: where there are several pairs of launches, of the first pair.
+std::vector<Missing> Barriers(const Way& way, const Case& c, Pass pass) {
   CudaTensors t(c, way.aligned);
-  RunWithout(-1, 0, way, c, pass, &t);
-  return emulation::TakeStatistics().barriers;
+  RunWithout(kNone, 0, way, c, pass, &t);
+  const std::vector<int> barriers = emulation::TakeStatistics().barriers;
+  const int launches = static_cast<int>(barriers.size());
+  const bool adds_samples = pass == Pass::kBackward && (c.bias || c.shape.batch > 1);
+  std::vector<Missing> all;
+  for (int launch = 0; launch < launches; ++launch) {
+    if (launch >= OwnLaunches(way) && !(adds_samples && launch + 1 == launches)) continue;
+    EXPECT_GE(barriers[static_cast<size_t>(launch)], 1);
+    for (int barrier = 0; barrier < barriers[static_cast<size_t>(launch)]; ++barrier) all.push_back({launch, barrier});
+  }
+  return all;
 }
 
-// Forward, a block that is alone reads its sums by the threads that wrote them: its second barrier is backward's.
-bool IsIdle(const Way& way, Pass pass, int barrier) {
-  return pass == Pass::kForward && way.on_chip && way.blocks == 1 && barrier == 1;
+// Without a cluster's barrier, stores may come to a barrier in shared memory that is not there yet: that the emulation
+// finds itself, and ends the process.
+bool Fails(int status) { return !testing::ExitedWithCode(0)(status); }
+
+std::string NameOf(const Way& way, Pass pass, const Missing& missing) {
+  return std::string(way.name) + (pass == Pass::kForward ? ", forward" : ", backward") + ", launch " +
+         std::to_string(missing.launch) + ", barrier " + std::to_string(missing.barrier);
+}
+
+// Forward, a block that is alone reads its sums by the threads that wrote them: its second barrier is backward's. What
+// AddSamples waits for first is done where it is no dependent launch.
+bool IsIdle(const Way& way, Pass pass, const Missing& missing) {
+  if (missing.launch >= OwnLaunches(way)) return missing.barrier == 0 && !way.device.dependent_launches;
+  return pass == Pass::kForward && way.on_chip && way.blocks == 1 && missing.barrier == 1;
 }
 
 #if defined(__SANITIZE_THREAD__)
@@ -576,17 +629,14 @@ TEST(MissingBarrier, IsARace) {
     const Way& way = kWays[index];
     const Case c = way.WithRelu(index == 3 ? kBoth : kAbsent);
     for (Pass pass : {Pass::kForward, Pass::kBackward}) {
-      const int barriers = Barriers(way, c, pass);
-      EXPECT_GE(barriers, 1);
-      for (int barrier = 0; barrier < barriers; ++barrier) {
-        if (IsIdle(way, pass, barrier)) continue;
+      for (const Missing& missing : Barriers(way, c, pass)) {
+        if (IsIdle(way, pass, missing)) continue;
         auto run = [&] {
           CudaTensors t(c, way.aligned);
-          RunWithout(barrier, 0, way, c, pass, &t);
+          RunWithout(missing, 0, way, c, pass, &t);
           std::exit(0);
         };
-        EXPECT_EXIT(run(), testing::ExitedWithCode(66), "ThreadSanitizer: data race")
-            << way.name << (pass == Pass::kForward ? ", forward" : ", backward") << ", barrier " << barrier;
+        EXPECT_EXIT(run(), Fails, "ThreadSanitizer: data race|CUDA emulation: ") << NameOf(way, pass, missing);
       }
     }
   }
@@ -607,18 +657,33 @@ void ReadOther(bool publish) {
 
 TEST(RelaxedArrival, PublishesNothing) {
   testing::FLAGS_gtest_death_test_style = "threadsafe";
-  auto run = [](bool publish) {
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {2, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(2);
-    config.blockDim = dim3(32);
-    config.dynamicSmemBytes = 32 * sizeof(int);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    std::exit(cudaLaunchKernelEx(&config, &ReadOther, publish));
-  };
+  auto run = [](bool publish) { std::exit(LaunchClusterOfTwo(32 * sizeof(int), &ReadOther, publish)); };
+  EXPECT_EXIT(run(true), testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(run(false), testing::ExitedWithCode(66), "ThreadSanitizer: data race");
+}
+
+// What is stored into another block may be read once its bytes have been waited for, and not before.
+void ReadStored(bool wait) {
+  auto* barrier = reinterpret_cast<uint64_t*>(emulation::SharedMemory());
+  auto* numbers = reinterpret_cast<int*>(emulation::SharedMemory() + 16);
+  const int number = static_cast<int>(threadIdx.x);
+  if (threadIdx.x == 0) {
+    emulation::InitBarrier(barrier, 1);
+    emulation::FenceBarrierInit();
+    emulation::ArriveAndExpect(barrier, 32 * sizeof(int));
+  }
+  __cluster_barrier_arrive_relaxed();
+  __cluster_barrier_wait();
+  emulation::StoreAsync(&numbers[number], 1 - static_cast<int>(blockIdx.x), &number, sizeof number, barrier);
+  if (wait) emulation::WaitForParity(barrier, 0);
+  volatile int read = numbers[31 - number];
+  (void)read;
+  if (!wait) emulation::WaitForParity(barrier, 0);
+}
+
+TEST(AsynchronousStore, IsARaceBeforeItsBytesAreWaitedFor) {
+  testing::FLAGS_gtest_death_test_style = "threadsafe";
+  auto run = [](bool wait) { std::exit(LaunchClusterOfTwo(16 + 32 * sizeof(int), &ReadStored, wait)); };
   EXPECT_EXIT(run(true), testing::ExitedWithCode(0), "");
   EXPECT_EXIT(run(false), testing::ExitedWithCode(66), "ThreadSanitizer: data race");
 }
@@ -631,20 +696,24 @@ TEST(MissingBarrier, ChangesResults) {
       const Case c = way.WithRelu(addends);
       for (Pass pass : {Pass::kForward, Pass::kBackward}) {
         CudaTensors right(c, way.aligned);
-        RunWithout(-1, 0, way, c, pass, &right);
-        const int barriers = Barriers(way, c, pass);
-        EXPECT_GE(barriers, 1);
-        for (int barrier = 0; barrier < barriers; ++barrier) {
-          int wrong = 0;
-          for (uint32_t seed = 0; seed < 8; ++seed) {
-            CudaTensors t(c, way.aligned);
-            RunWithout(barrier, seed, way, c, pass, &t);
-            wrong += pass == Pass::kForward
-                         ? !(t.y == right.y && t.mean == right.mean)
-                         : !(t.dx == right.dx && t.dgain == right.dgain && t.dmean_scale == right.dmean_scale);
+        RunWithout(kNone, 0, way, c, pass, &right);
+        for (const Missing& missing : Barriers(way, c, pass)) {
+          auto run = [&] {
+            int wrong = 0;
+            for (uint32_t seed = 0; seed < 8; ++seed) {
+              CudaTensors t(c, way.aligned);
+              RunWithout(missing, seed, way, c, pass, &t);
+              wrong += pass == Pass::kForward
+                           ? !(t.y == right.y && t.mean == right.mean)
+                           : !(t.dx == right.dx && t.dgain == right.dgain && t.dmean_scale == right.dmean_scale);
+            }
+            std::exit(wrong > 0 ? 1 : 0);
+          };
+          if (IsIdle(way, pass, missing)) {
+            EXPECT_EXIT(run(), testing::ExitedWithCode(0), "") << NameOf(way, pass, missing);
+          } else {
+            EXPECT_EXIT(run(), Fails, "") << NameOf(way, pass, missing);
           }
-          EXPECT_EQ(wrong > 0, !IsIdle(way, pass, barrier))
-              << way.name << (pass == Pass::kForward ? ", forward" : ", backward") << ", barrier " << barrier;
         }
       }
     }

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kMaxThreads) AddSamples(const __grid_constant_
   const int in_block = static_cast<int>(threadIdx.x) % kGradientChannels;
   const int lane = static_cast<int>(threadIdx.x) / kGradientChannels;
   const int64_t channel = int64_t{blockIdx.x} * kGradientChannels + in_block;
+  WaitForLaunchBefore();
   if (channel < shape.channels) {
     double sums[kGradients] = {};
 #pragma unroll 4
@@ -84,7 +85,8 @@ int RunBackward(const BackwardArgs& args, const Device& device, void* workspace,
                   1,
                   ChannelGradients(bias) * kMaxThreads * int64_t{sizeof(double)},
                   device.shared_bytes_per_block,
-                  /*holds=*/false};
+                  /*holds=*/false,
+                  /*dependent=*/device.dependent_launches && args.shape.batch > 0};  // Else nothing of ours is before.
   return Launch(bias ? &AddSamples<T, true> : &AddSamples<T, false>, grid, stream,
                 MakeLaunchArgs(args, plan, workspace));
 }

@@ -103,8 +103,10 @@ struct BackwardPass {
   template <class ThreadType>
   static TF_AGC_DEVICE void Sum(const LaunchArgs<Args>& launch, const ThreadType& thread,
                                 double (&totals)[kSums][ThreadType::kMaps]) {
+    // Three inputs in 16 bits, and their sums in double besides: four steps of them would leave room for one block.
+    constexpr int kLoads = kShortcut && !kRelu && ThreadType::kVector == 8 ? kUnroll / 2 : kUnroll;
     auto load = LoadInputs</*kForSums=*/true>(launch, thread);
-    WithTerms(launch, thread, [&](auto terms, auto) { SumAll<S>(thread, load, terms, totals); });
+    WithTerms(launch, thread, [&](auto terms, auto) { SumAll<S, kLoads>(thread, load, terms, totals); });
   }
 
   template <class ThreadType>

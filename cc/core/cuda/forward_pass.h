@@ -85,7 +85,7 @@ struct ForwardPass {
     constexpr int kVector = ThreadType::kVector;
     const T* x = static_cast<const T*>(launch.args.x);
     auto load = [&](int step) { return Load<kVector>(x + thread.Element(step)); };
-    SumAll<S>(thread, load, Terms<kVector>, totals);
+    SumAll<S, kUnroll>(thread, load, Terms<kVector>, totals);
   }
 
   template <class ThreadType>

@@ -23,9 +23,13 @@ int LaunchWalk(const Plan& plan, const Device& device, LaunchArgs<typename PassT
   for (int64_t tile = 0; tile < plan.walk.tiles; tile += plan.tiles_per_launch) {
     const int64_t rest = plan.walk.tiles - tile;
     const int64_t blocks = (rest < plan.tiles_per_launch ? rest : plan.tiles_per_launch) * plan.walk.blocks;
-    const Grid grid{
-        blocks,      threads, plan.on_chip ? plan.walk.blocks : 1, plan.shared_bytes, device.shared_bytes_per_block,
-        plan.on_chip};
+    const Grid grid{blocks,
+                    threads,
+                    plan.on_chip ? plan.walk.blocks : 1,
+                    plan.shared_bytes,
+                    device.shared_bytes_per_block,
+                    /*holds=*/plan.on_chip,
+                    /*dependent=*/false};
     launch.first_tile = tile;
     int error;
     if (plan.on_chip) {
@@ -40,8 +44,8 @@ int LaunchWalk(const Plan& plan, const Device& device, LaunchArgs<typename PassT
 }
 
 template <class PassType>
-int LaunchPass(const Plan& plan, const Device& device, const LaunchArgs<typename PassType::Args>& launch,
-               void* stream) {
+int LaunchPass(const Plan& plan, const Device& device, LaunchArgs<typename PassType::Args> launch, void* stream) {
+  launch.layout = MakeSharedLayout(plan.walk, PassType::kSums, PassType::kParameters, 0);
   constexpr int kWide = 16 / sizeof(typename PassType::Element);
   if (plan.walk.layout == Layout::kChannelsLast) {
     return plan.walk.vector == 1 ? LaunchWalk<PassType, 1, Layout::kChannelsLast>(plan, device, launch, stream)
@@ -69,7 +73,7 @@ int WithElementType(DataType data_type, const Body& body) {
 
 template <class Args>
 LaunchArgs<Args> MakeLaunchArgs(const Args& args, const Plan& plan, void* workspace) {
-  LaunchArgs<Args> launch{args, plan.walk, 0, nullptr, nullptr, nullptr, plan.prefetch};
+  LaunchArgs<Args> launch{args, plan.walk, {}, MapsOfBlock(plan.walk), 0, nullptr, nullptr, nullptr, plan.prefetch};
   launch.args.activation = Effective(args.activation, args.alpha);
   double* doubles = static_cast<double*>(workspace);
   if (plan.sample_sums > 0) launch.sample_sums = doubles;

@@ -94,7 +94,7 @@ class Planner {
   int64_t Rounds() const { return CeilDiv(walk_.block_steps, walk_.lanes); }
   int64_t SharedBytes(bool holds) const {
     const int parameters = Parameters(call_.pass, call_.has_bias || call_.has_shortcut);
-    const SharedLayout layout = MakeSharedLayout(walk_, Sums(call_.pass), parameters, static_cast<int>(held_bytes_));
+    const SharedLayout layout = MakeSharedLayout(walk_, Sums(call_.pass), parameters, held_bytes_);
     return holds ? layout.bytes : layout.held;
   }
   int64_t Blocks() const { return walk_.tiles * walk_.blocks; }

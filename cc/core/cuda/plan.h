@@ -35,6 +35,7 @@ struct Device {
   int64_t shared_bytes_per_block;           // The most that a block may opt into.
   int64_t shared_bytes_per_multiprocessor;  //
   int64_t l2_bytes;                         //
+  bool dependent_launches = false;          // Whether a launch may start before the one before it is done: from 9.0 on.
   Trial trial = {};
 };
 
@@ -172,20 +173,30 @@ TF_AGC_HOST_DEVICE int LanesPerWarp(const Walk& walk) {
 }
 TF_AGC_HOST_DEVICE int WarpsPerColumn(const Walk& walk) { return walk.lanes / LanesPerWarp(walk); }
 
-// Shared memory of a block: [sums of the tile][sums of each warp][parameters][what is held], all aligned to 16 bytes.
+// The maps of a tile whose sums one block of a cluster turns into parameters, for all blocks. Where there are fewer
+// maps than blocks, each is a block's, and the last blocks have none. A power of two on chip, as the maps and the
+// blocks.
+inline int MapsOfBlock(const Walk& walk) { return TileMaps(walk) > walk.blocks ? TileMaps(walk) / walk.blocks : 1; }
+
+// Shared memory of a block: [barriers][sums][sums of each warp][parameters][what is held], all aligned to 16 bytes.
+// What comes from others has a place that nothing else uses: no block asks another one whether it is ready. Sums are
+// those of all blocks for the maps of this one, as many as of one block for all maps.
 struct SharedLayout {
-  int64_t warp_sums;
-  int64_t parameters;
-  int64_t held;
+  int sums;
+  int warp_sums;
+  int parameters;
+  int held;
   int64_t bytes;
 };
-TF_AGC_HOST_DEVICE SharedLayout MakeSharedLayout(const Walk& walk, int sums, int parameters, int held_bytes) {
-  const int64_t maps = TileMaps(walk);
+inline SharedLayout MakeSharedLayout(const Walk& walk, int sums, int parameters, int64_t held_bytes) {
+  auto aligned = [](int bytes) { return (bytes + 15) / 16 * 16; };
+  const int maps = TileMaps(walk);
   const int64_t rounds = (walk.block_steps + walk.lanes - 1) / walk.lanes;
   SharedLayout layout;
-  layout.warp_sums = (maps * sums * 8 + 15) / 16 * 16;
-  layout.parameters = layout.warp_sums + (maps * sums * 8 * WarpsPerColumn(walk) + 15) / 16 * 16;
-  layout.held = layout.parameters + (maps * parameters * 8 + 15) / 16 * 16;  // Room for doubles, whatever T.
+  layout.sums = walk.blocks > 1 ? 16 : 0;
+  layout.warp_sums = layout.sums + aligned(MapsOfBlock(walk) * walk.blocks * sums * 8);
+  layout.parameters = layout.warp_sums + aligned(maps * sums * 8 * WarpsPerColumn(walk));
+  layout.held = layout.parameters + aligned(maps * parameters * 8);  // Room for doubles, whatever T.
   layout.bytes = layout.held + rounds * walk.columns * walk.lanes * walk.vector * held_bytes;
   return layout;
 }

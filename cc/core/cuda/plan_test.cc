@@ -115,6 +115,9 @@ void CheckPlan(const CallOnDevice& call, const Plan& plan) {
   if (plan.on_chip) {
     EXPECT_TRUE(IsPowerOfTwo(walk.blocks));
     EXPECT_LE(walk.blocks, call.device.largest_cluster);
+    // The blocks finish every map, one block each, and their sums take no more room than one block's of all maps.
+    EXPECT_TRUE(IsPowerOfTwo(MapsOfBlock(walk)));
+    EXPECT_EQ(MapsOfBlock(walk) * walk.blocks, std::max(TileMaps(walk), walk.blocks));
     EXPECT_LE((walk.block_steps + walk.lanes - 1) / walk.lanes, kFloatTerms);
     EXPECT_EQ(plan.block_sums, 0);
   } else {

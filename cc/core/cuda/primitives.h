@@ -92,15 +92,24 @@ TF_AGC_DEVICE void PrefetchToL2(const void* address) {
 }
 
 // Clusters. Code compiled for less than 9.0 has none, nor has its plan: the other branches are never reached.
-TF_AGC_DEVICE void ClusterArrive() {
-#if __CUDA_ARCH__ >= 900
-  __cluster_barrier_arrive();
-#endif
-}
-// Without publishing what was written before. What was read before has been: whoever waits may let it go.
+//
+// Arrives at the cluster's barrier without publishing what was written before, but for barriers that PublishBarriers()
+// was called for. Of a fence for all memory there is no need, and it would wait for all stores.
 TF_AGC_DEVICE void ClusterArriveRelaxed() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive_relaxed();
+#endif
+}
+// This block's. A register that is read again wherever it is needed, and not kept.
+TF_AGC_DEVICE int ClusterRank() {
+#if defined(TF_AGC_CUDA_EMULATION)
+  return emulation::ClusterRank();
+#elif __CUDA_ARCH__ >= 900
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
 #endif
 }
 TF_AGC_DEVICE void ClusterWait() {
@@ -108,14 +117,100 @@ TF_AGC_DEVICE void ClusterWait() {
   __cluster_barrier_wait();
 #endif
 }
+
+#if !defined(TF_AGC_CUDA_EMULATION)
+TF_AGC_DEVICE uint32_t SharedAddress(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
 // The same address in the shared memory of another block of the cluster.
-template <class E>
-TF_AGC_DEVICE const E* OfRank(const E* shared, int rank) {
+TF_AGC_DEVICE uint32_t SharedAddressOfRank(const void* shared, int rank) {
+  uint32_t address = SharedAddress(shared);
 #if __CUDA_ARCH__ >= 900
-  return static_cast<const E*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
-#else
-  (void)rank;
-  return shared;
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+#endif
+  return address;
+}
+#endif
+
+// A barrier in shared memory (mbarrier): it waits for one thread, which says how many bytes to expect, and for these
+// bytes. They may come before that thread does, but not before the barrier is initialised.
+TF_AGC_DEVICE void InitBarrier(uint64_t* barrier) {
+#if defined(TF_AGC_CUDA_EMULATION)
+  emulation::InitBarrier(barrier, 1);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
+#endif
+}
+// Those that this thread has initialised, to all of the cluster that wait for its arrival at the cluster's barrier.
+TF_AGC_DEVICE void PublishBarriers() {
+#if defined(TF_AGC_CUDA_EMULATION)
+  emulation::FenceBarrierInit();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+TF_AGC_DEVICE void ExpectBytes(uint64_t* barrier, int bytes) {
+#if defined(TF_AGC_CUDA_EMULATION)
+  emulation::ArriveAndExpect(barrier, bytes);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+// Stores into the shared memory of a block of the cluster, this one or another, and returns at once: its barrier counts
+// the bytes when they have come. Both addresses are this block's.
+template <class E>
+TF_AGC_DEVICE void StoreToRank(E* to, int rank, E value, uint64_t* barrier) {
+#if defined(TF_AGC_CUDA_EMULATION)
+  emulation::StoreAsync(to, rank, &value, sizeof value, barrier);
+#elif __CUDA_ARCH__ >= 900
+  const uint32_t address = SharedAddressOfRank(to, rank), of_barrier = SharedAddressOfRank(barrier, rank);
+  if constexpr (sizeof(E) == 8) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address),
+                 "l"(__double_as_longlong(value)), "r"(of_barrier)
+                 : "memory");
+  } else {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+                 "r"(__float_as_uint(value)), "r"(of_barrier)
+                 : "memory");
+  }
+#endif
+}
+// Returns when all bytes have come, for a barrier of this block that nobody uses twice: what they are may be read then.
+TF_AGC_DEVICE void WaitForBytes(uint64_t* barrier) {
+#if defined(TF_AGC_CUDA_EMULATION)
+  emulation::WaitForParity(barrier, 0);
+#elif __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(done)
+        : "r"(SharedAddress(barrier))
+        : "memory");
+  } while (done == 0);
+#endif
+}
+
+// Launches that depend on the one before. They start while it runs, once each of its blocks has let them or is done.
+// Older code has none, nor is it launched so.
+TF_AGC_DEVICE void LetDependentLaunchStart() {
+#if __CUDA_ARCH__ >= 900 && !defined(TF_AGC_CUDA_EMULATION)
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Returns when the launch before is done and what it has written is visible. All threads must call it: otherwise the
+// launch might be done before the one before is.
+TF_AGC_DEVICE void WaitForLaunchBefore() {
+#if defined(TF_AGC_CUDA_EMULATION)
+  emulation::WaitForLaunchBefore();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -126,6 +221,7 @@ struct Grid {
   int64_t shared_bytes;       // Of each block.
   int64_t most_shared_bytes;  // That a block may opt into on this device.
   bool holds;                 // Shared memory is what the kernel wants most of.
+  bool dependent;             // On the launch before, for which it waits itself: WaitForLaunchBefore().
 };
 
 // Starts a kernel. Returns a cudaError_t.
@@ -144,20 +240,32 @@ int Launch(void (*kernel)(Argument), const Grid& grid, void* stream, const Argum
                              static_cast<int>(grid.most_shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (grid.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (grid.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, argument));
 }
+
+// The logarithm of a power of two.
+TF_AGC_DEVICE int Log2(int power) { return __popc(static_cast<unsigned>(power - 1)); }
 
 TF_AGC_DEVICE float ToCompute(Half value) { return ToFloat(value); }
 TF_AGC_DEVICE float ToCompute(Bfloat16 value) { return ToFloat(value); }

@@ -94,8 +94,9 @@ TF_AGC_DEVICE void SumSteps(int begin, int end, const Load& load, const Terms& t
   for (; step < end; ++step) AddSteps<Inputs, 1, 1, kVector>(step, load, terms, sums);
 }
 
-// Adds all steps of a thread, in S over kFloatTerms of them and then in double. load(step) reads one step's inputs.
-template <class S, class ThreadType, int kSums, class Load, class Terms>
+// Adds all steps of a thread, in S over kFloatTerms of them and then in double. load(step) reads one step's inputs, and
+// kLoads steps are loaded together.
+template <class S, int kLoads, class ThreadType, int kSums, class Load, class Terms>
 TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Terms& terms,
                           double (&totals)[kSums][ThreadType::kMaps]) {
   constexpr int kMaps = ThreadType::kMaps;
@@ -110,7 +111,7 @@ TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Term
     const int rest = thread.count - begin;
     S sums[kSums][kMaps];
     const int end = begin + (rest < kFloatTerms ? rest : kFloatTerms);
-    SumSteps<Inputs, kUnroll, ThreadType::kVector>(begin, end, load_steps, terms, sums);
+    SumSteps<Inputs, kLoads, ThreadType::kVector>(begin, end, load_steps, terms, sums);
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
 #pragma unroll
@@ -119,10 +120,11 @@ TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Term
   }
 }
 
-// Adds what the threads of each column have: tile_sums[kSums][maps of the tile]. Before others read it, a barrier.
-template <class ThreadType, int kSums, class S>
+// Adds what the threads of each column have, and calls give(sum, map, value), each by one thread of the block, for all
+// sums and all maps of the tile.
+template <class ThreadType, int kSums, class S, class Give>
 TF_AGC_DEVICE void AddThreads(const Walk& walk, const ThreadType& thread, const S (&sums)[kSums][ThreadType::kMaps],
-                              double* warp_sums, double* tile_sums) {
+                              double* warp_sums, const Give& give) {
   constexpr int kMaps = ThreadType::kMaps;
   double values[kSums][kMaps];
 #pragma unroll
@@ -140,7 +142,7 @@ TF_AGC_DEVICE void AddThreads(const Walk& walk, const ThreadType& thread, const 
       for (int i = 0; i < kMaps; ++i) values[s][i] += __shfl_xor_sync(0xffffffffu, values[s][i], offset);
     }
   }
-  const int maps = TileMaps(walk), warp = thread.lane / lanes;
+  const int maps = TileMaps(walk), warp = thread.lane >> Log2(lanes);
   if (thread.lane == warp * lanes) {
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
@@ -150,7 +152,14 @@ TF_AGC_DEVICE void AddThreads(const Walk& walk, const ThreadType& thread, const 
   }
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < kSums * maps; i += static_cast<int>(blockDim.x)) {
-    tile_sums[i] = AddWarps(warp_sums + i, kSums * maps, WarpsPerColumn(walk));
+    int sum = 0, map = i;
+#pragma unroll
+    for (int s = 1; s < kSums; ++s) {
+      if (i < s * maps) continue;
+      sum = s;
+      map = i - s * maps;
+    }
+    give(sum, map, AddWarps(warp_sums + i, kSums * maps, WarpsPerColumn(walk)));
   }
 }
 

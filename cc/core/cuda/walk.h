@@ -4,6 +4,7 @@
 #define TF_AGC_CC_CORE_CUDA_WALK_H_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cc/core/cuda/plan.h"
 #include "cc/core/cuda/primitives.h"
@@ -19,6 +20,8 @@ template <int kVector_, Layout kLayout>
 struct Thread {
   static constexpr int kVector = kVector_;
   static constexpr int kMaps = kLayout == Layout::kChannelsLast ? kVector : 1;  // That one step touches.
+  // channels_first, a thread passes at most one step of every other thread of its block: an int holds that.
+  using Stride = std::conditional_t<kLayout == Layout::kChannelsLast, int64_t, int>;
 
   int64_t tile;
   int block;  // Of the tile.
@@ -26,20 +29,21 @@ struct Thread {
   int lane;
   int64_t map;      // The first one, n * channels + c; -1 where the column is past the end.
   int64_t element;  // Of the first step.
-  int64_t stride;   // Elements from one of the thread's steps to its next.
+  Stride stride;    // Elements from one of the thread's steps to its next.
   int count;        // Of steps.
 
-  TF_AGC_DEVICE explicit Thread(const Walk& walk, int64_t first_tile) {
-    const unsigned thread = threadIdx.x;
+  TF_AGC_DEVICE explicit Thread(Walk walk, int64_t first_tile) {
+    walk.layout = kLayout;  // As it is: now nvcc knows it.
+    const int thread = static_cast<int>(threadIdx.x);
     const unsigned in_launch = blockIdx.x / static_cast<unsigned>(walk.blocks);
     tile = first_tile + in_launch;
     block = static_cast<int>(blockIdx.x - in_launch * static_cast<unsigned>(walk.blocks));
     if (kLayout == Layout::kChannelsLast) {
-      lane = static_cast<int>(thread / static_cast<unsigned>(walk.columns));
-      column = static_cast<int>(thread) - lane * walk.columns;
+      lane = thread >> Log2(walk.columns);
+      column = thread & (walk.columns - 1);
     } else {
-      column = static_cast<int>(thread / static_cast<unsigned>(walk.lanes));
-      lane = static_cast<int>(thread) - column * walk.lanes;
+      column = thread >> Log2(walk.lanes);
+      lane = thread & (walk.lanes - 1);
     }
     map = MapOf(walk, tile, column * kMaps);
     const int64_t first = block * walk.block_steps + lane;
@@ -47,12 +51,12 @@ struct Thread {
     const int64_t end = block_end < walk.steps ? block_end : walk.steps;
     count = map < 0 || first >= end
                 ? 0
-                : static_cast<int>((static_cast<uint32_t>(end - first) - 1) / static_cast<unsigned>(walk.lanes) + 1);
+                : static_cast<int>(((static_cast<uint32_t>(end - first) - 1) >> Log2(walk.lanes)) + 1);
     element = map < 0 ? 0 : FirstElement(walk, map) + first * StepElements(walk);
-    stride = walk.lanes * StepElements(walk);
+    stride = static_cast<Stride>(walk.lanes * StepElements(walk));
   }
 
-  TF_AGC_DEVICE int64_t Element(int step) const { return element + step * stride; }
+  TF_AGC_DEVICE int64_t Element(int step) const { return element + int64_t{step} * stride; }
 };
 
 // Reads as many steps as inputs has, from `step` on: load(step) reads one.
@@ -99,6 +103,7 @@ TF_AGC_DEVICE void WriteSteps(int count, const Load& load, const Write& write) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) write(step + u, inputs[u]);
   }
+#pragma unroll 1  // The last few: nvcc would unroll them, and run out of registers.
   for (; step < count; ++step) write(step, load(step));
 }
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <memory>
 #include <queue>
@@ -24,6 +25,8 @@ __attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
 __attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 __attribute__((weak)) void __tsan_acquire(void* address);
 __attribute__((weak)) void __tsan_release(void* address);
+__attribute__((weak)) void __tsan_read_range(void* address, unsigned long bytes);
+__attribute__((weak)) void __tsan_write_range(void* address, unsigned long bytes);
 __attribute__((weak)) void AnnotateIgnoreReadsBegin(const char* file, int line);
 __attribute__((weak)) void AnnotateIgnoreReadsEnd(const char* file, int line);
 __attribute__((weak)) void AnnotateIgnoreWritesBegin(const char* file, int line);
@@ -61,6 +64,14 @@ void Release(void* address) {
   if (__tsan_release != nullptr) __tsan_release(address);
 }
 
+// An access of the running thread that the sanitizer would not see.
+void NoteRead(void* address, size_t bytes) {
+  if (__tsan_read_range != nullptr) __tsan_read_range(address, bytes);
+}
+void NoteWrite(void* address, size_t bytes) {
+  if (__tsan_write_range != nullptr) __tsan_write_range(address, bytes);
+}
+
 // The scheduler's own accesses, allocations included, are no thread's of the kernel.
 class Unseen {
  public:
@@ -78,6 +89,7 @@ class Unseen {
 
 struct Block;
 struct Fiber;
+struct Grid;
 
 struct Copy {
   void* to;
@@ -96,9 +108,32 @@ struct Barrier {
   std::vector<Fiber*> waiting;
 };
 
+// A barrier in shared memory. A phase ends when all have arrived and as many bytes have come as they expect.
+struct ByteBarrier {
+  int arrivals = 0;  // Of a phase.
+  int pending = 0;   // Arrivals.
+  int64_t bytes = 0;
+  int64_t completed = 0;
+  bool fenced = false;  // Known to the cluster.
+  Fiber* owner = nullptr;
+  char order[2];  // As Barrier's.
+  std::vector<Fiber*> waiting;
+};
+
+// Into a block's shared memory, on its way.
+struct AsyncStore {
+  Block* block;
+  size_t offset;
+  unsigned char value[16];
+  size_t bytes;
+  ByteBarrier* barrier;
+};
+
 struct Cluster {
+  Grid* grid;
   Barrier barrier;
-  char reads;  // For the sanitizer: what came before a relaxed arrival.
+  char reads;   // For the sanitizer: what came before a relaxed arrival.
+  char fences;  // For the sanitizer: initialised barriers.
   int live_blocks = 0;
   std::vector<std::unique_ptr<Block>> blocks;
 };
@@ -113,7 +148,8 @@ struct Block {
   char ended;  // For the sanitizer.
   Barrier barrier;
   std::vector<Barrier> warps;
-  std::vector<Fiber*> lanes;  // By thread.
+  std::vector<Fiber*> lanes;                    // By thread.
+  std::map<size_t, ByteBarrier> byte_barriers;  // By their offset in shared memory.
 };
 
 struct Fiber {
@@ -143,8 +179,33 @@ struct ByKey {
   }
 };
 
+// A launch.
+struct Grid {
+  std::function<void()> run;
+  int64_t clusters;
+  unsigned cluster_size;
+  int threads;
+  size_t shared_bytes;
+  Schedule schedule;
+  int launch;    // Since SetSchedule().
+  size_t count;  // Since TakeStatistics().
+
+  std::mt19937_64 random;
+  bool by_priority = false;
+  std::priority_queue<std::pair<uint64_t, Fiber*>, std::vector<std::pair<uint64_t, Fiber*>>, ByKey> ready;
+  std::vector<int64_t> order;  // In which clusters start.
+  size_t next = 0;
+  std::vector<std::unique_ptr<Cluster>> live;
+  std::vector<AsyncStore> stores;
+  Grid* before = nullptr;       // A dependent launch: the one that it depends on, until that is done.
+  std::vector<Fiber*> waiting;  // For that one.
+  char begun, ended;            // For the sanitizer.
+  char* before_ended = nullptr;
+};
+
 struct Machine {
   Schedule schedule;
+  int launches = 0;  // Since SetSchedule().
   Statistics statistics;
   std::map<const void*, int> shared_limits;
 
@@ -154,14 +215,7 @@ struct Machine {
   void* scheduler_resume[5];
   void* scheduler_fiber = nullptr;
 
-  // Of the launch.
-  void (*call)(const void*) = nullptr;
-  const void* context = nullptr;
-  std::mt19937_64 random;
-  bool by_priority = false;
-  std::priority_queue<std::pair<uint64_t, Fiber*>, std::vector<std::pair<uint64_t, Fiber*>>, ByKey> ready;
-  std::vector<std::unique_ptr<Cluster>> clusters;
-  char begun, ended;  // For the sanitizer.
+  std::unique_ptr<Grid> queued;  // Launched, and not run yet.
 };
 Machine machine;
 
@@ -181,6 +235,7 @@ __attribute__((noinline)) void SwitchToFiber(Fiber* fiber) {
   machine.running = fiber;
   threadIdx = dim3(fiber->thread);
   blockIdx = dim3(fiber->block->index);
+  blockDim = dim3(static_cast<unsigned>(fiber->block->cluster->grid->threads));
   if (__builtin_setjmp(machine.scheduler_resume) != 0) return;
   SwitchSanitizer(fiber->sanitizer_fiber);
   if (machine.running->started) Jump(machine.running->resume);
@@ -209,12 +264,21 @@ Fiber* NewFiber() {
   return fiber;
 }
 
-void MakeReady(Fiber* fiber) { machine.ready.push({machine.by_priority ? fiber->priority : machine.random(), fiber}); }
+Grid* GridOf(const Fiber* fiber) { return fiber->block->cluster->grid; }
+
+void MakeReady(Fiber* fiber) {
+  Grid* grid = GridOf(fiber);
+  grid->ready.push({grid->by_priority ? fiber->priority : grid->random(), fiber});
+}
 
 // ---- Barriers ----
 
 // Returns whether this is the barrier to leave out.
-bool IsMissing(Fiber* fiber) { return fiber->barriers++ == machine.schedule.missing_barrier; }
+bool IsMissing(Fiber* fiber) {
+  const Grid& grid = *GridOf(fiber);
+  const bool here = grid.schedule.missing_launch < 0 || grid.schedule.missing_launch == grid.launch;
+  return fiber->barriers++ == grid.schedule.missing_barrier && here;
+}
 
 void Complete(Barrier* barrier) {
   barrier->arrived = 0;
@@ -236,11 +300,83 @@ void WaitFor(Barrier* barrier, int64_t phase) {
   SwitchToScheduler();
 }
 
+// ---- Barriers that count bytes ----
+
+// The offset in the running block's shared memory.
+size_t OffsetOf(const void* shared, size_t bytes) {
+  const Block& block = *machine.running->block;
+  const ptrdiff_t offset = static_cast<const unsigned char*>(shared) - block.shared;
+  if (offset < 0 || static_cast<size_t>(offset) + bytes > block.shared_bytes) Fail("not an address in shared memory");
+  return static_cast<size_t>(offset);
+}
+
+Block* BlockOfRank(int rank) {
+  const auto& blocks = machine.running->block->cluster->blocks;
+  if (rank < 0 || static_cast<size_t>(rank) >= blocks.size()) Fail("a cluster has no block of that rank");
+  return blocks[static_cast<size_t>(rank)].get();
+}
+
+ByteBarrier* FindBarrier(Block* block, const uint64_t* barrier) {
+  const auto found = block->byte_barriers.find(OffsetOf(barrier, sizeof *barrier));
+  if (found == block->byte_barriers.end()) Fail("a barrier is used before it is initialised");
+  NoteRead(block->shared + found->first, sizeof *barrier);
+  return &found->second;
+}
+
+void CompleteIfDue(ByteBarrier* barrier) {
+  if (barrier->pending > 0) return;
+  if (barrier->bytes < 0) Fail("more bytes came than a barrier expects");
+  if (barrier->bytes > 0) return;
+  ++barrier->completed;
+  barrier->pending = barrier->arrivals;
+  for (Fiber* fiber : std::exchange(barrier->waiting, {})) MakeReady(fiber);
+}
+
+void Deliver(Grid* grid) {
+  std::swap(grid->stores[grid->random() % grid->stores.size()], grid->stores.back());
+  const AsyncStore store = grid->stores.back();
+  grid->stores.pop_back();
+  std::memcpy(store.block->shared + store.offset, store.value, store.bytes);
+  store.barrier->bytes -= static_cast<int64_t>(store.bytes);
+  CompleteIfDue(store.barrier);
+}
+
+// Whether a store comes now: half of the seeds wait until nothing else can go on.
+bool DeliveryIsDue(Grid* grid) {
+  if (grid->stores.empty()) return false;
+  return grid->ready.empty() || (grid->schedule.seed / 2 % 2 == 1 && grid->random() % 4 == 0);
+}
+
+void CheckNothingComes(const Grid& grid, const Block& block) {
+  for (const AsyncStore& store : grid.stores) {
+    if (store.block == &block) Fail("a block ended before all came that is stored to it");
+  }
+  for (const auto& [offset, barrier] : block.byte_barriers) {
+    if (barrier.bytes != 0 || barrier.pending != barrier.arrivals) {
+      Fail("a block ended while a barrier of its expects arrivals or bytes, or has had too many");
+    }
+  }
+}
+
+bool SomebodyWaitsForBytes(const Grid& grid) {
+  for (const auto& cluster : grid.live) {
+    for (const auto& block : cluster->blocks) {
+      for (const auto& [offset, barrier] : block->byte_barriers) {
+        if (!barrier.waiting.empty()) return true;
+      }
+    }
+  }
+  return false;
+}
+
 // ---- Blocks and their threads ----
 
-void StartCluster(int64_t index, unsigned size, int threads, size_t shared_bytes) {
-  machine.clusters.push_back(std::make_unique<Cluster>());
-  Cluster* cluster = machine.clusters.back().get();
+void StartCluster(Grid* grid, int64_t index) {
+  const unsigned size = grid->cluster_size;
+  const int threads = grid->threads;
+  grid->live.push_back(std::make_unique<Cluster>());
+  Cluster* cluster = grid->live.back().get();
+  cluster->grid = grid;
   cluster->barrier.size = static_cast<int>(size) * threads;
   cluster->live_blocks = static_cast<int>(size);
   for (unsigned rank = 0; rank < size; ++rank) {
@@ -253,21 +389,21 @@ void StartCluster(int64_t index, unsigned size, int threads, size_t shared_bytes
     block->barrier.size = threads;
     block->warps.resize(static_cast<size_t>((threads + kWarp - 1) / kWarp));
     for (Barrier& warp : block->warps) warp.size = kWarp;
-    block->shared_bytes = shared_bytes;
-    block->shared = static_cast<unsigned char*>(std::malloc(shared_bytes));
-    std::memset(block->shared, kNaN, shared_bytes);
+    block->shared_bytes = grid->shared_bytes;
+    block->shared = static_cast<unsigned char*>(std::malloc(block->shared_bytes));
+    std::memset(block->shared, kNaN, block->shared_bytes);
     // Whole blocks, then whole warps, before or behind others.
-    const uint64_t block_priority = machine.random() >> 44;
+    const uint64_t block_priority = grid->random() >> 44;
     uint64_t warp_priority = 0;
     for (int thread = 0; thread < threads; ++thread) {
-      if (thread % kWarp == 0) warp_priority = machine.random() >> 44;
+      if (thread % kWarp == 0) warp_priority = grid->random() >> 44;
       if (machine.idle.empty()) machine.idle.push_back(NewFiber());
       Fiber* fiber = machine.idle.back();
       machine.idle.pop_back();
       block->lanes.push_back(fiber);
       fiber->block = block;
       fiber->thread = static_cast<unsigned>(thread);
-      fiber->priority = block_priority << 40 | warp_priority << 20 | machine.random() >> 44;
+      fiber->priority = block_priority << 40 | warp_priority << 20 | grid->random() >> 44;
       fiber->shuffles = 0;
       fiber->cluster_arrivals = 0;
       fiber->waited_for_reads = false;
@@ -280,17 +416,24 @@ void StartCluster(int64_t index, unsigned size, int threads, size_t shared_bytes
 // In the context of the thread that ends.
 void EndThread(Fiber* fiber) {
   if (!fiber->copies.empty()) Fail("a thread ended without waiting for its copies");
-  machine.statistics.barriers = std::max(machine.statistics.barriers, fiber->barriers);
   Block* block = fiber->block;
+  Grid* grid = block->cluster->grid;
+  {
+    const Unseen unseen;
+    std::vector<int>& barriers = machine.statistics.barriers;
+    if (barriers.size() <= grid->count) barriers.resize(grid->count + 1);
+    barriers[grid->count] = std::max(barriers[grid->count], fiber->barriers);
+  }
   // What the others have read is free to go; what they have written would not be visible.
   if (fiber->waited_for_reads) Acquire(&block->cluster->reads);
-  Release(&machine.ended);
+  Release(&grid->ended);
   Release(&block->ended);
   if (block->barrier.arrived > 0 || block->warps[fiber->thread / kWarp].arrived > 0) {
     Fail("a thread ended while others of its block wait for it");
   }
   if (--block->live_threads > 0) return;
   Acquire(&block->ended);
+  CheckNothingComes(*grid, *block);
   std::memset(block->shared, kNaN, block->shared_bytes);  // Whoever reads it from here on is wrong.
   if (__asan_poison_memory_region != nullptr) __asan_poison_memory_region(block->shared, block->shared_bytes);
   --block->cluster->live_blocks;
@@ -299,8 +442,9 @@ void EndThread(Fiber* fiber) {
 // What every fiber does, one thread after the other.
 void RunThreads() {
   for (;;) {
-    Acquire(&machine.begun);
-    machine.call(machine.context);
+    Grid* grid = GridOf(machine.running);
+    Acquire(&grid->begun);
+    grid->run();
     EndThread(machine.running);
     const Unseen unseen;
     machine.idle.push_back(machine.running);
@@ -308,7 +452,7 @@ void RunThreads() {
   }
 }
 
-void FreeEndedClusters() {
+void FreeEndedClusters(Grid* grid) {
   auto ended = [](const std::unique_ptr<Cluster>& cluster) {
     if (cluster->live_blocks > 0) return false;
     for (const auto& block : cluster->blocks) {
@@ -317,52 +461,151 @@ void FreeEndedClusters() {
     }
     return true;
   };
-  machine.clusters.erase(std::remove_if(machine.clusters.begin(), machine.clusters.end(), ended),
-                         machine.clusters.end());
+  grid->live.erase(std::remove_if(grid->live.begin(), grid->live.end(), ended), grid->live.end());
 }
 
-void RunGrid(int64_t clusters, unsigned cluster_size, int threads, size_t shared_bytes) {
+// Runs a launch until it is done, or until all that lives of it waits for the launch before.
+void Run(Grid* grid) {
   const Unseen unseen;
-  machine.random.seed(machine.schedule.seed);
-  machine.by_priority = machine.schedule.seed % 2 == 1;
-  blockDim = dim3(static_cast<unsigned>(threads));
   if (__tsan_get_current_fiber != nullptr) machine.scheduler_fiber = __tsan_get_current_fiber();
-  std::vector<int64_t> order(static_cast<size_t>(clusters));
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
-  std::shuffle(order.begin(), order.end(), machine.random);
-
-  Release(&machine.begun);
-  for (size_t next = 0;;) {
-    FreeEndedClusters();
-    while (next < order.size() && static_cast<int64_t>(machine.clusters.size()) < kResidentClusters) {
-      StartCluster(order[next++], cluster_size, threads, shared_bytes);
+  for (;;) {
+    FreeEndedClusters(grid);
+    while (grid->next < grid->order.size() && static_cast<int64_t>(grid->live.size()) < kResidentClusters) {
+      StartCluster(grid, grid->order[grid->next++]);
     }
-    if (machine.clusters.empty()) break;
+    if (grid->live.empty()) break;
     auto live = [](const std::unique_ptr<Cluster>& cluster) { return cluster->live_blocks > 0; };
-    while (std::all_of(machine.clusters.begin(), machine.clusters.end(), live)) {
-      if (machine.ready.empty()) Fail("every thread waits at a barrier that the others never reach");
-      Fiber* fiber = machine.ready.top().second;
-      machine.ready.pop();
+    while (std::all_of(grid->live.begin(), grid->live.end(), live)) {
+      if (DeliveryIsDue(grid)) {
+        Deliver(grid);
+        continue;
+      }
+      if (grid->ready.empty()) {
+        if (!grid->waiting.empty()) return;
+        if (SomebodyWaitsForBytes(*grid)) Fail("a thread waits for bytes that never come");
+        Fail("every thread waits at a barrier that the others never reach");
+      }
+      Fiber* fiber = grid->ready.top().second;
+      grid->ready.pop();
       SwitchToFiber(fiber);
     }
   }
-  Acquire(&machine.ended);
+}
+
+void RunQueued() {
+  if (machine.queued == nullptr) return;
+  const Unseen unseen;
+  Run(machine.queued.get());
+  Acquire(&machine.queued->ended);
+  machine.queued = nullptr;
+}
+
+// What a dependent launch does before its threads wait comes before all that the launch before it does.
+void RunDependent(std::unique_ptr<Grid> grid) {
+  const Unseen unseen;
+  Run(grid.get());
+  Run(machine.queued.get());
+  grid->before = nullptr;
+  for (Fiber* fiber : std::exchange(grid->waiting, {})) MakeReady(fiber);
+  Run(grid.get());
+  Acquire(&grid->ended);
+  RunQueued();  // It is done: only to end it.
 }
 
 }  // namespace
 
 unsigned char* SharedMemory() { return machine.running->block->shared; }
 
-void SetSchedule(const Schedule& schedule) { machine.schedule = schedule; }
+int ClusterRank() { return static_cast<int>(machine.running->block->rank); }
+
+void InitBarrier(uint64_t* barrier, int arrivals) {
+  Fiber* fiber = machine.running;
+  const size_t offset = OffsetOf(barrier, sizeof *barrier);
+  if (offset % sizeof *barrier != 0) Fail("a misaligned barrier");
+  NoteWrite(barrier, sizeof *barrier);
+  const Unseen unseen;
+  const auto [entry, is_new] = fiber->block->byte_barriers.emplace(offset, ByteBarrier{});
+  if (!is_new) Fail("a barrier is initialised twice");
+  entry->second.arrivals = entry->second.pending = arrivals;
+  entry->second.owner = fiber;
+}
+
+// For the sanitizer it publishes more: all that the thread has done. Kernels have done nothing else by then.
+void FenceBarrierInit() {
+  Fiber* fiber = machine.running;
+  for (auto& [offset, barrier] : fiber->block->byte_barriers) barrier.fenced |= barrier.owner == fiber;
+  Release(&fiber->block->cluster->fences);
+}
+
+void ArriveAndExpect(uint64_t* barrier, int64_t bytes) {
+  ByteBarrier* found = FindBarrier(machine.running->block, barrier);
+  Release(&found->order[found->completed % 2]);
+  const Unseen unseen;
+  found->bytes += bytes;
+  --found->pending;
+  CompleteIfDue(found);
+}
+
+void StoreAsync(void* to, int rank, const void* value, size_t bytes, uint64_t* barrier) {
+  const size_t offset = OffsetOf(to, bytes);
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || offset % bytes != 0) Fail("a misaligned asynchronous store");
+  Block* block = BlockOfRank(rank);
+  if (block->live_threads == 0) Fail("an asynchronous store to a block that has ended");
+  ByteBarrier* found = FindBarrier(block, barrier);
+  if (!found->fenced) Fail("an asynchronous store to a barrier that the cluster does not know of");
+  // Whoever reads or writes there without having waited is wrong, whenever it arrives.
+  NoteWrite(block->shared + offset, bytes);
+  Release(&found->order[found->completed % 2]);
+  const Unseen unseen;
+  AsyncStore store{block, offset, {}, bytes, found};
+  std::memcpy(store.value, value, bytes);
+  GridOf(machine.running)->stores.push_back(store);
+}
+
+void WaitForParity(uint64_t* barrier, int parity) {
+  Fiber* fiber = machine.running;
+  if (IsMissing(fiber)) return;
+  ByteBarrier* found = FindBarrier(fiber->block, barrier);
+  while (found->completed % 2 == parity) {
+    const Unseen unseen;
+    found->waiting.push_back(fiber);
+    SwitchToScheduler();
+  }
+  Acquire(&found->order[parity]);
+}
+
+void WaitForLaunchBefore() {
+  Fiber* fiber = machine.running;
+  if (IsMissing(fiber)) return;
+  Grid* grid = GridOf(fiber);
+  if (grid->before != nullptr) {
+    const Unseen unseen;
+    grid->waiting.push_back(fiber);
+    SwitchToScheduler();
+  }
+  if (grid->before_ended != nullptr) Acquire(grid->before_ended);
+}
+
+void SetSchedule(const Schedule& schedule) {
+  machine.schedule = schedule;
+  machine.launches = 0;
+}
 
 Statistics TakeStatistics() { return std::exchange(machine.statistics, Statistics{}); }
 
-cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, void (*call)(const void* context),
-                         const void* context) {
+cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> run) {
   constexpr unsigned kMostThreads = 1024, kMostCluster = 8, kMostBlocks = 0x7fffffff;
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   unsigned cluster = 1;
-  for (unsigned i = 0; i < config.numAttrs; ++i) cluster = config.attrs[i].val.clusterDim.x;
+  bool dependent = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      cluster = attribute.val.clusterDim.x;
+    } else {
+      dependent = attribute.val.programmaticStreamSerializationAllowed != 0;
+    }
+  }
   const auto limit = machine.shared_limits.find(kernel);
   const size_t most_shared =
       limit == machine.shared_limits.end() ? kSharedWithoutAsking : static_cast<size_t>(limit->second);
@@ -371,10 +614,30 @@ cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, v
     return cudaErrorInvalidConfiguration;
   }
   if (config.dynamicSmemBytes > most_shared) return cudaErrorInvalidValue;
-  ++machine.statistics.launches;
-  machine.call = call;
-  machine.context = context;
-  RunGrid(config.gridDim.x / cluster, cluster, static_cast<int>(config.blockDim.x), config.dynamicSmemBytes);
+
+  if (!dependent) RunQueued();
+  auto grid = std::make_unique<Grid>();
+  grid->run = std::move(run);
+  grid->clusters = config.gridDim.x / cluster;
+  grid->cluster_size = cluster;
+  grid->threads = static_cast<int>(config.blockDim.x);
+  grid->shared_bytes = config.dynamicSmemBytes;
+  grid->schedule = machine.schedule;
+  grid->launch = machine.launches++;
+  grid->count = static_cast<size_t>(machine.statistics.launches++);
+  grid->random.seed(machine.schedule.seed);
+  grid->by_priority = machine.schedule.seed % 2 == 1;
+  for (int64_t i = 0; i < grid->clusters; ++i) grid->order.push_back(i);
+  std::shuffle(grid->order.begin(), grid->order.end(), grid->random);
+  Release(&grid->begun);
+  if (dependent) ++machine.statistics.dependent_launches;
+  if (machine.queued == nullptr) {
+    machine.queued = std::move(grid);
+  } else {
+    grid->before = machine.queued.get();
+    grid->before_ended = &machine.queued->ended;
+    RunDependent(std::move(grid));
+  }
   return cudaSuccess;
 }
 
@@ -395,6 +658,7 @@ using tf_agc::core::cuda::emulation::IsMissing;
 using tf_agc::core::cuda::emulation::kWarp;
 using tf_agc::core::cuda::emulation::machine;
 using tf_agc::core::cuda::emulation::Release;
+using tf_agc::core::cuda::emulation::RunQueued;
 using tf_agc::core::cuda::emulation::Unseen;
 using tf_agc::core::cuda::emulation::WaitFor;
 
@@ -452,6 +716,7 @@ void __cluster_barrier_wait() {
   const int64_t phase = fiber->cluster_arrivals - 1;
   if (phase < 0) Fail("a thread waits at a cluster's barrier without having arrived");
   WaitFor(barrier, phase);
+  Acquire(&fiber->block->cluster->fences);
   if (fiber->waits_for_reads) {
     fiber->waited_for_reads = true;
   } else {
@@ -493,6 +758,11 @@ void __pipeline_wait_prior(size_t batches) {
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) machine.shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize() {
+  RunQueued();
   return cudaSuccess;
 }
 

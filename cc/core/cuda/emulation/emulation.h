@@ -6,13 +6,18 @@
 // at once, each with all its blocks. What real hardware leaves undefined is made to show:
 // - shared memory is allocated at its exact size, is NaN at first, and NaN again when its block has ended;
 // - an asynchronous copy arrives when its batch is waited for, never before;
+// - an asynchronous store into another block's shared memory arrives at a time that the seed decides, or when nothing
+//   else can go on;
 // - a barrier that not all threads reach, a copy that nobody waits for, a shuffle of half a warp, a misaligned copy end
-//   the process with a message;
+//   the process with a message, and so do a store to a barrier that is not initialised or a block that has ended, and
+//   bytes that a barrier waits for in vain or has not been told of;
+// - a launch runs when the next one comes, or when it is waited for; before the next one, but that one's threads, where
+//   it is a dependent one, come to their wait first: what they read before it is as if the launch had never been;
 // - a launch that a device would refuse is refused.
 // Under ThreadSanitizer each fiber is a thread of its own, and nothing but barriers and launches orders them. Under
 // AddressSanitizer an access beyond shared memory or after its block's end is an error.
 //
-// Not emulated: that threads of a warp run together, textures, streams (a launch returns when it is done), speed.
+// Not emulated: that threads of a warp run together, textures, streams but for one, speed.
 
 #ifndef TF_AGC_CC_CORE_CUDA_EMULATION_EMULATION_H_
 #define TF_AGC_CC_CORE_CUDA_EMULATION_EMULATION_H_
@@ -21,6 +26,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <vector>
 
 // ---- The language ----
 
@@ -41,6 +48,8 @@ extern dim3 threadIdx, blockIdx, blockDim;
 
 void __syncthreads();
 double __shfl_xor_sync(unsigned mask, double value, int lane_mask);
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 void __cluster_barrier_arrive();
 void __cluster_barrier_arrive_relaxed();  // Orders no memory, but that what was read may go after the others' wait.
@@ -99,13 +108,17 @@ enum cudaFuncAttribute {
   cudaFuncAttributePreferredSharedMemoryCarveout  // A hint.
 };
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization  // A dependent launch.
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
-  struct {
+  union {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -117,6 +130,7 @@ struct cudaLaunchConfig_t {
 };
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaDeviceSynchronize();  // Before anyone looks at what a launch has done, or takes its memory away.
 
 namespace tf_agc {
 namespace core {
@@ -126,24 +140,41 @@ namespace emulation {
 // The running block's dynamic shared memory, which CUDA declares as an array.
 unsigned char* SharedMemory();
 
+int ClusterRank();
+
+// Barriers in shared memory that count bytes which are stored asynchronously (mbarrier, st.async). A fence makes those
+// known to the cluster that a thread has initialised, once others wait at the cluster's barrier.
+void InitBarrier(uint64_t* barrier, int arrivals);
+void FenceBarrierInit();
+void ArriveAndExpect(uint64_t* barrier, int64_t bytes);
+// Both addresses are the running block's, and meant in the block of that rank.
+void StoreAsync(void* to, int rank, const void* value, size_t bytes, uint64_t* barrier);
+void WaitForParity(uint64_t* barrier, int parity);  // A barrier of the running block.
+
+// griddepcontrol.wait: until the launch before is done, and its memory there.
+void WaitForLaunchBefore();
+
 // How all launches from here on run.
 struct Schedule {
   uint32_t seed = 0;
   // Leaves out this barrier: the one of this number among those that a thread comes to, counted from 0 in each kernel;
-  // an arrival at a cluster's barrier and the wait for it are one. A test that plants this bug expects to find it.
+  // an arrival at a cluster's barrier and the wait for it are one, and a wait for bytes or for the launch before is one
+  // as well. A test that plants this bug expects to find it.
   int missing_barrier = -1;
+  int missing_launch = -1;  // Leaves it out in this launch alone, counted from 0 since SetSchedule(); -1: in all.
 };
 void SetSchedule(const Schedule& schedule);
 
-// What has been launched since the last call of this.
+// What has been launched since the last call of this, up to cudaDeviceSynchronize().
 struct Statistics {
   int64_t launches = 0;
-  int barriers = 0;  // Of the thread that came to most.
+  int64_t dependent_launches = 0;
+  std::vector<int> barriers;  // Of each launch, those of the thread that came to most.
 };
 Statistics TakeStatistics();
 
-cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, void (*call)(const void* context),
-                         const void* context);
+// `run` is what each thread does.
+cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> run);
 
 }  // namespace emulation
 }  // namespace cuda
@@ -152,16 +183,8 @@ cudaError_t LaunchKernel(const cudaLaunchConfig_t& config, const void* kernel, v
 
 template <class Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument), const Argument& argument) {
-  struct Context {
-    void (*kernel)(Argument);
-    const Argument* argument;
-  };
-  const Context context{kernel, &argument};
-  auto call = [](const void* pointer) {
-    const Context& context = *static_cast<const Context*>(pointer);
-    context.kernel(*context.argument);
-  };
-  return tf_agc::core::cuda::emulation::LaunchKernel(*config, reinterpret_cast<const void*>(kernel), call, &context);
+  return tf_agc::core::cuda::emulation::LaunchKernel(*config, reinterpret_cast<const void*>(kernel),
+                                                     [kernel, argument] { kernel(argument); });
 }
 
 #endif  // TF_AGC_CC_CORE_CUDA_EMULATION_EMULATION_H_

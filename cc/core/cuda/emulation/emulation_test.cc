@@ -32,7 +32,23 @@ cudaError_t Launch(void (*kernel)(KernelArgs), unsigned blocks, unsigned threads
   config.dynamicSmemBytes = shared_bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, KernelArgs{out});
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, KernelArgs{out});
+  cudaDeviceSynchronize();
+  return error;
+}
+
+// Launches `first`, and `second` as one that depends on it, of one block each.
+void LaunchDependent(void (*first)(KernelArgs), void (*second)(KernelArgs), int* out) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(32);
+  config.attrs = &attribute;
+  ASSERT_EQ(cudaLaunchKernelEx(&config, first, KernelArgs{out}), cudaSuccess);
+  config.numAttrs = 1;
+  ASSERT_EQ(cudaLaunchKernelEx(&config, second, KernelArgs{out}), cudaSuccess);
+  cudaDeviceSynchronize();
 }
 
 int* SharedInts() { return reinterpret_cast<int*>(SharedMemory()); }
@@ -157,6 +173,76 @@ TEST(AsynchronousCopy, ArrivesWithItsBatch) {
   EXPECT_EQ(out, (std::vector<int>{7, 8, 7, -1, 8}));
 }
 
+// Block 0 stores a number of each of its threads in block 1, which has a barrier for them at the start of its memory.
+void StoreToOther(KernelArgs args) {
+  auto* barrier = reinterpret_cast<uint64_t*>(SharedMemory());
+  int* numbers = SharedInts() + 4;
+  if (threadIdx.x == 0) {
+    emulation::InitBarrier(barrier, 1);
+    emulation::FenceBarrierInit();
+    emulation::ArriveAndExpect(barrier, blockIdx.x == 1 ? 32 * sizeof(int) : 0);
+  }
+  __cluster_barrier_arrive_relaxed();
+  __cluster_barrier_wait();
+  if (blockIdx.x == 0) {
+    const int number = static_cast<int>(threadIdx.x);
+    emulation::StoreAsync(&numbers[threadIdx.x], 1, &number, sizeof number, barrier);
+    return;
+  }
+  if (threadIdx.x == 0) args.out[0] = numbers[31];
+  emulation::WaitForParity(barrier, 0);
+  args.out[1 + threadIdx.x] = numbers[31 - threadIdx.x];
+}
+
+TEST(AsynchronousStore, ArrivesOnceItIsWaitedFor) {
+  int early = 0;
+  for (uint32_t seed = 0; seed < 16; ++seed) {
+    emulation::SetSchedule({seed});
+    std::vector<int> out(33, 0);
+    ASSERT_EQ(Launch(&StoreToOther, 2, 32, 2, 36 * sizeof(int), out.data()), cudaSuccess);
+    for (int i = 0; i < 32; ++i) EXPECT_EQ(out[static_cast<size_t>(1 + i)], 31 - i);
+    EXPECT_TRUE(out[0] == -1 || out[0] == 31);
+    early += out[0] == 31;
+  }
+  emulation::SetSchedule({});
+  EXPECT_TRUE(0 < early && early < 16) << early;  // The seed decides.
+}
+
+TEST(DependentLaunch, SeesMemoryOnceItHasWaited) {
+  std::vector<int> out(2 + 2 * 32, 0);
+  auto first = [](KernelArgs args) {
+    if (threadIdx.x == 0) args.out[0] = 7;
+  };
+  auto second = [](KernelArgs args) {
+    args.out[2 + threadIdx.x] = args.out[0];
+    emulation::WaitForLaunchBefore();
+    args.out[2 + 32 + threadIdx.x] = args.out[0];
+  };
+  LaunchDependent(first, second, out.data());
+  for (size_t i = 2; i < 2 + 32; ++i) {
+    EXPECT_EQ(out[i], 0);
+    EXPECT_EQ(out[i + 32], 7);
+  }
+}
+
+TEST(DependentLaunch, EndsWithoutHavingWaited) {
+  std::vector<int> out = {0, 0};
+  auto first = [](KernelArgs args) { args.out[0] = 7; };
+  auto second = [](KernelArgs args) { args.out[1] = args.out[0] + 1; };
+  LaunchDependent(first, second, out.data());
+  EXPECT_EQ(out, (std::vector<int>{7, 1}));
+}
+
+TEST(Launch, RunsWhenItIsWaitedFor) {
+  int out = 0;
+  cudaLaunchConfig_t config = {};
+  void (*kernel)(int*) = [](int* out) { *out = 1; };
+  ASSERT_EQ(cudaLaunchKernelEx(&config, kernel, &out), cudaSuccess);
+  EXPECT_EQ(out, 0);
+  cudaDeviceSynchronize();
+  EXPECT_EQ(out, 1);
+}
+
 TEST(Launch, RefusesWhatADeviceRefuses) {
   auto kernel = [](KernelArgs) {};
   EXPECT_EQ(Launch(kernel, 0, 32, 1, 0, nullptr), cudaErrorInvalidConfiguration);
@@ -192,6 +278,67 @@ TEST(DeathTest, BarriersThatNotAllReach) {
                  __cluster_barrier_arrive();
                }),
                "a thread arrived twice");
+}
+
+uint64_t* SharedBarrier() { return reinterpret_cast<uint64_t*>(SharedMemory()); }
+
+// Each block's first thread initialises its barrier, to expect that many bytes.
+void PrepareBarrier(int64_t bytes, bool fence = true) {
+  if (threadIdx.x == 0) {
+    emulation::InitBarrier(SharedBarrier(), 1);
+    if (fence) emulation::FenceBarrierInit();
+    emulation::ArriveAndExpect(SharedBarrier(), bytes);
+  }
+  __cluster_barrier_arrive_relaxed();
+  __cluster_barrier_wait();
+}
+// By one thread of each block to the other one.
+void StoreInt(int rank) {
+  const int number = 1;
+  if (threadIdx.x == 0) emulation::StoreAsync(SharedInts() + 4, rank, &number, sizeof number, SharedBarrier());
+}
+int OtherRank() { return static_cast<int>(1 - blockIdx.x); }
+
+TEST(DeathTest, StoresAndBarriersThatCountBytes) {
+  EXPECT_DEATH(RunKernel([](KernelArgs) { StoreInt(OtherRank()); }), "a barrier is used before it is initialised");
+  EXPECT_DEATH(RunKernel([](KernelArgs) { emulation::WaitForParity(SharedBarrier(), 0); }),
+               "a barrier is used before it is initialised");
+  EXPECT_DEATH(RunKernel([](KernelArgs) {
+                 PrepareBarrier(4, /*fence=*/false);
+                 StoreInt(OtherRank());
+               }),
+               "to a barrier that the cluster does not know of");
+  EXPECT_DEATH(RunKernel([](KernelArgs) {
+                 PrepareBarrier(4);
+                 emulation::WaitForParity(SharedBarrier(), 0);
+               }),
+               "a thread waits for bytes that never come");
+  EXPECT_DEATH(RunKernel([](KernelArgs) {
+                 PrepareBarrier(4);
+                 StoreInt(OtherRank());
+                 StoreInt(OtherRank());
+                 emulation::WaitForParity(SharedBarrier(), 0);
+               }),
+               "a block ended (before all came that is stored to it|while a barrier of its)");
+  EXPECT_DEATH(RunKernel([](KernelArgs) {
+                 PrepareBarrier(4);
+                 StoreInt(OtherRank());
+               }),
+               "a block ended before all came that is stored to it");
+  EXPECT_DEATH(RunKernel([](KernelArgs) { PrepareBarrier(4); }), "a block ended while a barrier of its");
+  EXPECT_DEATH(RunKernel([](KernelArgs) {
+                 PrepareBarrier(8);
+                 const double number = 1;
+                 emulation::StoreAsync(SharedInts() + 3, OtherRank(), &number, sizeof number, SharedBarrier());
+               }),
+               "a misaligned asynchronous store");
+  EXPECT_DEATH(RunKernel([](KernelArgs) {
+                 PrepareBarrier(4);
+                 StoreInt(2);
+               }),
+               "no block of that rank");
+  EXPECT_DEATH(RunKernel([](KernelArgs) { emulation::InitBarrier(SharedBarrier(), 1); }),
+               "a barrier is initialised twice");
 }
 
 TEST(DeathTest, ShufflesAndCopies) {
