@@ -612,6 +612,27 @@ def test_the_script_needs_no_tensorflow(tmp_path):
 # ---- TensorFlow ----
 
 
+@pytest.mark.parametrize("output", ["....s [ 40%]\n..", "..F.s [ 40%]\n.."])
+def test_tests_that_do_not_end_in_time(output, monkeypatch):
+    from gpu import gpu_tensorflow
+
+    class Report:
+        def __init__(self):
+            self.notes, self.failures = [], []
+            self.note, self.fail = self.notes.append, self.failures.append
+
+    def run(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout, output=output.encode())
+
+    monkeypatch.setattr(subprocess, "run", run)
+    report = Report()
+    gpu_tensorflow._tests(report, 60)
+    if "F" in output:
+        assert report.failures == ["pytest is incomplete: 5 tests had passed after 60 seconds, and 1 failed"]
+    else:
+        assert report.notes == ["pytest is incomplete: 6 tests had passed after 60 seconds"]
+
+
 def test_transposes_around_the_op(native_required):
     # Two convolutions and two of our ops, on a GPU that only the layout optimizer believes in.
     from gpu import gpu_tensorflow

@@ -1,6 +1,7 @@
 """The TensorFlow op on a GPU, for `gpu_check.sh --tensorflow`: tests, transposes around it, its time in a graph."""
 
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -73,8 +74,14 @@ def _tests(report: Report, seconds: float) -> None:
     # In the checkout itself Python would take the sources, and not the tf_agc that is installed.
     try:
         done = subprocess.run(command, cwd=_CHECKOUT / "tests", capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        report.note(f"pytest: left out, it did not end within {seconds:.0f} seconds")
+    except subprocess.TimeoutExpired as expired:
+        output = (expired.stdout or b"").decode(errors="replace")  # bytes, whatever `text` is
+        results = "".join(re.findall(r"^([.sxXFE]+) *(?:\[|$)", output, re.MULTILINE))
+        said = f"pytest is incomplete: {results.count('.')} tests had passed after {seconds:.0f} seconds"
+        if failed := results.count("F") + results.count("E"):
+            report.fail(f"{said}, and {failed} failed")
+        else:
+            report.note(said)
         return
     last = done.stdout.strip().splitlines()[-1:]
     if done.returncode == 0:

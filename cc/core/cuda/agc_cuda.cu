@@ -18,6 +18,12 @@ namespace {
 
 using tf_agc::core::cuda::kMaxThreads;
 
+// CUDA keeps the last error until somebody asks, and TensorFlow would take it for one of its own next call.
+int Forgotten(int error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 // As large as the largest blocks of the kernels.
 __global__ void __launch_bounds__(kMaxThreads) Nothing() {}
 
@@ -26,7 +32,7 @@ __global__ void __launch_bounds__(kMaxThreads) Nothing() {}
 int LargestCluster(int capability_of_code, int shared_bytes_per_block) {
   constexpr int kPortable = 8;  // More is not for every device.
   if (capability_of_code < 90) return 1;
-  cudaFuncSetAttribute(Nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_per_block);
+  Forgotten(cudaFuncSetAttribute(Nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_per_block));
   for (int cluster = kPortable; cluster > 1; cluster /= 2) {
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -39,9 +45,9 @@ int LargestCluster(int capability_of_code, int shared_bytes_per_block) {
     config.attrs = &attribute;
     config.numAttrs = 1;
     int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, Nothing, &config) == cudaSuccess && clusters > 0) return cluster;
+    const int error = Forgotten(cudaOccupancyMaxActiveClusters(&clusters, Nothing, &config));
+    if (error == cudaSuccess && clusters > 0) return cluster;
   }
-  cudaGetLastError();  // What was asked in vain is no error of the next call.
   return 1;
 }
 
@@ -56,7 +62,7 @@ int CurrentDevice(tf_agc::core::cuda::Device* device) {
   static std::mutex* mutex = new std::mutex;
   static std::vector<Known>* devices = new std::vector<Known>;
   int ordinal;
-  if (const cudaError_t error = cudaGetDevice(&ordinal); error != cudaSuccess) return static_cast<int>(error);
+  if (const int error = Forgotten(cudaGetDevice(&ordinal)); error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(*mutex);
   if (devices->size() <= static_cast<size_t>(ordinal)) devices->resize(static_cast<size_t>(ordinal) + 1);
   Known& entry = (*devices)[static_cast<size_t>(ordinal)];
@@ -69,8 +75,8 @@ int CurrentDevice(tf_agc::core::cuda::Device* device) {
                                          cudaDevAttrMaxSharedMemoryPerMultiprocessor,
                                          cudaDevAttrL2CacheSize};
     for (int i = 0; i < 6; ++i) {
-      const cudaError_t error = cudaDeviceGetAttribute(&values[i], attributes[i], ordinal);
-      if (error != cudaSuccess) return static_cast<int>(error);
+      const int error = Forgotten(cudaDeviceGetAttribute(&values[i], attributes[i], ordinal));
+      if (error != cudaSuccess) return error;
     }
     // nvcc lists what it compiles for as __CUDA_ARCH__ counts: 900 for 9.0.
     std::vector<int> compiled = {__CUDA_ARCH_LIST__};
@@ -110,12 +116,12 @@ int64_t TfAgcCudaBackwardWorkspaceBytes(const tf_agc::core::BackwardArgs* args) 
 int TfAgcCudaForward(const tf_agc::core::ForwardArgs* args, void* workspace, void* stream) {
   tf_agc::core::cuda::Device device;
   const int error = CurrentDevice(&device);
-  return error != 0 ? error : tf_agc::core::cuda::Forward(*args, device, workspace, stream);
+  return error != 0 ? error : Forgotten(tf_agc::core::cuda::Forward(*args, device, workspace, stream));
 }
 int TfAgcCudaBackward(const tf_agc::core::BackwardArgs* args, void* workspace, void* stream) {
   tf_agc::core::cuda::Device device;
   const int error = CurrentDevice(&device);
-  return error != 0 ? error : tf_agc::core::cuda::Backward(*args, device, workspace, stream);
+  return error != 0 ? error : Forgotten(tf_agc::core::cuda::Backward(*args, device, workspace, stream));
 }
 
 const char* TfAgcCudaProblem() {

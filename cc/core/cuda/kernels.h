@@ -26,8 +26,8 @@
 //
 // Why they look as they do:
 // - Everything is bound by memory, so a map is read once where it fits on chip: the blocks of a cluster copy their
-//   parts into shared memory, add, store their sums in each other's shared memory, and write from their own. Where it
-//   does not fit, one launch adds and a second one reads again, from the L2 cache (plan.h has the rule).
+//   parts into shared memory, add, send each map's sums to the block that finishes it, and write from their own. Where
+//   it does not fit, one launch adds and a second one reads again, from the L2 cache (plan.h has the rule).
 // - x forward and dy backward are copied asynchronously (cp.async): a tile's loads are all in flight at once and take
 //   no registers, and those that have come are added while others are on their way. dz is held where dy came to.
 //   Backward, what was kept and the shortcut have no place of their own in shared memory: they go through registers, 64
@@ -166,9 +166,9 @@ TF_AGC_DEVICE void ReadParameters(const Walk& walk, const ThreadType& thread, co
 // one the parameters to all. So a tile needs no more room for sums than a block that is alone. All sums to all blocks
 // would cross the cluster once and not twice, but 64x64 maps in 16 bits would lose the third block of a multiprocessor.
 //
-// A barrier of each block counts the sums that come to it, a second one the parameters, of which all that a block gets
-// are known from the start. A block ends when it has both, which is when everything has come that others send to it:
-// so it may end while they go on.
+// A barrier of each block counts the sums that come to it, a second one the parameters; how many bytes each gets is
+// known from the start. A block ends when it has both, which is when everything has come that others send to it: so it
+// may end while they go on.
 template <class PassType>
 struct Exchange {
   using Launch = LaunchArgs<typename PassType::Args>;

@@ -230,8 +230,10 @@ int Launch(void (*kernel)(Argument), const Grid& grid, void* stream, const Argum
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (grid.holds) {
     // As many blocks as fit: what they load from elsewhere, they load once, and need no cache for. A hint.
-    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
-                         cudaSharedmemCarveoutMaxShared);
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) cudaGetLastError();  // Else it would be found after another call.
   }
   if (grid.shared_bytes > kWithoutAsking) {
     // Always the same limit: it is the kernel's, not the launch's, and another thread may be about to launch it.
