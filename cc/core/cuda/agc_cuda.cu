@@ -12,17 +12,13 @@
 #include "cc/core/cuda/driver.h"
 #include "cc/core/cuda/launchers.h"
 #include "cc/core/cuda/plan.h"
+#include "cc/core/cuda/primitives.h"
 #include "cc/core/types.h"
 
 namespace {
 
+using tf_agc::core::cuda::Forgotten;
 using tf_agc::core::cuda::kMaxThreads;
-
-// CUDA keeps the last error until somebody asks, and TensorFlow would take it for one of its own next call.
-int Forgotten(int error) {
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
-}
 
 // As large as the largest blocks of the kernels.
 __global__ void __launch_bounds__(kMaxThreads) Nothing() {}

@@ -224,16 +224,21 @@ struct Grid {
   bool dependent;             // On the launch before, for which it waits itself: WaitForLaunchBefore().
 };
 
+// The error of a call, a cudaError_t. CUDA keeps the last one until somebody asks, and TensorFlow would take it for one
+// of its own next call.
+inline int Forgotten(int error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 // Starts a kernel. Returns a cudaError_t.
 template <class Argument>
 int Launch(void (*kernel)(Argument), const Grid& grid, void* stream, const Argument& argument) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (grid.holds) {
     // As many blocks as fit: what they load from elsewhere, they load once, and need no cache for. A hint.
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared);
-    if (error != cudaSuccess) cudaGetLastError();  // Else it would be found after another call.
+    Forgotten(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   }
   if (grid.shared_bytes > kWithoutAsking) {
     // Always the same limit: it is the kernel's, not the launch's, and another thread may be about to launch it.
