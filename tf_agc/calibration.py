@@ -7,7 +7,7 @@ residual branches end is `tf_agc.branches`'s; the map means are the reference's.
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -27,8 +27,8 @@ BRANCH_FACTOR = 0.5
 # the power of their number, so that each one gets less where there are more.
 _BRANCHES = 7
 
-# Elements of a map that are in float64 at once, where the whole batch would take the memory of a training step.
-_ELEMENTS_AT_ONCE = 2**20
+# Elements of a map that are worked on at once: the pass should take little more memory than the maps themselves.
+_ELEMENTS_AT_ONCE = 2**17
 
 
 @dataclasses.dataclass
@@ -249,7 +249,7 @@ class _Calibration:
         self, layer: agc_layer.AutomaticGainControl, x: tf.Tensor, shortcut: tf.Tensor | None
     ) -> CalibratedLayer:
         name = layer.path or layer.name
-        if not bool(tf.reduce_all(tf.math.is_finite(x))):
+        if not all(bool(tf.reduce_all(tf.math.is_finite(part))) for part in _parts(x)):
             raise ValueError(f"the input of layer '{name}' is not finite on this batch")
         ones = tf.ones(layer.gain.shape, tf.float64)
         mean_scale = tf.cast(tf.convert_to_tensor(layer.mean_scale), tf.float64)
@@ -261,7 +261,8 @@ class _Calibration:
         mean_u, variance_u = _moments(x, axis, difference)
         std_u = np.sqrt(variance_u)
         others = [other for other in range(x.shape.rank) if other != axis]
-        largest = tf.cast(tf.reduce_max(tf.abs(x), axis=others), tf.float64).numpy()
+        maxima = [tf.cast(tf.reduce_max(tf.abs(part), axis=others), tf.float64).numpy() for part in _parts(x)]
+        largest = np.max(maxima, axis=0)
 
         # What differs from a constant by rounding alone is a constant: a gain of 1 / rounding noise
         # would blow it up. Sums before this layer round a few times more than float32's epsilon.
@@ -312,16 +313,21 @@ class _Calibration:
         return CalibrationTable([*self._rows.values(), *missed])
 
 
+def _parts(x: tf.Tensor) -> Iterator[tf.Tensor]:
+    """A few samples at a time."""
+    samples = max(1, _ELEMENTS_AT_ONCE // max(1, int(tf.size(x[0]))))
+    for first in range(0, len(x), samples):
+        yield x[first : first + samples]
+
+
 def _moments(
     x: tf.Tensor, axis: int, transformed: Callable[[tf.Tensor], tf.Tensor] = tf.identity
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each channel of what becomes of x, in float64 and a few samples at a time; shape [C]."""
+    """Mean and variance of each channel of what becomes of x, in float64; shape [C]."""
     others = [other for other in range(x.shape.rank) if other != axis % x.shape.rank]
-    samples = max(1, _ELEMENTS_AT_ONCE // max(1, int(tf.size(x[0]))))
     weights, means, variances = [], [], []
-    for first in range(0, len(x), samples):
-        part = tf.cast(x[first : first + samples], tf.float64)
-        mean, variance = tf.nn.moments(transformed(part), others)
+    for part in _parts(x):
+        mean, variance = tf.nn.moments(transformed(tf.cast(part, tf.float64)), others)
         weights.append(len(part))
         means.append(mean.numpy())
         variances.append(variance.numpy())

@@ -68,7 +68,8 @@ def run(model: keras.Model, batch: Any, observer: contextvars.ContextVar[Observe
     inside = _inside.set(True)
     token = observer.set(note)
     try:
-        outputs = model(batch, training=False)
+        with model_graph.forgetting(model):
+            outputs = model(batch, training=False)
     finally:
         observer.reset(token)
         _inside.reset(inside)

@@ -1,11 +1,14 @@
-"""Reads the graph of a model: which operation is called where, on what, and who reads that.
+"""Reads the graph of a model: which operation is called where, on what, and who reads that; and runs it in less memory.
 
-Keras's private names for graphs are used here alone. Models are only read; what `convert` looks for is not known here.
+Keras's private names for graphs are used here alone. No model is changed; what `convert` looks for is not known here.
 """
 
 import collections
+import contextlib
 import copy
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -67,6 +70,45 @@ def nodes(model: keras.Model) -> list[Any]:
         model = keras.Model(model.inputs, model.outputs, name=model.name)
     depths = sorted(model._nodes_by_depth.items(), reverse=True)
     return [node for _, nodes in depths for node in nodes if not node.is_input]
+
+
+@contextlib.contextmanager
+def forgetting(model: keras.Model) -> Iterator[None]:
+    """Within it, the graphs of a model and of those in it let a tensor go when the last call that reads it has ended.
+
+    Keras keeps all tensors until the model's call ends: eager, as much memory as a training step takes.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in sublayers(model):
+            graph = layer._functional if isinstance(layer, keras.Sequential) else layer
+            # Another Keras may not have it: it is called as ever then.
+            if isinstance(graph, keras.Function) and hasattr(graph, "_run_through_graph"):
+                # On the instance, which has none of its own: deleted, nothing is left.
+                object.__setattr__(graph, "_run_through_graph", functools.partial(_run_forgetting, graph))
+                stack.callback(object.__delattr__, graph, "_run_through_graph")
+        yield
+
+
+def _run_forgetting(
+    graph: keras.Function, inputs: Any, operation_fn: Callable[[Any], Any] = lambda operation: operation
+) -> Any:
+    """What Keras's `_run_through_graph` does."""
+    steps = nodes(graph)
+    left = collections.Counter(map(id, graph.outputs))
+    for node in steps:
+        left.update({id(x) for x in node.input_tensors})
+    values = dict(zip(map(id, graph.inputs), keras.tree.flatten(inputs), strict=True))
+    for node in steps:
+        args, kwargs = node.arguments.fill_in(values)
+        outputs = operation_fn(node.operation)(*args, **kwargs)
+        del args, kwargs
+        values.update(zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=False))  # as lax as Keras
+        del outputs
+        left.subtract({id(x) for x in node.input_tensors})
+        for x in (*node.input_tensors, *node.outputs):
+            if not left[id(x)]:
+                values.pop(id(x), None)
+    return keras.tree.pack_sequence_as(graph._outputs_struct, [values[id(x)] for x in graph.outputs])
 
 
 @dataclasses.dataclass(eq=False)

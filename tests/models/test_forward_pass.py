@@ -1,8 +1,11 @@
-"""What a pass of `calibrate` and `GainMonitor` says of a model whose outputs do not depend on its inputs, and of layers
-that it cannot see.
+"""What a pass of `calibrate` and `GainMonitor` keeps in memory, and what it says of models and layers.
+
+That is, of a model whose outputs do not depend on its inputs, and of layers that it cannot see.
 """
 
+import gc
 import warnings
+import weakref
 
 import keras
 import numpy as np
@@ -11,6 +14,7 @@ from keras import layers
 
 import tf_agc
 from agc_testing import python
+from tf_agc import model_graph
 
 _WARNING = "the outputs of model 'pooled' do not depend on its inputs: they are the same for all samples of the batch"
 
@@ -80,6 +84,79 @@ def test_layers_in_attributes_of_a_functional_model():
     table = tf_agc.calibrate(model, 7 * _batch(8))
     assert [row.layer for row in table] == [layer.path for layer in (model.get_layer("first"), model.second)]
     assert np.all(model.second.gain.numpy() > 1) and np.all(model.get_layer("first").gain.numpy() < 1)
+
+
+class _Alive(layers.Layer):
+    """Adds one, and counts the outputs of such layers that are alive when it is called."""
+
+    outputs: list[weakref.ref] = []
+    counts: list[int] = []
+
+    def call(self, x):
+        gc.collect()
+        type(self).counts.append(sum(output() is not None for output in self.outputs))
+        y = x + 1
+        if not isinstance(y, keras.KerasTensor):
+            type(self).outputs.append(weakref.ref(y))
+        return y
+
+
+def _chain():
+    inputs = keras.Input((6, 7, 3))
+    x = tf_agc.AutomaticGainControl()(inputs)
+    for _ in range(6):
+        x = _Alive()(x)
+    return keras.Model(inputs, x)
+
+
+def _residual():
+    inputs = keras.Input((6, 7, 3))
+    x = shortcut = _Alive()(tf_agc.AutomaticGainControl()(inputs))
+    for _ in range(4):
+        x = _Alive()(x)
+    x = layers.Add()([x, shortcut])
+    return keras.Model(inputs, _Alive()(x))
+
+
+def _sequential():
+    return keras.Sequential([keras.Input((6, 7, 3)), tf_agc.AutomaticGainControl(), *(_Alive() for _ in range(6))])
+
+
+def _nested():
+    return keras.Sequential([keras.Input((6, 7, 3)), _chain()])
+
+
+def _two_outputs():
+    inputs = keras.Input((6, 7, 3))
+    outputs = [_Alive()(tf_agc.AutomaticGainControl()(inputs))]
+    for _ in range(5):
+        outputs.append(_Alive()(outputs[-1]))
+    return keras.Model(inputs, {"first": outputs[0], "last": outputs[-1]})
+
+
+@pytest.mark.parametrize(
+    "make, counts",
+    [
+        (_chain, [0, 1, 1, 1, 1, 1]),
+        (_residual, [0, 1, 2, 2, 2, 0]),
+        (_sequential, [0, 1, 1, 1, 1, 1]),
+        (_nested, [0, 1, 1, 1, 1, 1]),
+        (_two_outputs, [0, 1, 2, 2, 2, 2]),
+    ],
+)
+def test_a_pass_keeps_only_what_is_still_read(make, counts, monkeypatch):
+    model = make()
+    for look in (tf_agc.calibrate, tf_agc.monitor.layer_statistics):
+        monkeypatch.setattr(_Alive, "outputs", [])
+        monkeypatch.setattr(_Alive, "counts", [])
+        before = [set(vars(layer)) for layer in model_graph.sublayers(model)]
+        look(model, _batch(4))
+        assert _Alive.counts == counts
+        assert [set(vars(layer)) for layer in model_graph.sublayers(model)] == before
+    # Outside of a pass it is Keras who calls, and keeps all.
+    monkeypatch.setattr(_Alive, "counts", [])
+    model(_batch(4))
+    assert _Alive.counts == list(range(6))
 
 
 ANOTHER_TENSORFLOW = """
