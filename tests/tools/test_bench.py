@@ -3,6 +3,7 @@
 import argparse
 import collections
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -281,7 +282,7 @@ def test_monitor_counts_the_records_against_the_steps(fresh_keras, native_requir
     from benchmarks import bench, bench_model, bench_monitor
     from tf_agc import models
 
-    tiny = bench_model.Network(lambda norm: models.plain_cnn((8, 8, 3), 10, norm, filters=(4,)), (8, 8, 3), 4)
+    tiny = bench_model.Network(functools.partial(models.plain_cnn, (8, 8, 3), 10, filters=(4,)), (8, 8, 3), 4)
     monkeypatch.setitem(bench_model.NETWORKS, "tiny", tiny)
     row = bench_monitor.measure("tiny", quick=True)
     assert row.layers == 2 and row.record_ms > 0 and row.step_ms > 0
@@ -294,7 +295,7 @@ def test_serving_measures_both_runtimes(fresh_keras, native_required, monkeypatc
     from benchmarks import bench, bench_model, bench_serving, result_files
     from tf_agc import models
 
-    tiny = bench_model.Network(lambda norm: models.plain_cnn((8, 8, 3), 10, norm, filters=(4,)), (8, 8, 3), 4)
+    tiny = bench_model.Network(functools.partial(models.plain_cnn, (8, 8, 3), 10, filters=(4,)), (8, 8, 3), 4)
     monkeypatch.setitem(bench_model.NETWORKS, "tiny", tiny)
     rows = list(bench_serving.measure("tiny", quick=True))
     ops = {(row.runtime, row.normalization): row.ops for row in rows}

@@ -5,6 +5,7 @@ NORMALIZATION BATCH` is the fresh process in which peak memory is taken; it prin
 """
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -26,7 +27,8 @@ from tf_agc import models  # noqa: E402
 
 _TOOLS = pathlib.Path(__file__).resolve().parents[1]
 
-NORMALIZATIONS = ("agc", "batch_norm", "group_norm", "none")
+# agc_plain_kernels is AGC behind Keras's convolutions: what the standardized ones cost.
+NORMALIZATIONS = ("agc", "agc_plain_kernels", "batch_norm", "group_norm", "none")
 # (normalization, jit) of every step that is timed.
 VARIANTS = [(norm, False) for norm in NORMALIZATIONS] + [(norm, True) for norm in ("agc", "batch_norm", "none")]
 _STEPS = 15
@@ -39,13 +41,13 @@ class Network:
     """A network at the size at which it is measured.
 
     Attributes:
-        make: makes it for a normalization.
+        make: makes it for a normalization, and with `standardized` as in tf_agc.models.
         image: height, width and channels.
         batch: images in a step.
         classes: number of labels.
     """
 
-    make: Callable[[str], keras.Model]
+    make: Callable[..., keras.Model]
     image: tuple[int, int, int]
     batch: int
     classes: int = 10
@@ -56,17 +58,20 @@ class Network:
         return images, random.integers(0, self.classes, self.batch)
 
 
-def _resnet50(normalization: str) -> keras.Model:
-    return models.resnet(
-        (64, 64, 3), 10, normalization, (64, 128, 256, 512), (3, 4, 6, 3), bottleneck=True, large_images=True
-    )
-
-
 _CIFAR = (32, 32, 3)
+_resnet50 = functools.partial(
+    models.resnet,
+    (64, 64, 3),
+    10,
+    filters=(64, 128, 256, 512),
+    blocks=(3, 4, 6, 3),
+    bottleneck=True,
+    large_images=True,
+)
 NETWORKS = {
-    "plain CNN, 6 layers": Network(lambda norm: models.plain_cnn(_CIFAR, 10, norm), _CIFAR, 128),
-    "ResNet-20, pre-activation": Network(lambda norm: models.residual_cnn(_CIFAR, 10, norm, blocks=3), _CIFAR, 128),
-    "ResNet-20, post-activation": Network(lambda norm: models.resnet(_CIFAR, 10, norm), _CIFAR, 128),
+    "plain CNN, 6 layers": Network(functools.partial(models.plain_cnn, _CIFAR, 10), _CIFAR, 128),
+    "ResNet-20, pre-activation": Network(functools.partial(models.residual_cnn, _CIFAR, 10, blocks=3), _CIFAR, 128),
+    "ResNet-20, post-activation": Network(functools.partial(models.resnet, _CIFAR, 10), _CIFAR, 128),
     "ResNet-50, 64x64": Network(_resnet50, (64, 64, 3), 32),
 }
 
@@ -157,8 +162,11 @@ def kept_bytes(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> in
 def compiled(network: Network, normalization: str, jit: bool = False) -> keras.Model:
     """The network ready to train, calibrated where it is AGC's."""
     keras.utils.set_random_seed(0)
-    model = network.make(normalization)
-    if normalization == "agc":
+    if normalization == "agc_plain_kernels":
+        model = network.make("agc", standardized=False)
+    else:
+        model = network.make(normalization)
+    if normalization.startswith("agc"):
         tf_agc.calibrate(model, network.data()[0][:32])
     model.compile(
         keras.optimizers.SGD(0.01, momentum=0.9),
