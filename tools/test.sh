@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every test: C++, formatting, Python. Arguments go to pytest, for example: tools/test.sh -k layer
 # With another TensorFlow than the newest: tools/test.sh --tensorflow 2.20 -k layer
-# pytest runs last, against the installed wheel, and its summary is the last line.
+# pytest runs last, against the installed wheel, and its summary is the last line of standard output.
 
 set -euo pipefail
 # shellcheck source=tools/setup.sh

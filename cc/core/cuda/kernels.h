@@ -35,7 +35,7 @@
 // - What a map needs beside its sum, its parameters, is read before the barriers, which hide how long that takes.
 // - One walk serves both layouts: a thread follows a column step by step (plan.h). In shared memory each thread holds
 //   the slots that it filled itself, side by side with its neighbours': no bank conflicts, no barrier before reading.
-// - Sums are in float over at most 64 terms, then in double. From there on they are added as one binary tree over the
+// - Sums are in float over at most 64 steps, then in double. From there on they are added as one binary tree over the
 //   lanes of a column, however the lanes lie in warps, then over blocks in order: no atomics, and the same bits
 //   whatever the batch.
 // - An output may be an input's memory (types.h): each element belongs to one thread, which reads all that it needs of

@@ -140,14 +140,14 @@ class Planner {
       const int most_lanes = kMaxThreads / walk_.columns;
       walk_.lanes = static_cast<int>(std::clamp<int64_t>(PowerOfTwoBelow(walk_.block_steps / kStepsChannelsLast), 1,
                                                          std::min(kUsualLanes, most_lanes)));
-      while (Rounds() > kFloatTerms && walk_.lanes < most_lanes) walk_.lanes *= 2;
+      while (Rounds() > kFloatSteps && walk_.lanes < most_lanes) walk_.lanes *= 2;
     } else {
       walk_.columns = 1;
       walk_.lanes = static_cast<int>(
           std::clamp<int64_t>(PowerOfTwoBelow(walk_.block_steps / kStepsChannelsFirst), 1, kMaxThreads));
     }
     walk_.columns = std::max(walk_.columns, kWarp / walk_.lanes);
-    return Rounds() <= kFloatTerms && SharedBytes(true) <= budget;
+    return Rounds() <= kFloatSteps && SharedBytes(true) <= budget;
   }
 
   bool CanDouble(int64_t budget) {

@@ -67,9 +67,9 @@ TF_AGC_HOST_DEVICE constexpr int MostSharing(Pass pass, bool lean, int vector) {
   return lean || vector < 8 ? 3 : 2;
 }
 
-// A thread adds at most this many terms in float before it goes on in double, which keeps the error of a mean at a few
-// units in the last place for any number of positions.
-constexpr int kFloatTerms = 64;
+// A thread adds at most this many steps in float before it goes on in double, which keeps the error of a mean at a few
+// units in the last place for any number of positions. The elements of a step are added as a tree.
+constexpr int kFloatSteps = 64;
 
 // The walk over the maps.
 //

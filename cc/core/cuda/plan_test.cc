@@ -118,7 +118,7 @@ void CheckPlan(const CallOnDevice& call, const Plan& plan) {
     // The blocks finish every map, one block each, and their sums take no more room than one block's of all maps.
     EXPECT_TRUE(IsPowerOfTwo(MapsOfBlock(walk)));
     EXPECT_EQ(MapsOfBlock(walk) * walk.blocks, std::max(TileMaps(walk), walk.blocks));
-    EXPECT_LE((walk.block_steps + walk.lanes - 1) / walk.lanes, kFloatTerms);
+    EXPECT_LE((walk.block_steps + walk.lanes - 1) / walk.lanes, kFloatSteps);
     EXPECT_EQ(plan.block_sums, 0);
   } else {
     EXPECT_EQ(plan.block_sums, plan.tiles_per_launch * walk.blocks * Sums(call.pass) * TileMaps(walk));

@@ -87,7 +87,7 @@ TF_AGC_DEVICE void PrefetchToL2(const void* address) {
 #if defined(TF_AGC_CUDA_EMULATION)
   (void)address;
 #else
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+  asm volatile("prefetch.L2 [%0];" ::"l"(address));  // Of any memory, as pointers are.
 #endif
 }
 

@@ -94,7 +94,7 @@ TF_AGC_DEVICE void SumSteps(int begin, int end, const Load& load, const Terms& t
   for (; step < end; ++step) AddSteps<Inputs, 1, 1, kVector>(step, load, terms, sums);
 }
 
-// Adds all steps of a thread, in S over kFloatTerms of them and then in double. load(step) reads one step's inputs, and
+// Adds all steps of a thread, in S over kFloatSteps of them and then in double. load(step) reads one step's inputs, and
 // kLoads steps are loaded together.
 template <class S, int kLoads, class ThreadType, int kSums, class Load, class Terms>
 TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Terms& terms,
@@ -107,10 +107,10 @@ TF_AGC_DEVICE void SumAll(const ThreadType& thread, const Load& load, const Term
 #pragma unroll
     for (int i = 0; i < kMaps; ++i) totals[s][i] = 0;
   }
-  for (int begin = 0; begin < thread.count; begin += kFloatTerms) {
+  for (int begin = 0; begin < thread.count; begin += kFloatSteps) {
     const int rest = thread.count - begin;
     S sums[kSums][kMaps];
-    const int end = begin + (rest < kFloatTerms ? rest : kFloatTerms);
+    const int end = begin + (rest < kFloatSteps ? rest : kFloatSteps);
     SumSteps<Inputs, kLoads, ThreadType::kVector>(begin, end, load_steps, terms, sums);
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
