@@ -83,9 +83,9 @@ def forgetting(model: keras.Model) -> Iterator[None]:
             graph = layer._functional if isinstance(layer, keras.Sequential) else layer
             # Another Keras may not have it: it is called as ever then.
             if isinstance(graph, keras.Function) and hasattr(graph, "_run_through_graph"):
-                # On the instance, which has none of its own: deleted, nothing is left.
-                object.__setattr__(graph, "_run_through_graph", functools.partial(_run_forgetting, graph))
-                stack.callback(object.__delattr__, graph, "_run_through_graph")
+                # On the instance, which has none of its own: nothing is left of it, and another thread may do the same.
+                vars(graph)["_run_through_graph"] = functools.partial(_run_forgetting, graph)
+                stack.callback(vars(graph).pop, "_run_through_graph", None)
         yield
 
 
