@@ -1,6 +1,6 @@
 """Reads the graph of a model: which operation is called where, on what, and who reads that; and runs it in less memory.
 
-Keras's private names for graphs are used here alone. No model is changed; what `convert` looks for is not known here.
+Keras's private names for graphs are used here alone. No model stays changed, and what `convert` looks for is not known.
 """
 
 import collections
@@ -72,6 +72,10 @@ def nodes(model: keras.Model) -> list[Any]:
     return [node for _, nodes in depths for node in nodes if not node.is_input]
 
 
+# Another Keras may not have it: graphs run as ever then.
+_KERAS_RUN: Any = getattr(keras.Function, "_run_through_graph", None)
+
+
 @contextlib.contextmanager
 def forgetting(model: keras.Model) -> Iterator[None]:
     """Within it, the graphs of a model and of those in it let a tensor go when the last call that reads it has ended.
@@ -81,8 +85,8 @@ def forgetting(model: keras.Model) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in sublayers(model):
             graph = layer._functional if isinstance(layer, keras.Sequential) else layer
-            # Another Keras may not have it: it is called as ever then.
-            if isinstance(graph, keras.Function) and hasattr(graph, "_run_through_graph"):
+            # Not where a class has a way of its own.
+            if _KERAS_RUN and getattr(type(graph), "_run_through_graph", None) is _KERAS_RUN:
                 # On the instance, which has none of its own: nothing is left of it, and another thread may do the same.
                 vars(graph)["_run_through_graph"] = functools.partial(_run_forgetting, graph)
                 stack.callback(vars(graph).pop, "_run_through_graph", None)
@@ -90,24 +94,34 @@ def forgetting(model: keras.Model) -> Iterator[None]:
 
 
 def _run_forgetting(
-    graph: keras.Function, inputs: Any, operation_fn: Callable[[Any], Any] = lambda operation: operation
+    graph: keras.Function,
+    inputs: Any,
+    operation_fn: Callable[[Any], Any] = lambda operation: operation,
+    **others: Any,
 ) -> Any:
     """What Keras's `_run_through_graph` does."""
+    given = keras.tree.flatten(inputs)
+    if others or len(given) != len(graph.inputs):  # as keras.models.clone_model calls it, or an odd subclass
+        return _KERAS_RUN(graph, inputs, operation_fn, **others)
     steps = nodes(graph)
     left = collections.Counter(map(id, graph.outputs))
     for node in steps:
         left.update({id(x) for x in node.input_tensors})
-    values = dict(zip(map(id, graph.inputs), keras.tree.flatten(inputs), strict=True))
+    values = dict(zip(map(id, graph.inputs), given, strict=True))
     for node in steps:
+        if any(id(x) not in values for x in node.input_tensors):
+            continue  # A layer gave fewer outputs than it had said.
         args, kwargs = node.arguments.fill_in(values)
         outputs = operation_fn(node.operation)(*args, **kwargs)
         del args, kwargs
-        values.update(zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=False))  # as lax as Keras
+        values.update(zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=False))
         del outputs
         left.subtract({id(x) for x in node.input_tensors})
         for x in (*node.input_tensors, *node.outputs):
             if not left[id(x)]:
                 values.pop(id(x), None)
+    if any(id(x) not in values for x in graph.outputs):
+        raise ValueError(f"an output of '{graph.name}' is not connected to its inputs")
     return keras.tree.pack_sequence_as(graph._outputs_struct, [values[id(x)] for x in graph.outputs])
 
 

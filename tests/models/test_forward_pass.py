@@ -159,6 +159,53 @@ def test_a_pass_keeps_only_what_is_still_read(make, counts, monkeypatch):
     assert _Alive.counts == list(range(6))
 
 
+class _Cloning(layers.Layer):
+    """Clones a model when it is called: Keras runs that model's graph too, with arguments of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def call(self, x):
+        return keras.models.clone_model(self.model, call_function=lambda layer, *args, **kwargs: layer(*args))(x)
+
+
+class _Doubling(keras.Model):
+    """A functional model with a way of its own to run its graph."""
+
+    def _run_through_graph(self, inputs, *args, **kwargs):
+        outputs = super()._run_through_graph(inputs, *args, **kwargs)
+        return outputs if outputs is None else 2 * outputs  # None while it is made
+
+
+class _Fewer(layers.Layer):
+    """Gives fewer outputs than it says."""
+
+    def compute_output_spec(self, x):
+        return [keras.KerasTensor(x.shape, x.dtype) for _ in range(2)]
+
+    def call(self, x):
+        return [x]
+
+
+def test_graphs_that_keras_runs_in_another_way():
+    inputs = keras.Input((6, 7, 3))
+    inner = keras.Model(inputs, layers.ReLU()(inputs))
+    model = keras.Model(inputs, tf_agc.AutomaticGainControl()(_Cloning(inner)(inputs)))
+    [row] = tf_agc.calibrate(model, _batch(8))
+    assert row.std_before.shape == (3,)
+
+    doubling = _Doubling(inputs, layers.Identity()(inputs))
+    model = keras.Model(inputs, tf_agc.AutomaticGainControl(mean_scale_initializer="zeros")(doubling(inputs)))
+    [row] = tf_agc.calibrate(model, _batch(8))
+    np.testing.assert_allclose(row.std_before, np.std(2 * _batch(8).astype(np.float64), (0, 1, 2)), rtol=1e-5)
+
+    first, second = _Fewer()(tf_agc.AutomaticGainControl()(inputs))
+    model = keras.Model(inputs, layers.Add()([first, second]), name="fewer")
+    with pytest.raises(ValueError, match="an output of 'fewer' is not connected to its inputs"):
+        tf_agc.calibrate(model, _batch(8))
+
+
 ANOTHER_TENSORFLOW = """
 from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
 
