@@ -232,8 +232,8 @@ def train(job: Job, report: Callable[[dict], None]) -> dict:
             point = {"epoch": state.step / steps_per_epoch, "loss": loss / images, "accuracy": right / images}
             if state.step % steps_per_epoch == 0:
                 point["validation_accuracy"], _ = evaluate(splits["validation"])
+                record_gains()
             state.curve.append(point)
-            record_gains()
             if not math.isfinite(point["loss"]):
                 state.step = steps
             memory.forget_peak()
