@@ -133,7 +133,5 @@ def observed(branches: list[Branch], observe: Callable[[Branch, tf.Tensor, tf.Te
 
     with contextlib.ExitStack() as stack:
         for branch in branches:
-            # On the instance, which has no `call` of its own: deleted, nothing is left.
-            object.__setattr__(branch.add, "call", observing(branch))
-            stack.callback(object.__delattr__, branch.add, "call")
+            stack.enter_context(model_graph.on_instance(branch.add, "call", observing(branch)))
         yield

@@ -72,6 +72,16 @@ def nodes(model: keras.Model) -> list[Any]:
     return [node for _, nodes in depths for node in nodes if not node.is_input]
 
 
+@contextlib.contextmanager
+def on_instance(operation: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Within it, a layer or operation has a method of its own in place of its class's, past what Keras tracks."""
+    vars(operation)[name] = method
+    try:
+        yield
+    finally:
+        vars(operation).pop(name, None)  # Another thread may have done the same, and be done.
+
+
 # Another Keras may not have it: graphs run as ever then.
 _KERAS_RUN: Any = getattr(keras.Function, "_run_through_graph", None)
 
@@ -87,9 +97,8 @@ def forgetting(model: keras.Model) -> Iterator[None]:
             graph = layer._functional if isinstance(layer, keras.Sequential) else layer
             # Not where a class has a way of its own.
             if _KERAS_RUN and getattr(type(graph), "_run_through_graph", None) is _KERAS_RUN:
-                # On the instance, which has none of its own: nothing is left of it, and another thread may do the same.
-                vars(graph)["_run_through_graph"] = functools.partial(_run_forgetting, graph)
-                stack.callback(vars(graph).pop, "_run_through_graph", None)
+                run = functools.partial(_run_forgetting, graph)
+                stack.enter_context(on_instance(graph, "_run_through_graph", run))
         yield
 
 
