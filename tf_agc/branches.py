@@ -4,6 +4,7 @@ Read from the model's graph. What the ends are set to is `tf_agc.calibration`'s.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -116,6 +117,10 @@ def _has_gain(call: Call) -> bool:
     return layer.gain is not None and layer.activation is keras.activations.linear and not constrained
 
 
+# Other threads may call the model meanwhile: what they add is their own.
+_observing = contextvars.ContextVar("tf_agc_observing_branches", default=False)
+
+
 @contextlib.contextmanager
 def observed(branches: list[Branch], observe: Callable[[Branch, tf.Tensor, tf.Tensor], tf.Tensor]) -> Iterator[None]:
     """Within it, an Add adds what `observe(branch, output, shortcut)` returns, instead of the branch's output."""
@@ -124,6 +129,8 @@ def observed(branches: list[Branch], observe: Callable[[Branch, tf.Tensor, tf.Te
         call = branch.add.call
 
         def call_observed(*args: Any, **kwargs: Any) -> Any:
+            if not _observing.get():
+                return call(*args, **kwargs)
             tensors = keras.tree.flatten((args, kwargs))
             tensors[branch.position] = observe(branch, tensors[branch.position], tensors[1 - branch.position])
             args, kwargs = keras.tree.pack_sequence_as((args, kwargs), tensors)
@@ -134,4 +141,5 @@ def observed(branches: list[Branch], observe: Callable[[Branch, tf.Tensor, tf.Te
     with contextlib.ExitStack() as stack:
         for branch in branches:
             stack.enter_context(model_graph.on_instance(branch.add, "call", observing(branch)))
+        stack.callback(_observing.reset, _observing.set(True))
         yield

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,14 +73,22 @@ def nodes(model: keras.Model) -> list[Any]:
     return [node for _, nodes in depths for node in nodes if not node.is_input]
 
 
+# One thread at a time: two that put back what they found in the order they came would leave an instance changed.
+_CHANGING = threading.RLock()
+
+
 @contextlib.contextmanager
 def on_instance(operation: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Within it, a layer or operation has a method of its own in place of its class's, past what Keras tracks."""
-    vars(operation)[name] = method
-    try:
-        yield
-    finally:
-        vars(operation).pop(name, None)  # Another thread may have done the same, and be done.
+    """Within it, a layer or operation has a method of its own, past what Keras tracks; all threads see it."""
+    with _CHANGING:
+        attributes = vars(operation)
+        before = {name: attributes[name]} if name in attributes else {}
+        attributes[name] = method
+        try:
+            yield
+        finally:
+            attributes.pop(name, None)
+            attributes.update(before)
 
 
 # Another Keras may not have it: graphs run as ever then.

@@ -1,5 +1,7 @@
 """`calibrate`: the standard deviation it reaches, in every kind of model, and what it leaves alone."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -281,6 +283,45 @@ def test_an_error_puts_branches_back_too():
     with pytest.raises(ValueError, match="the input of layer 'last' is not finite"):
         calibrate(model, _X)
     np.testing.assert_array_equal(model.get_layer("end").gain, [1, 1, 1])
+
+
+def test_a_method_of_the_users_stays_on_an_add():
+    x = keras.Input((9, 10, 3))
+    add = keras.layers.Add()
+    model = keras.Model(x, add([x, AutomaticGainControl(name="end")(_conv(3)(x))]))
+    calls = []
+
+    def call(tensors):
+        calls.append(tensors)
+        return tensors[0] + tensors[1]
+
+    add.call = call
+    assert [row.shortcut for row in calibrate(model, _X)] == ["that of add"]
+    assert add.call is call and len(calls) == 1
+
+
+def test_what_another_thread_adds_meanwhile_is_its_own():
+    class InAnotherThread(keras.layers.Layer):
+        """Calls the model in another thread, once."""
+
+        def call(self, x):
+            if tf.executing_eagerly() and not results:
+                results.append(None)
+                thread = threading.Thread(target=lambda: results.append(model(100 * _X).numpy()))
+                thread.start()
+                thread.join(60)
+            return x
+
+    x = keras.Input((9, 10, 3))
+    branch = AutomaticGainControl(name="end")(x)  # the first of the two that is called
+    model = keras.Model(x, branch + InAnotherThread()(x))
+    results = [None]
+    (expected,) = (row.gain for row in calibrate(model, _X) if row.shortcut)
+    model.get_layer("end").gain.assign([1, 1, 1])
+    results.clear()
+    calibrate(model, _X)
+    assert len(results) == 2
+    np.testing.assert_array_equal(model.get_layer("end").gain, expected)
 
 
 def test_samples_are_measured_a_few_at_a_time(monkeypatch):
