@@ -574,7 +574,7 @@ def test_other_sentences(trainer, call, capsys):
         call("run", "--epochs", 0)
     assert "argument --epochs: must be >= 1, got 0" in capsys.readouterr().err
     call("run", "--estimate")
-    assert "0 of 148 runs are finished; the others take about" in capsys.readouterr().out
+    assert "0 of 150 runs are finished; the others take about" in capsys.readouterr().out
 
 
 @pytest.fixture

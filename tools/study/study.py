@@ -33,7 +33,7 @@ CACHE = TOOLS.parent / ".cache"
 NETWORKS = ("plain", "resnet20_pre", "resnet20_post")
 NORMALIZATIONS = (
     *("agc", "agc_alone", "batch_norm", "batch_norm_standardized", "group_norm", "group_norm_standardized", "none"),
-    *("agc_plain_kernels", "agc_mean_scale_1", "agc_no_bias", "agc_no_branch_factor"),
+    *("agc_plain_kernels", "agc_mean_scale_1", "agc_no_mean", "agc_no_bias", "agc_no_branch_factor"),
 )
 COMPARED = NORMALIZATIONS[:7]
 MAIN = ("agc", "batch_norm", "batch_norm_standardized")

@@ -23,10 +23,11 @@ TITLES = {
     "none": "none",
     "agc_plain_kernels": "AGC, plain kernels",
     "agc_mean_scale_1": "AGC, mean scale 1",
+    "agc_no_mean": "AGC, no mean subtracted",
     "agc_no_bias": "AGC, no bias",
     "agc_no_branch_factor": "AGC, branch factor 1",
 }
-_COLORS = dict(zip(TITLES, ("C3", "C1", "C0", "C9", "C2", "C8", "0.5", "C4", "C5", "C6", "C7"), strict=True))
+_COLORS = dict(zip(TITLES, ("C3", "C1", "C0", "C9", "C2", "C8", "0.5", "C4", "C5", "k", "C6", "C7"), strict=True))
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -48,6 +48,10 @@ def _all_of_the_mean(place: models.Place) -> list[keras.layers.Layer]:
     return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer=mean_scale)]
 
 
+def _none_of_the_mean(place: models.Place) -> list[keras.layers.Layer]:
+    return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer="zeros", train_mean_scale=False)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """What a network is trained with: arguments of tf_agc.models, and of tf_agc.calibrate."""
@@ -68,6 +72,7 @@ METHODS = {
     # The recipe, each part of it left out in turn.
     "agc_plain_kernels": Method("agc", standardized=False),
     "agc_mean_scale_1": Method(_all_of_the_mean, standardized=True),
+    "agc_no_mean": Method(_none_of_the_mean, standardized=True),
     "agc_no_bias": Method(_without_bias, standardized=True),
     "agc_no_branch_factor": Method("agc", standardized=True, branch_factor=1.0),
 }
