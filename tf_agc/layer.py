@@ -350,6 +350,11 @@ class AutomaticGainControl(keras.layers.Layer):
         return {name: weight for name, weight in weights.items() if weight is not None}
 
     def _check_rank(self, input_shape: _Shape) -> None:
+        if input_shape and isinstance(input_shape[0], tuple | list):  # as an Add layer is called
+            raise ValueError(
+                "AutomaticGainControl expects one tensor, and what is added to it as `shortcut=`. Received a list or "
+                f"tuple of tensors: input_shape={input_shape}"
+            )
         if len(input_shape) not in reference.RANKS:
             raise ValueError(
                 "AutomaticGainControl expects inputs of rank 3 to 8 (batch, 1 to 6 spatial axes, "

@@ -701,6 +701,17 @@ def test_integers_are_cast(dtype, policy):
     np.testing.assert_array_equal(y, layer(images.astype(np.float32)))
 
 
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_called_like_an_add_layer(sequence):
+    message = (
+        "AutomaticGainControl expects one tensor, and what is added to it as `shortcut=`. Received a list or tuple of "
+        f"tensors: input_shape={sequence([(2, 4, 4, 3)] * 2)}"
+    )
+    for tensors in ([tf.ones([2, 4, 4, 3])] * 2, [keras.Input(batch_shape=(2, 4, 4, 3))] * 2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            AutomaticGainControl()(sequence(tensors))
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (None,) * 8 + (3,)])
 def test_wrong_rank(shape):
     message = (
