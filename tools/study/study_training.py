@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -38,18 +39,11 @@ NETWORKS: dict[str, Callable[..., keras.Model]] = {
 }
 
 
-def _without_bias(place: models.Place) -> list[keras.layers.Layer]:
-    mean_scale = "zeros" if place.pooled else None
-    return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer=mean_scale, use_bias=False)]
-
-
-def _all_of_the_mean(place: models.Place) -> list[keras.layers.Layer]:
-    mean_scale = "zeros" if place.pooled else "ones"
-    return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer=mean_scale)]
-
-
-def _none_of_the_mean(place: models.Place) -> list[keras.layers.Layer]:
-    return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer="zeros", train_mean_scale=False)]
+def _agc(place: models.Place, mean_scale: str | None = None, **options: Any) -> list[keras.layers.Layer]:
+    """The recipe's layer, but for these arguments of it."""
+    if place.pooled:
+        mean_scale = "zeros"
+    return [tf_agc.AutomaticGainControl(place.activation, mean_scale_initializer=mean_scale, **options)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +65,9 @@ METHODS = {
     "none": Method("none", standardized=False),
     # The recipe, each part of it left out in turn.
     "agc_plain_kernels": Method("agc", standardized=False),
-    "agc_mean_scale_1": Method(_all_of_the_mean, standardized=True),
-    "agc_no_mean": Method(_none_of_the_mean, standardized=True),
-    "agc_no_bias": Method(_without_bias, standardized=True),
+    "agc_mean_scale_1": Method(functools.partial(_agc, mean_scale="ones"), standardized=True),
+    "agc_no_mean": Method(functools.partial(_agc, mean_scale="zeros", train_mean_scale=False), standardized=True),
+    "agc_no_bias": Method(functools.partial(_agc, use_bias=False), standardized=True),
     "agc_no_branch_factor": Method("agc", standardized=True, branch_factor=1.0),
 }
 RECORDS_PER_EPOCH = 4
